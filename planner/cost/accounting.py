@@ -1,0 +1,161 @@
+"""How an engine keeps bytes and moves data, as data: the cost functions take it as an argument.
+
+Two engines run "the same" layout with different memory and traffic. Everything in which they differ is a field here;
+`engines/<name>.py` fills it in, with the origin of each value. Symbols: e bytes of a compute element, T tokens of one
+micro-batch on one rank, D = dp * cp, "unit" one transformer layer as the engine gathers and reduces it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+COMPUTE: Literal["compute"] = "compute"
+"""Stands for the bytes of one element of the job's compute type."""
+Size = float | Literal["compute"]
+Width = Literal["hidden", "q", "kv", "mlp", "heads", "one"]
+Split = Literal["sequence", "tensor", "none"]
+Part = Literal["params", "grads", "optimizer"]
+When = Literal["always", "accumulating", "sharded"]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor that one layer keeps for backward: `count` rows of `width`, a token.
+
+    `split`: over the tp group always ("tensor"), only under sequence parallelism ("sequence"), or never ("none").
+    `kept`: the recompute modes under which it stays. `only`: kinds of model or layout that have it at all.
+    """
+
+    name: str
+    width: Width
+    count: float
+    split: Split
+    size: Size = COMPUTE
+    kept: tuple[str, ...] = ("none",)
+    only: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes kept for every parameter of a rank; divided by D when `shard`.
+
+    `when`: "accumulating" only with more than one micro-batch, "sharded" only when D > 1.
+    """
+
+    part: Part
+    size: Size
+    shard: bool
+    when: When = "always"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One collective over the D ranks that hold a parameter, for all parameters of a rank."""
+
+    op: Literal["all_gather", "reduce_scatter", "all_reduce"]
+    size: Size
+    per: Literal["step", "microbatch"]
+    under: Literal["forward", "backward"]
+    """The compute that it may hide under."""
+
+
+@dataclass(frozen=True)
+class ZeroRule:
+    """What one ZeRO stage holds and moves."""
+
+    backward: tuple[Held, ...]
+    """While micro-batches run."""
+    update: tuple[Held, ...]
+    """While the optimizer runs."""
+    traffic: tuple[Traffic, ...]
+    unit_transient: tuple[Held, ...] = ()
+    """A parameter of the unit in flight, during backward: gathered copies, inputs of a reduction."""
+    head_transient: tuple[Held, ...] = ()
+    """The same for the head's unit while the loss runs backward."""
+    update_transient: tuple[Held, ...] = ()
+    """The same for the largest unit when backward ends."""
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """Bytes that norms, activations, rotary and residuals move in one layer, a token (e = 2; scaled for others)."""
+
+    hidden: float
+    mlp: float
+    q: float
+    kv: float
+
+
+@dataclass(frozen=True)
+class TpTraffic:
+    """Collectives of one layer over the tp group, each of T * h * e bytes, counted by kind."""
+
+    forward: dict[str, int]
+    backward: dict[str, int]
+    recompute: dict[str, dict[str, int]]
+    """Repeated ones by recompute mode."""
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """One engine's memory and traffic."""
+
+    saved: tuple[Saved, ...]
+    zero: dict[int, ZeroRule]
+    tp_sequence: TpTraffic
+    """With sequence parallelism."""
+    tp_plain: TpTraffic
+    """Without."""
+    elementwise_forward: dict[str, Elementwise]
+    """By MLP kind, `gelu` or `gated`."""
+    elementwise_backward: dict[str, Elementwise]
+    recomputed: dict[str, tuple[str, ...]]
+    """Operators repeated in backward by recompute mode: of `gemm`, `attention`, `elementwise`."""
+    logit_bytes: float
+    """Peak bytes of the loss for each token and vocabulary entry, at e = 2."""
+    logit_bytes_fp32: float
+    """The same at e = 4."""
+    logits_split: bool
+    """The logits are split over the tp group (vocabulary-parallel loss)."""
+    head_hidden: float
+    """Rows of h elements kept for the head, a token, split like the sequence."""
+    head_gathered: float
+    """Rows of h elements kept for the head when tp > 1, a token, never split."""
+    loss_traffic: float
+    """Bytes moved by the loss for each token and vocabulary entry, forward and backward."""
+    backward_mlp: float
+    """Temporary rows of f elements in a layer's backward, a token, split over tp."""
+    backward_hidden: float
+    """Temporary rows of h elements in a layer's backward, a token, never split."""
+    receive_all_microbatches: bool
+    """Pipeline receive buffers exist for every micro-batch; otherwise for `receive_count`."""
+    receive_count: int
+    keeps_stage_output: bool
+    """Each micro-batch in flight holds its stage's output too."""
+    pp_exposed: dict[str, float]
+    """Share of the pipeline's point-to-point time that is not hidden, by schedule."""
+    tp_overlap: float
+    """Share of tp collectives that hides under compute."""
+    dp_window: float
+    """Share of one micro-batch's stage time under which step-wise traffic hides."""
+    dp_floor: float
+    """Share of dp traffic that is exposed even when it would fit."""
+    kernels_forward: float
+    """Kernels that the host launches for one layer forward: the floor under small layers."""
+    kernels_backward: float
+    optimizer_bytes: float
+    """Bytes that clipping and the optimizer move for each parameter they own."""
+    optimizer_whole_bytes: float
+    """Bytes moved for each parameter of the rank, sharded or not."""
+    step_seconds: float
+    """Fixed host time of one step."""
+    reserved_ratio: float
+    """Reserved over allocated memory."""
+    max_chunks: int = 64
+    origin: dict[str, str] = field(default_factory=dict)
+    """Where values come from, by field."""
+
+    def size(self, size: Size, compute_bytes: int) -> float:
+        """Bytes of a `Size` at a compute type."""
+        return float(compute_bytes) if isinstance(size, str) else float(size)

@@ -1,0 +1,62 @@
+"""How long collectives take: latency and size over bandwidth, on the tiers that a group really crosses. Seconds.
+
+Ranks are numbered with tp innermost, then cp, dp, pp outermost. A group of n ranks with stride st (the product of the
+inner degrees) crosses tier t when it does not fit into one domain of tier t - 1. Groups that cross a domain's border at
+the same time share its uplinks: each has as many as it has ranks in the domain.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from planner.cost.task import Floats
+from planner.specs.hardware import HardwareProfile, Tier
+
+_MOVED = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
+
+
+def _efficiency(tier: Tier, n_bytes: Floats) -> Floats:
+    """Share of the bandwidth that messages of `n_bytes` a rank reach: log-interpolated, held at the ends."""
+    points = tier.efficiency.points
+    sizes = np.log([p[0] for p in points])
+    return np.interp(np.log(np.maximum(n_bytes, 1.0)), sizes, [p[1] for p in points])
+
+
+def collective_seconds(op: str, n: Floats, stride: Floats, n_bytes: Floats, hardware: HardwareProfile) -> Floats:
+    """Time of `op` over groups of `n` ranks at `stride`; `n_bytes` is the full tensor (the gathered one).
+
+    A ring moves (n - 1) / n of the tensor through every link, an all-reduce twice that, or less where the switches add
+    (Thakur 2005; NCCL's algorithm bandwidths). Latency: the ring's steps, or two tree depths when that is less. All-to-all counts only bytes that leave the domain on outer tiers.
+    """
+    n, stride, n_bytes = np.broadcast_arrays(np.asarray(n, float), stride, n_bytes)
+    moved = (n - 1.0) / np.maximum(n, 1.0) * n_bytes
+    total = np.zeros(n.shape)
+    latency = np.zeros(n.shape)
+    inner = 1.0  # devices of the domain inside this tier
+    span = n * stride
+    for depth, tier in enumerate(hardware.network):
+        crosses = (n > 1) & (span > inner)
+        ranks = np.clip(np.floor(inner / stride), 1.0, n)  # ranks of the group inside one inner domain
+        domains = np.ceil(n / ranks)
+        if tier.size is not None:
+            domains = np.minimum(domains, np.maximum(1.0, np.ceil(tier.size / np.maximum(stride, inner))))
+        factor = tier.all_reduce.base if op == "all_reduce" and tier.all_reduce else _MOVED[op]
+        share = moved if op != "all_to_all" or depth == 0 else n_bytes * np.maximum(n - ranks, 0.0) / np.maximum(n, 1.0)
+        rate = tier.bandwidth.base * (ranks if depth else 1.0) * _efficiency(tier, n_bytes / np.maximum(n, 1.0))
+        total = np.where(crosses, np.maximum(total, factor * share / rate), total)
+        steps = np.minimum(domains - 1.0, 2.0 * np.ceil(np.log2(np.maximum(domains, 1.0))))
+        latency = np.where(crosses, latency + factor * tier.latency.base * steps, latency)
+        inner = float(tier.size) if tier.size is not None else np.inf
+    return total + latency
+
+
+def neighbour_seconds(span: Floats, n_bytes: Floats, hardware: HardwareProfile) -> Floats:
+    """Time to send `n_bytes` to the next rank of a group that spans `span` devices: on the outermost tier it crosses."""
+    span, n_bytes = np.broadcast_arrays(np.asarray(span, float), n_bytes)
+    result = np.zeros(span.shape)
+    inner = 1.0
+    for tier in hardware.network:
+        seconds = tier.latency.base + n_bytes / (tier.bandwidth.base * _efficiency(tier, n_bytes))
+        result = np.where(span > inner, seconds, result)
+        inner = float(tier.size) if tier.size is not None else np.inf
+    return result

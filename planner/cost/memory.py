@@ -1,0 +1,158 @@
+"""Bytes on one device: states, saved activations, transients. Integers, rounded up, so that nothing is understated.
+
+The peak of a pipeline rank is the largest of three moments: the backward of a layer (or of the head, on the last rank)
+while the most micro-batches are in flight, and the optimizer's update. Formulas: Rajbhandari 2020 (ZeRO), Korthikanti
+2022 (activations), and the engine's accounting, which says what each engine keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from planner.cost.accounting import Held, Saved
+from planner.cost.task import Floats, Ints, LayoutArray, Task
+from planner.specs.layout import RECOMPUTE_MODES
+
+PARTS = ("params", "grads", "optimizer")
+
+
+def ceil(values: Any) -> Ints:
+    """Round up to int64; 1e-9 relative slack keeps whole numbers whole."""
+    return np.ceil(values * (1.0 - 1e-12)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Saved bytes of one micro-batch; arrays over (tp, cp, micro_batch, sequence_parallel) combinations."""
+
+    layer: tuple[Ints, Ints, Ints]
+    """One layer under (none, selective, full) recompute."""
+    backward: Ints
+    """Temporaries of one layer's backward."""
+    boundary: Ints
+    """The tensor between two stages."""
+    head: Ints
+    """Logits, loss and the head's inputs at their peak."""
+
+
+def activation_bytes(task: Task, combos: LayoutArray) -> ActivationBytes:
+    """Activation sizes for each combination."""
+    model, a, e = task.model, task.accounting, task.job.compute_bytes
+    tp = combos.tp.astype(float)
+    split = np.where(combos.sequence_parallel == 1, tp, 1.0)
+    tokens = combos.micro_batch * (task.job.seq_len / combos.cp)
+    layers = tuple(ceil(tokens * _saved(task, a.saved, mode, combos)) for mode in RECOMPUTE_MODES)
+    temporaries = e * (a.backward_mlp * model.mlp_width / tp + a.backward_hidden * model.hidden)
+    logit = a.logit_bytes if e == 2 else a.logit_bytes_fp32
+    head_rows = a.head_hidden / split + np.where(tp > 1, a.head_gathered, 0.0)
+    logits = logit * model.vocab / (tp if a.logits_split else np.ones_like(tp))
+    return ActivationBytes(
+        (layers[0], layers[1], layers[2]),
+        ceil(tokens * temporaries),
+        ceil(tokens * e * model.hidden / split),
+        ceil(tokens * (logits + e * head_rows * model.hidden)),
+    )
+
+
+def _saved(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArray) -> Floats:
+    """Bytes that one layer saves for a token under a recompute mode."""
+    model = task.model
+    widths = {
+        "hidden": model.hidden,
+        "q": model.q_width,
+        "kv": model.kv_width,
+        "mlp": model.mlp_width,
+        "heads": model.heads,
+        "one": 1,
+    }
+    tp = combos.tp.astype(float)
+    sequence = combos.sequence_parallel == 1
+    divisors = {"tensor": tp, "sequence": np.where(sequence, tp, 1.0), "none": np.ones_like(tp)}
+    conditions = {
+        "gated": model.layer.mlp.kind == "gated",
+        "gelu": model.layer.mlp.kind == "gelu",
+        "rmsnorm": model.norm == "rmsnorm",
+        "layernorm": model.norm == "layernorm",
+        "qk_norm": model.layer.attention.qk_norm,
+        "gathered": sequence & (tp > 1),
+        "not_gathered": ~(sequence & (tp > 1)),
+    }
+    total = np.zeros_like(tp)
+    for item in saved:
+        if mode not in item.kept:
+            continue
+        present = np.ones_like(tp)
+        for condition in item.only:
+            present = present * np.asarray(conditions[condition], float)
+        size = task.accounting.size(item.size, task.job.compute_bytes)
+        total = total + present * item.count * widths[item.width] * size / divisors[item.split]
+    return total
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes for one parameter of a rank; arrays over (zero, D, accumulating) combinations, by part."""
+
+    backward: dict[str, Floats]
+    update: dict[str, Floats]
+    unit: Floats
+    """Transient bytes for a parameter of the layer in flight."""
+    head: Floats
+    """Transient bytes for a parameter of the head's unit."""
+    last_unit: Floats
+    """Transient bytes for a parameter of the largest unit when backward ends."""
+
+
+def state_bytes(task: Task, zero: Ints, shard: Ints, microbatches: Ints) -> StateBytes:
+    """State sizes a parameter for each entry, under the engine's rule of its ZeRO stage."""
+    a = task.accounting
+
+    def total(field: str, part: str | None) -> Floats:
+        result = np.zeros(len(zero))
+        for stage, rule in a.zero.items():
+            held: tuple[Held, ...] = getattr(rule, field)
+            chosen = zero == stage
+            for item in held:
+                if part is not None and item.part != part:
+                    continue
+                size = a.size(item.size, task.job.compute_bytes)
+                present = {"always": chosen, "accumulating": chosen & (microbatches > 1), "sharded": chosen & (shard > 1)}
+                result += np.where(present[item.when], size / (shard if item.shard else 1.0), 0.0)
+        return result
+
+    return StateBytes(
+        {part: total("backward", part) for part in PARTS},
+        {part: total("update", part) for part in PARTS},
+        total("unit_transient", None),
+        total("head_transient", None),
+        total("update_transient", None),
+    )
+
+
+def rank_params(task: Task, layouts: LayoutArray) -> dict[str, Floats]:
+    """Parameters that one tp rank holds: of a layer, the embedding (with positions), the head, the final norm.
+
+    `own_head` is the head as parameters of its own: a tied head on the embedding's own rank has none, on another rank
+    it is a copy.
+    """
+    model, tp = task.model, layouts.tp
+    group = model.layer
+    split = model.matmul_params_of(group) + model.split_bias_params_of(group)
+    return {
+        "layer": split / tp + model.whole_params_of(group),
+        "embedding": model.embedding_params / tp + model.position_params,
+        "head": model.embedding_params / tp,
+        "own_head": np.where((layouts.pp == 1) & model.tied_embeddings, 0.0, model.embedding_params / tp),
+        "norm": np.full(len(tp), float(model.norm_params)),
+    }
+
+
+def communicators(layouts: LayoutArray) -> Ints:
+    """Process groups over more than one rank that a device belongs to: tp, cp, dp (with cp), pp, and the world."""
+    world = layouts.tp * layouts.cp * layouts.dp * layouts.pp
+    groups = (layouts.tp, layouts.cp, layouts.shard, layouts.pp, world)
+    return np.sum([(g > 1).astype(np.int64) for g in groups], axis=0)

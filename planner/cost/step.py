@@ -1,0 +1,415 @@
+"""One optimizer step: integer primitives of each layout, and the time and memory of its stages from them.
+
+The integer model that search, estimate and proof share. Per pipeline rank s with n layers (n1 selectively, n2 fully
+recomputed), in-flight count K, m micro-batches, v chunks:
+
+    R_s = n (F + B) + n1 r1 + n2 r2 + embedding (first) + head (last) + p2p
+    T   = ceil( ( (v m - 1) max_s R_s + sum_s R_s ) / v + max_s d_s ) + constant
+    d_s = max(gradient and parameter traffic - what hides under compute, its exposed share) + optimizer
+    Mem_s = max( states + K (act + boundary) + transient, update states + update transient ) + buffers
+
+Every primitive is rounded up to whole nanoseconds and bytes. (v m - 1) max + sum is the makespan of a pipeline of
+equal stages (Narayanan 2021, section 2.2) and not below it for unequal ones; `schedules.simulate` checks it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from planner.cost import memory, operators
+from planner.cost.collectives import collective_seconds, neighbour_seconds
+from planner.cost.compute import overlapped, streaming_seconds
+from planner.cost.memory import ceil
+from planner.cost.schedules import in_flight, in_flight_layers
+from planner.cost.task import Bools, Floats, Ints, LayoutArray, StageArray, Task
+from planner.specs.layout import SCHEDULES
+
+
+@dataclass(frozen=True)
+class Primitives:
+    """Integers of each layout: ns for one micro-batch, bytes for one rank. int64 arrays of equal length."""
+
+    # time of one layer and micro-batch
+    forward: Ints
+    backward: Ints
+    recompute1: Ints
+    """Extra time of one selectively recomputed layer."""
+    recompute2: Ints
+    """Extra time of one fully recomputed layer."""
+    # time of a rank
+    embedding: Ints
+    head: Ints
+    p2p: Ints
+    """Exposed send and receive of one micro-batch, forward and backward, all chunks."""
+    # once a step
+    comm: Ints
+    """Step-wise dp traffic of one layer."""
+    comm_first: Ints
+    comm_last: Ints
+    hide: Ints
+    """dp traffic that one layer's compute hides."""
+    floor: Ints
+    """Part of `comm` that stays exposed in any case."""
+    floor_first: Ints
+    floor_last: Ints
+    update: Ints
+    """Optimizer time of one layer."""
+    update_first: Ints
+    update_last: Ints
+    constant: Ints
+    # bytes
+    state: Ints
+    """States of one layer while micro-batches run."""
+    state_first: Ints
+    state_last: Ints
+    updating: Ints
+    """States of one layer while the optimizer runs."""
+    updating_first: Ints
+    updating_last: Ints
+    updating_transient: Ints
+    """Reduction buffers of the largest unit when backward ends (any rank)."""
+    updating_transient_first: Ints
+    updating_transient_last: Ints
+    act0: Ints
+    """Saved activations of one layer and micro-batch without recompute."""
+    act1: Ints
+    """... with selective recompute."""
+    act2: Ints
+    """... with full recompute."""
+    transient: Ints
+    """Temporaries of one layer's backward, gathered copies included."""
+    head_transient: Ints
+    boundary: Ints
+    """Stage output kept for each chunk-micro-batch in flight."""
+    receive: Ints
+    """Receive buffers of one chunk and direction."""
+    chunks: Ints
+    """v."""
+    fixed: Ints
+    """Library workspaces."""
+    capacity: Ints
+    """What the allocator may hold: the limit less what lies outside, over the reserved ratio."""
+    outside: Ints
+    """Driver context and communicators."""
+
+    def take(self, rows: Ints | Bools) -> Primitives:
+        """The primitives at `rows`."""
+        return Primitives(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class TimeParts:
+    """Float seconds behind `Primitives.forward` and its like, for the breakdown. Arrays over layouts."""
+
+    compute: Floats
+    tp: Floats
+    cp: Floats
+    zero: Floats
+    """Exposed gathers and reductions of every micro-batch."""
+    head_tp: Floats
+    recompute_tp: tuple[Floats, Floats]
+
+
+def primitives(task: Task, layouts: LayoutArray) -> Primitives:
+    """The integers of each layout."""
+    return primitives_with_parts(task, layouts)[0]
+
+
+def primitives_with_parts(task: Task, layouts: LayoutArray) -> tuple[Primitives, TimeParts]:
+    """The integers, and the float times that they were made of."""
+    block, spread = _combinations(layouts, ("tp", "cp", "micro_batch", "sequence_parallel"))
+    seconds = operators.layer_seconds(task, block)
+    shared, share = _combinations(layouts, ("tp", "cp", "micro_batch", "sequence_parallel", "dp", "zero"), accumulate=True)
+    to_block = _locate(block, shared)
+    traffic = _dp_traffic(task, shared, seconds, to_block)
+    states = _states(task, shared)
+    acts = memory.activation_bytes(task, block)
+    times = _layer_ns(seconds, traffic, to_block)
+    blocks = {
+        "embedding": _ns(seconds.embedding), "head": _ns(seconds.head + seconds.head_tp),
+        "recompute1": _ns(seconds.recompute[0] + seconds.tp_recompute[0]),
+        "recompute2": _ns(seconds.recompute[1] + seconds.tp_recompute[1]),
+        "act0": acts.layer[0], "act1": acts.layer[1], "act2": acts.layer[2],
+    }  # fmt: skip
+    a, d = task.accounting, task.hardware.device
+    boundary = acts.boundary[spread]
+    buffers = np.where(a.receive_all_microbatches, layouts.microbatches, a.receive_count)
+    outside = ceil(d.context.base + d.communicator.base * memory.communicators(layouts))
+    many = layouts.pp > 1
+    result = Primitives(
+        **{k: v[spread] for k, v in blocks.items()},
+        **{k: v[share] for k, v in (times | traffic.ns | states).items()},
+        p2p=_p2p(task, layouts, boundary),
+        constant=np.full(len(layouts), int(a.step_seconds * 1e9), dtype=np.int64),
+        transient=acts.backward[spread] + _unit(task, shared)[0][share],
+        head_transient=acts.head[spread] + _unit(task, shared)[1][share],
+        boundary=np.where(many & a.keeps_stage_output, boundary, 0),
+        receive=np.where(many, boundary * buffers, 0),
+        chunks=layouts.virtual_stages,
+        fixed=np.full(len(layouts), int(d.workspace.base), dtype=np.int64),
+        capacity=np.floor((task.limit - outside) / a.reserved_ratio).astype(np.int64),
+        outside=outside,
+    )
+    parts = TimeParts(
+        compute=(seconds.forward + seconds.backward)[spread],
+        tp=(seconds.tp_forward + seconds.tp_backward)[spread],
+        cp=(seconds.cp_forward + seconds.cp_backward)[spread],
+        zero=(traffic.forward + traffic.backward)[share],
+        head_tp=seconds.head_tp[spread],
+        recompute_tp=(seconds.tp_recompute[0][spread], seconds.tp_recompute[1][spread]),
+    )
+    return result, parts
+
+
+def _ns(seconds: Floats) -> Ints:
+    return ceil(seconds * 1e9)
+
+
+def _combinations(layouts: LayoutArray, names: tuple[str, ...], accumulate: bool = False) -> tuple[LayoutArray, Ints]:
+    """Distinct combinations of some columns as layouts, and which of them each layout has."""
+    key = np.zeros(len(layouts), dtype=np.int64)
+    for name in names:
+        column = getattr(layouts, name)
+        key = key * (int(column.max(initial=0)) + 1) + column
+    if accumulate:
+        key = (key * 2 + (layouts.microbatches > 1)) * 2 + (layouts.pp == 1)
+    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+    return layouts.take(first), inverse.ravel()
+
+
+def _locate(block: LayoutArray, layouts: LayoutArray) -> Ints:
+    """For each of `layouts`, the entry of `block` with the same (tp, cp, micro_batch, sequence_parallel)."""
+    index = {
+        k: i
+        for i, k in enumerate(
+            zip(*(c.tolist() for c in (block.tp, block.cp, block.micro_batch, block.sequence_parallel)), strict=True)
+        )
+    }
+    keys = zip(*(c.tolist() for c in (layouts.tp, layouts.cp, layouts.micro_batch, layouts.sequence_parallel)), strict=True)
+    return np.array([index[k] for k in keys], dtype=np.int64)
+
+
+# ---- data-parallel traffic -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _DpTraffic:
+    forward: Floats
+    """Exposed seconds of a layer's per-micro-batch traffic under forward."""
+    backward: Floats
+    ns: dict[str, Ints]
+    """Step-wise primitives."""
+
+
+def _dp_traffic(task: Task, layouts: LayoutArray, seconds: operators.LayerSeconds, to_block: Ints) -> _DpTraffic:
+    """Traffic over the D ranks that share parameters: what each micro-batch exposes, and what a step does once."""
+    a, slow = task.accounting, task.hardware.overlap_slowdown.base
+    params = memory.rank_params(task, layouts)
+    size = len(layouts)
+    step = {place: np.zeros(size) for place in ("layer", "first", "last")}
+    each = {"forward": np.zeros(size), "backward": np.zeros(size)}
+    for zero, rule in a.zero.items():
+        rows = np.nonzero(layouts.zero == zero)[0]
+        for item in rule.traffic:
+            n_bytes = a.size(item.size, task.job.compute_bytes)
+            cost = {
+                place: collective_seconds(
+                    item.op,
+                    layouts.shard[rows].astype(float),
+                    layouts.tp[rows].astype(float),
+                    n_bytes * count[rows],
+                    task.hardware,
+                )
+                for place, count in _places(params).items()
+            }
+            if item.per == "microbatch":
+                each[item.under][rows] += cost["layer"]
+            else:
+                for place in step:
+                    step[place][rows] += cost[place]
+    forward, backward = seconds.forward[to_block], seconds.backward[to_block]
+    exposed = [overlapped(c, each[k], slow, a.dp_floor) for k, c in (("forward", forward), ("backward", backward))]
+    own = {place: _places(params)[place] for place in step}
+    update = {
+        place: streaming_seconds(
+            a.optimizer_bytes * count / np.where(layouts.zero > 0, layouts.shard, 1) + a.optimizer_whole_bytes * count,
+            task.hardware.device,
+        )
+        for place, count in own.items()
+    }
+    suffix = {"layer": "", "first": "_first", "last": "_last"}
+    ns = {f"comm{suffix[p]}": _ns(step[p]) for p in step}
+    ns |= {f"floor{suffix[p]}": _ns(a.dp_floor * step[p]) for p in step}
+    ns |= {f"update{suffix[p]}": _ns(update[p]) for p in step}
+    ns["hide"] = np.floor(a.dp_window * (forward + backward) * 1e9).astype(np.int64)
+    return _DpTraffic(exposed[0], exposed[1], ns)
+
+
+def _places(params: dict[str, Floats]) -> dict[str, Floats]:
+    """Parameters by place: of a layer, of the first rank's extras, of the last rank's."""
+    return {"layer": params["layer"], "first": params["embedding"], "last": params["own_head"] + params["norm"]}
+
+
+def _layer_ns(seconds: operators.LayerSeconds, traffic: _DpTraffic, to_block: Ints) -> dict[str, Ints]:
+    forward = seconds.forward + seconds.tp_forward + seconds.cp_forward
+    backward = seconds.backward + seconds.tp_backward + seconds.cp_backward
+    return {
+        "forward": _ns(forward[to_block] + traffic.forward),
+        "backward": _ns(backward[to_block] + traffic.backward),
+    }
+
+
+def _p2p(task: Task, layouts: LayoutArray, boundary: Ints) -> Ints:
+    """Exposed neighbour traffic of one micro-batch: both directions through each of the v chunks."""
+    span = (layouts.tp * layouts.cp * layouts.dp * layouts.pp).astype(float)
+    once = neighbour_seconds(span, boundary.astype(float), task.hardware)
+    share = np.array([task.accounting.pp_exposed.get(name, 1.0) for name in SCHEDULES])[layouts.schedule]
+    return np.where(layouts.pp > 1, layouts.virtual_stages * _ns(2.0 * share * once), 0)
+
+
+# ---- states ------------------------------------------------------------------------------------------------------
+
+
+def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
+    """Bytes of parameters, gradients and optimizer states of a layer and of the first and last rank's extras."""
+    params = memory.rank_params(task, layouts)
+    per = memory.state_bytes(task, layouts.zero, layouts.shard, layouts.microbatches)
+    backward = sum(per.backward.values(), np.zeros(len(layouts)))
+    update = sum(per.update.values(), np.zeros(len(layouts)))
+    place = _places(params)
+    result = {}
+    for name, suffix in (("layer", ""), ("first", "_first"), ("last", "_last")):
+        result[f"state{suffix}"] = ceil(backward * place[name])
+        result[f"updating{suffix}"] = ceil(update * place[name])
+        result[f"updating_transient{suffix}"] = ceil(per.last_unit * place[name])
+    return result
+
+
+def _unit(task: Task, layouts: LayoutArray) -> tuple[Ints, Ints]:
+    """Transient bytes of the unit in flight: in a layer's backward, and in the head's."""
+    params = memory.rank_params(task, layouts)
+    per = memory.state_bytes(task, layouts.zero, layouts.shard, layouts.microbatches)
+    return ceil(per.unit * params["layer"]), ceil(per.head * params["head"])
+
+
+# ---- stages ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Time and memory of pipeline ranks; int64 arrays over the entries of a StageArray."""
+
+    time: Ints
+    """R, ns for one micro-batch."""
+    once: Ints
+    """d, ns once a step."""
+    backward_bytes: Ints
+    """Allocated while micro-batches run."""
+    update_bytes: Ints
+    """Allocated while the optimizer runs."""
+
+    @property
+    def allocated(self) -> Ints:
+        return np.maximum(self.backward_bytes, self.update_bytes)
+
+
+def stage_time(p: Primitives, first: Ints, last: Ints, layers: Ints, selective: Ints, full: Ints) -> Ints:
+    """R of ranks, ns; every argument broadcasts against the fields of `p`."""
+    return (
+        layers * (p.forward + p.backward) + selective * p.recompute1 + full * p.recompute2
+        + first * p.embedding + last * p.head + p.p2p
+    )  # fmt: skip
+
+
+def stage_once(p: Primitives, first: Ints, last: Ints, layers: Ints) -> Ints:
+    """d of ranks, ns: exposed step-wise traffic and the optimizer."""
+    traffic = layers * (p.comm - p.hide) + first * p.comm_first + last * p.comm_last
+    floor = layers * p.floor + first * p.floor_first + last * p.floor_last
+    return np.maximum(traffic, floor) + layers * p.update + first * p.update_first + last * p.update_last
+
+
+def stage_base_bytes(p: Primitives, first: Ints, last: Ints, flight: Ints) -> Ints:
+    """Bytes of a rank that do not depend on its layers, while micro-batches run."""
+    extras = first * p.state_first + last * p.state_last
+    sends = np.where(p.chunks > 1, 1, 1 - last)  # with chunks the last rank passes on all but its last one
+    return extras + sends * flight * p.boundary + receive_bytes(p, first, last) + p.fixed
+
+
+def receive_bytes(p: Primitives, first: Ints, last: Ints) -> Ints:
+    """Receive buffers of a rank: activations into all but the model's first stage, gradients into all but its last."""
+    return (2 * p.chunks - first - last) * p.receive
+
+
+def stage_transient(p: Primitives, last: Ints, mode: int) -> Ints:
+    """Peak temporaries of a rank whose strongest recompute mode is `mode` (0 none, 1 selective, 2 full)."""
+    again = (0, p.act0 - p.act1, p.act0 - p.act2)[mode]
+    return np.maximum(p.transient + again, last * p.head_transient)
+
+
+def stage_update_bytes(p: Primitives, first: Ints, last: Ints, layers: Ints) -> Ints:
+    """Bytes of a rank while the optimizer runs."""
+    transient = np.maximum(p.updating_transient, first * p.updating_transient_first)
+    transient = np.maximum(transient, last * p.updating_transient_last)
+    extras = first * p.updating_first + last * p.updating_last
+    return layers * p.updating + extras + transient + receive_bytes(p, first, last) + p.fixed
+
+
+def stage_cost(p: Primitives, layouts: LayoutArray, stages: StageArray) -> StageCost:
+    """Time and memory of each rank; `p` and `layouts` are per layout, `stages` flattened."""
+    q, x = p.take(stages.row), layouts.take(stages.row)
+    first = (stages.index == 0).astype(np.int64)
+    last = (stages.index + stages.count == x.pp).astype(np.int64)
+    n, n1, n2 = stages.layers, stages.selective, stages.full
+    flight = in_flight(x.schedule, x.pp, x.virtual_stages, x.microbatches, stages.index)
+    weight = in_flight_layers(x.schedule, x.pp, x.virtual_stages, x.microbatches, stages.index, n)
+    # With chunks a rank is recomputed as a whole or not at all, so its saved layers weigh all or nothing.
+    whole = x.virtual_stages > 1
+    weight1 = np.where(whole, np.where(n1 > 0, weight, 0), flight * n1)
+    weight2 = np.where(whole, np.where(n2 > 0, weight, 0), flight * n2)
+    saved = weight * q.act0 - weight1 * (q.act0 - q.act1) - weight2 * (q.act0 - q.act2)
+    transient = np.where(
+        n2 > 0, stage_transient(q, last, 2), np.where(n1 > 0, stage_transient(q, last, 1), stage_transient(q, last, 0))
+    )
+    return StageCost(
+        stage_time(q, first, last, n, n1, n2),
+        stage_once(q, first, last, n),
+        n * q.state + stage_base_bytes(q, first, last, flight) + saved + transient,
+        stage_update_bytes(q, first, last, n),
+    )
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Time and memory of layouts; int64 arrays over layouts."""
+
+    step: Ints
+    """T, ns."""
+    allocated: Ints
+    """Peak allocated bytes of the worst rank."""
+    fits: Bools
+
+
+def combine(p: Primitives, layouts: LayoutArray, slowest: Ints, total: Ints, once: Ints) -> Ints:
+    """T from max R, sum R and max d, ns."""
+    v = layouts.virtual_stages
+    pipeline = (v * layouts.microbatches - 1) * slowest + total
+    return -(-(pipeline + v * once) // v) + p.constant
+
+
+def step_cost(p: Primitives, layouts: LayoutArray, stages: StageArray) -> StepCost:
+    """Time and peak memory of each layout. Every layout must have at least one stage entry."""
+    cost = stage_cost(p, layouts, stages)
+    size = len(layouts)
+    order = np.argsort(stages.row, kind="stable") if np.any(np.diff(stages.row) < 0) else slice(None)
+    row = stages.row[order]
+    starts = np.searchsorted(row, np.arange(size))
+
+    def worst(values: Ints) -> Ints:
+        return np.maximum.reduceat(values[order], starts)
+
+    total = np.add.reduceat((cost.time * stages.count)[order], starts)
+    allocated = worst(cost.allocated)
+    step = combine(p, layouts, worst(cost.time), total, worst(cost.once))
+    return StepCost(step, allocated, allocated <= p.capacity)

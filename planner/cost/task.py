@@ -1,0 +1,150 @@
+"""What the cost functions are asked about: one model, job, machine and engine accounting; and arrays of layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.cost.accounting import Accounting
+from planner.errors import input_error
+from planner.specs.hardware import HardwareProfile
+from planner.specs.job import Job
+from planner.specs.layout import SCHEDULES, Layout
+from planner.specs.model import Model
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+NONE, GPIPE, ONE_F_ONE_B, INTERLEAVED = range(len(SCHEDULES))
+"""Codes of the schedules, in the order of their names."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A planning task: everything but the layout."""
+
+    model: Model
+    job: Job
+    hardware: HardwareProfile
+    gpus: int
+    accounting: Accounting
+    max_memory_fraction: float = 0.92
+
+    @property
+    def peak(self) -> float:
+        """Dense peak of one device at the job's precision, FLOP/s. Raises InputError when the profile lacks it."""
+        figure = self.hardware.device.peak.get(self.job.precision)
+        if figure is None:
+            known = ", ".join(self.hardware.device.peak)
+            what = f"profile {self.hardware.name} has no peak rate for {self.job.precision}"
+            raise input_error(
+                "PLN120", what, f"it has {known}", f"add device.peak.{self.job.precision}, or choose another precision"
+            )
+        return figure.base
+
+    @property
+    def limit(self) -> int:
+        """Bytes that a plan may fill on one device."""
+        return int(self.hardware.device.memory.base * self.max_memory_fraction)
+
+
+@dataclass(frozen=True)
+class LayoutArray:
+    """The outer choices of many layouts, one entry each, int64 arrays of equal length."""
+
+    tp: Ints
+    cp: Ints
+    pp: Ints
+    dp: Ints
+    ep: Ints
+    etp: Ints
+    zero: Ints
+    micro_batch: Ints
+    schedule: Ints
+    """Code of the schedule."""
+    virtual_stages: Ints
+    sequence_parallel: Ints
+    """0 or 1."""
+    microbatches: Ints
+    """m = global_batch / (dp * micro_batch)."""
+
+    def __len__(self) -> int:
+        return len(self.tp)
+
+    def take(self, rows: Ints | Bools) -> LayoutArray:
+        """The layouts at `rows`."""
+        return LayoutArray(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    @property
+    def shard(self) -> Ints:
+        """D, the ranks over which ZeRO shards."""
+        return self.dp * self.cp
+
+    @classmethod
+    def of(cls, layouts: Sequence[Layout], job: Job) -> LayoutArray:
+        """The outer choices of spec layouts."""
+
+        def column(name: str) -> Ints:
+            return np.array([getattr(x, name) for x in layouts], dtype=np.int64)
+
+        return cls(
+            **{name: column(name) for name in ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "virtual_stages")},
+            schedule=np.array([SCHEDULES.index(x.schedule) for x in layouts], dtype=np.int64),
+            sequence_parallel=column("sequence_parallel"),
+            microbatches=np.array([x.microbatches(job) for x in layouts], dtype=np.int64),
+        )
+
+
+@dataclass(frozen=True)
+class StageArray:
+    """Pipeline ranks of many layouts, flattened: `count` equal neighbouring ranks an entry, the first one at `index`.
+
+    Only ranks that differ in nothing but their place may share an entry; since fewer micro-batches are in flight on
+    later ranks, the first of a run needs the most memory.
+    """
+
+    row: Ints
+    """Entry of the LayoutArray."""
+    index: Ints
+    """Pipeline rank, 0 first."""
+    count: Ints
+    layers: Ints
+    selective: Ints
+    full: Ints
+
+    @classmethod
+    def of(cls, layouts: Sequence[Layout]) -> StageArray:
+        """One entry a pipeline rank of spec layouts."""
+        rows = []
+        for row, layout in enumerate(layouts):
+            rows += [(row, i, 1, s.layers, *s.counts) for i, s in enumerate(layout.stages)]
+        table = np.array(rows, dtype=np.int64).reshape(-1, 6)
+        return cls(*(table[:, i].copy() for i in range(6)))
+
+
+def even_runs(layouts: LayoutArray, n_layers: int, recompute: int) -> StageArray:
+    """Even splits of `n_layers` (first and last rank light when they do not divide), one recompute mode for all.
+
+    `recompute`: 0 none, 1 selective, 2 full. At most four runs a layout.
+    """
+    pp = layouts.pp
+    base, extra = n_layers // pp, n_layers % pp
+    middle = np.minimum(extra, np.maximum(pp - 2, 0))
+    first_heavy = (extra > middle).astype(np.int64)
+    rows = np.arange(len(layouts))
+    zero = np.zeros_like(pp)
+    parts = [
+        (rows, zero, np.ones_like(pp), base + first_heavy),
+        (rows, zero + 1, middle, base + 1),
+        (rows, 1 + middle, np.maximum(pp - 2, 0) - middle, base),
+        (rows, pp - 1, (pp > 1).astype(np.int64), base),
+    ]
+    row, index, count, layers = (np.concatenate([p[i] for p in parts]) for i in range(4))
+    keep = count > 0
+    row, index, count, layers = row[keep], index[keep], count[keep], layers[keep]
+    none = np.zeros_like(layers)
+    return StageArray(row, index, count, layers, layers if recompute == 1 else none, layers if recompute == 2 else none)

@@ -1,0 +1,246 @@
+"""What an engine is: rules that accept or refuse a layout, and its accounting. Rules are data, used everywhere.
+
+Search counts the layouts that each rule excludes, `check` and `estimate` print the same rule with its numbers, the
+runtime refuses by it before it builds anything. A rule is a predicate over arrays of layouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from planner.cost.accounting import Accounting
+from planner.cost.task import GPIPE, INTERLEAVED, NONE, ONE_F_ONE_B, Bools, LayoutArray, Task
+from planner.errors import Problem
+from planner.specs.layout import SCHEDULES, Layout
+from planner.specs.model import Model
+
+Predicate = Callable[[Task, LayoutArray], Bools]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that a layout must satisfy. Texts are templates over the layout's, model's and job's values."""
+
+    code: str
+    name: str
+    """Short: the key of the certificate's histogram."""
+    violated: Predicate
+    what: str
+    why: str
+    fix: str
+
+    def problem(self, values: dict[str, Any]) -> Problem:
+        """The finding for one layout's values."""
+        return Problem(self.code, self.what.format(**values), self.why.format(**values), self.fix.format(**values))
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine: its name, what it refuses, how it counts."""
+
+    name: str
+    title: str
+    rules: tuple[Rule, ...]
+    accounting: Accounting
+    zero_stages: tuple[int, ...]
+    """ZeRO stages worth enumerating."""
+    schedules: tuple[str, ...]
+    """Schedules that it runs, without `none`."""
+    sequence_parallel: tuple[int, ...]
+    """Choices when tp > 1."""
+    context_parallel: bool
+    """Whether it splits the sequence (cp > 1)."""
+
+    @property
+    def all_rules(self) -> tuple[Rule, ...]:
+        """Rules of every engine, then its own."""
+        return COMMON_RULES + self.rules
+
+
+def _divides(n: np.ndarray | int, d: np.ndarray) -> Bools:
+    return np.asarray(n % np.maximum(d, 1) == 0)
+
+
+def _all(layouts: LayoutArray, value: bool) -> Bools:
+    return np.full(len(layouts), value)
+
+
+COMMON_RULES: tuple[Rule, ...] = (
+    Rule(
+        "PLN201", "world = tp cp pp dp",
+        lambda t, x: x.tp * x.cp * x.pp * x.dp != t.gpus,
+        "tp {tp} x cp {cp} x pp {pp} x dp {dp} is {product} devices, the cluster has {gpus}",
+        "every device belongs to exactly one rank",
+        "choose degrees whose product is {gpus}",
+    ),
+    Rule(
+        "PLN202", "heads % tp",
+        lambda t, x: ~_divides(t.model.heads, x.tp),
+        "tp {tp} does not divide the {heads} attention heads",
+        "{heads} / {tp} is not a whole number",
+        "choose tp from the divisors of {heads}",
+    ),
+    Rule(
+        "PLN203", "mlp width % tp",
+        lambda t, x: ~_divides(t.model.mlp_width, x.tp),
+        "tp {tp} does not divide the MLP width {mlp_width}",
+        "{mlp_width} / {tp} is not a whole number",
+        "choose another tp",
+    ),
+    Rule(
+        "PLN204", "vocab % tp",
+        lambda t, x: ~_divides(t.model.vocab, x.tp),
+        "tp {tp} does not divide the vocabulary {vocab}",
+        "embedding and head are split over tp by rows",
+        "pad the vocabulary to a multiple of {tp}, or choose another tp",
+    ),
+    Rule(
+        "PLN205", "global batch % (dp micro_batch)",
+        lambda t, x: ~_divides(t.job.global_batch, x.dp * x.micro_batch),
+        "global batch {global_batch} is not divisible by dp {dp} x micro_batch {micro_batch}",
+        "each data-parallel rank runs a whole number of micro-batches",
+        "choose dp and micro_batch whose product divides {global_batch}, or change the global batch",
+    ),
+    Rule(
+        "PLN206", "schedule fits pp",
+        lambda t, x: (x.schedule == NONE) != (x.pp == 1),
+        "schedule {schedule} with pp {pp}",
+        "a pipeline schedule needs pp > 1, and pp > 1 needs one",
+        "set schedule: none exactly when pp is 1",
+    ),
+    Rule(
+        "PLN207", "virtual stages fit schedule",
+        lambda t, x: (x.schedule == INTERLEAVED) != (x.virtual_stages > 1),
+        "schedule {schedule} with {virtual_stages} virtual stage(s)",
+        "only interleaved has virtual stages, and it has at least 2",
+        "set virtual_stages: 1, or schedule: interleaved with 2 or more",
+    ),
+    Rule(
+        "PLN208", "layers >= stages",
+        lambda t, x: x.pp * x.virtual_stages > t.model.n_layers,
+        "pp {pp} x {virtual_stages} virtual stages need more layers than the {n_layers} there are",
+        "every chunk of the pipeline holds a layer",
+        "choose fewer stages",
+    ),
+    Rule(
+        "PLN209", "interleaved: micro-batches % pp",
+        lambda t, x: (x.schedule == INTERLEAVED) & ~_divides(x.microbatches, x.pp),
+        "interleaved runs {microbatches} micro-batches on pp {pp}",
+        "it passes micro-batches through chunks in groups of pp",
+        "make global_batch / (dp x micro_batch) a multiple of {pp}",
+    ),
+    Rule(
+        "PLN210", "zero needs dp",
+        lambda t, x: (x.zero > 0) & (x.shard == 1),
+        "zero {zero} with dp x cp = 1",
+        "there is nothing to shard over",
+        "set zero: 0, or use more data-parallel ranks",
+    ),
+    Rule(
+        "PLN211", "sequence parallel needs tp",
+        lambda t, x: (x.sequence_parallel == 1) & (x.tp == 1),
+        "sequence_parallel with tp 1",
+        "it splits the sequence inside the tensor-parallel group",
+        "set sequence_parallel: false",
+    ),
+    Rule(
+        "PLN212", "sequence % tp",
+        lambda t, x: (x.sequence_parallel == 1) & ~_divides(t.job.seq_len, x.tp * x.cp),
+        "sequence length {seq_len} is not divisible by tp {tp} x cp {cp}",
+        "sequence parallelism gives each rank an equal share of the tokens",
+        "choose another sequence length or tp",
+    ),
+    Rule(
+        "PLN213", "sequence % 2cp",
+        lambda t, x: (x.cp > 1) & ~_divides(t.job.seq_len, 2 * x.cp),
+        "sequence length {seq_len} is not divisible by 2 x cp {cp}",
+        "context parallelism gives each rank two equal pieces, to balance causal attention",
+        "choose another sequence length or cp",
+    ),
+    Rule(
+        "PLN214", "expert degrees need experts",
+        lambda t, x: (x.ep > 1) | (x.etp > 1),
+        "ep {ep}, etp {etp} on a model without experts",
+        "expert parallelism spreads experts",
+        "set ep: 1 and etp: 1",
+    ),
+    Rule(
+        "PLN215", "sequence <= learned positions",
+        lambda t, x: _all(x, t.model.positions == "learned" and t.job.seq_len > (t.model.max_positions or 0)),
+        "sequence length {seq_len} exceeds the {max_positions} learned positions",
+        "the position embedding has no rows for the rest",
+        "shorten the sequence, or raise max_positions in the model",
+    ),
+)  # fmt: skip
+"""True of every engine."""
+
+
+def kv_heads_divisible(task: Task, layouts: LayoutArray) -> Bools:
+    """tp divides the key/value heads (engines that do not replicate them)."""
+    return ~_divides(task.model.kv_heads, layouts.tp)
+
+
+def kv_heads_replicable(task: Task, layouts: LayoutArray) -> Bools:
+    """tp divides the key/value heads or is a multiple of them."""
+    kv = task.model.kv_heads
+    return ~(_divides(kv, layouts.tp) | (layouts.tp % kv == 0))
+
+
+def microbatches_below_pp(task: Task, layouts: LayoutArray) -> Bools:
+    """1F1B with fewer micro-batches than stages."""
+    return (layouts.schedule == ONE_F_ONE_B) & (layouts.microbatches < layouts.pp)
+
+
+def gpipe(task: Task, layouts: LayoutArray) -> Bools:
+    """The schedule is GPipe."""
+    return layouts.schedule == GPIPE
+
+
+def values_of(task: Task, layout: Layout) -> dict[str, Any]:
+    """What a rule's texts may name, for one layout."""
+    model, job = task.model, task.job
+    return {
+        **layout.model_dump(exclude={"stages"}),
+        "product": layout.world_size, "gpus": task.gpus, "microbatches": layout.microbatches(job),
+        "heads": model.heads, "kv_heads": model.kv_heads, "mlp_width": model.mlp_width, "vocab": model.vocab,
+        "n_layers": model.n_layers, "max_positions": model.max_positions, "model": model.name,
+        "seq_len": job.seq_len, "global_batch": job.global_batch, "precision": job.precision,
+    }  # fmt: skip
+
+
+def layout_problems(task: Task, engine: Engine, layout: Layout) -> list[Problem]:
+    """Every rule that one layout breaks, and what is wrong with its stages."""
+    array = LayoutArray.of([layout], task.job)
+    values = values_of(task, layout)
+    found = [rule.problem(values) for rule in engine.all_rules if bool(rule.violated(task, array)[0])]
+    return found + stage_problems(task.model, layout)
+
+
+def stage_problems(model: Model, layout: Layout) -> list[Problem]:
+    """What is wrong with a layout's list of stages."""
+    found = []
+    held = sum(s.layers for s in layout.stages)
+    if len(layout.stages) != layout.pp:
+        found.append(Problem("PLN221", f"{len(layout.stages)} stages listed for pp {layout.pp}",
+                             "stages has one entry a pipeline rank", f"list {layout.pp} stages"))  # fmt: skip
+    if held != model.n_layers:
+        found.append(Problem("PLN222", f"the stages hold {held} layers, {model.name} has {model.n_layers}",
+                             "every layer belongs to exactly one stage", "correct the stages' layers"))  # fmt: skip
+    v = layout.virtual_stages
+    if any(s.layers < v for s in layout.stages):
+        found.append(Problem("PLN223", f"a stage holds fewer layers than its {v} chunks",
+                             "every chunk holds a layer", "give each stage more layers, or use fewer chunks"))  # fmt: skip
+    if v > 1 and any(max(s.counts) not in (0, s.layers) for s in layout.stages):
+        found.append(Problem("PLN224", "a stage with chunks is recomputed in part",
+                             "with virtual stages a stage is recomputed as a whole",
+                             "use none, selective or full"))  # fmt: skip
+    return found
+
+
+def schedule_codes(engine: Engine) -> tuple[int, ...]:
+    """Codes of the schedules that an engine runs, without `none`."""
+    return tuple(SCHEDULES.index(name) for name in engine.schedules)

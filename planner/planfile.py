@@ -1,0 +1,252 @@
+"""The plan file: schema, version, canonical form, digest, read, write.
+
+Comes in: what `planning` assembled, or a file. Goes out: a `Plan` that holds everything a launcher and the runtime
+need; they read nothing else. The digest covers what decides the job and its prediction, not how long the search took.
+(The module is not called `plan`, because `planner.plan` is the function.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from planner._version import __version__
+from planner.errors import Location, input_error
+from planner.specs import files
+from planner.specs.base import Spec
+from planner.specs.job import Job
+from planner.specs.layout import Layout
+from planner.specs.model import Model
+from planner.specs.policy import Policy
+
+FORMAT_VERSION = "1.0"
+
+
+class Cluster(Spec):
+    """The machine that a plan is made for, as far as launching needs it."""
+
+    hardware: str
+    """Name of the hardware profile."""
+    nodes: int
+    gpus: int
+    """Devices in all (processes, on a CPU)."""
+    node_size: int
+    """Devices of one node."""
+    device: str
+    device_kind: Literal["cuda", "rocm", "cpu"]
+    peak_flops: float
+    """Dense peak of one device at the job's precision, FLOP/s."""
+
+
+class StageMemory(Spec):
+    """Memory of one pipeline rank at its peak, GiB by part. The parts up to `transient` add up to `allocated`."""
+
+    stage: int
+    params: float
+    grads: float
+    optimizer: float
+    activations: float
+    buffers: float
+    """Receive buffers, stage outputs, library workspaces."""
+    transient: float
+    """What lives only at the peak: head and loss, gathered or recomputed layers, optimizer temporaries."""
+    allocated: float
+    """Sum of the above: what the framework's allocator reports."""
+    reserved: float
+    """Allocated and what the allocator keeps beside it."""
+    outside: float
+    """Driver context and communicators."""
+    total: float
+    """All that the device holds: reserved and outside."""
+    headroom: float
+    """Limit minus total."""
+    cause: str
+    """Which moment is the peak."""
+
+
+class Memory(Spec):
+    """Peak memory of the worst pipeline rank, and of each."""
+
+    limit_gib: float
+    """What a plan may fill: usable memory times the policy's fraction."""
+    usable_gib: float
+    peak_gib: float
+    """All that the device holds."""
+    peak_allocated_gib: float
+    """What the framework's allocator reports."""
+    peak_stage: int
+    peak_cause: str
+    fits: bool
+    stages: list[StageMemory]
+
+
+class Breakdown(Spec):
+    """Where one step's time goes, seconds on the slowest pipeline rank. The parts add up to the step time."""
+
+    compute: float
+    recompute: float
+    tp_comm: float
+    cp_comm: float
+    zero_comm: float
+    """Exposed gathers and reductions of every micro-batch (ZeRO 2 and 3)."""
+    pp_comm: float
+    bubble: float
+    """Waiting for other pipeline ranks, filling and draining included."""
+    dp_comm: float
+    """Exposed gradient reduction and parameter gather, once a step."""
+    optimizer: float
+    other: float
+    """Fixed cost of a step."""
+
+
+class Estimate(Spec):
+    """What the cost model predicts for one layout."""
+
+    step_time_s: float
+    tokens_per_s: float
+    tokens_per_s_per_gpu: float
+    tflops_per_gpu: float
+    mfu: float
+    """Model FLOPs (6 N without the input embedding, full attention) over the dense peak."""
+    microbatches: int
+    bubble_fraction: float
+    breakdown: Breakdown
+    memory: Memory
+    provenance: Literal["measured", "fitted", "datasheet", "assumed"]
+    """The least certain origin among the profile's figures."""
+
+
+class Space(Spec):
+    """How the declared space was exhausted. by_rule + by_memory + by_bound + exact + open = enumerated."""
+
+    enumerated: int
+    by_rule: int
+    by_memory: int
+    by_bound: int
+    exact: int
+    open: int
+    rules: dict[str, int] = Field(default_factory=dict)
+    """How many outer rows each rule excluded."""
+
+
+class Certificate(Spec):
+    """What was proven, under the declared space and the integer cost model."""
+
+    status: Literal["optimal", "infeasible", "interrupted"]
+    objective: float | None
+    """Step time of the plan, seconds."""
+    bound: float | None
+    """Proven lower bound on any layout of the space, seconds."""
+    gap: float | None
+    objective_ns: int | None
+    """The integer that the proof is about."""
+    space: Space
+    seconds: float
+    solver: str
+
+
+class Alternative(Spec):
+    """Another good layout: the best with its own (tp, cp, pp, ep)."""
+
+    layout: Layout
+    step_time_s: float
+    slower: float
+    """Share by which it is slower than the plan."""
+    peak_gib: float
+    tokens_per_s_per_gpu: float
+
+
+class Inputs(Spec):
+    """Where the plan came from, and digests that tell whether an input changed."""
+
+    model: str
+    hardware: str
+    digests: dict[str, str]
+    pins: dict[str, list[Any]] = Field(default_factory=dict)
+    forbidden: list[str] = Field(default_factory=list)
+
+
+class Plan(Spec):
+    """A layout with its prediction, its proof, and all that is needed to launch it."""
+
+    format: Literal["planner.plan"] = "planner.plan"
+    version: str = FORMAT_VERSION
+    planner: str = __version__
+    model: Model
+    job: Job
+    cluster: Cluster
+    engine: str
+    policy: Policy
+    layout: Layout
+    estimate: Estimate
+    certificate: Certificate | None = None
+    """None for a layout that a person named (`planner estimate`)."""
+    alternatives: list[Alternative] = Field(default_factory=list)
+    inputs: Inputs
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain JSON data, with the digest."""
+        return {**self.model_dump(mode="json"), "digest": self.digest}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical form without the search's wall time."""
+        data = self.model_dump(mode="json")
+        if data["certificate"] is not None:
+            del data["certificate"]["seconds"]
+        return "sha256:" + hashlib.sha256(canonical(data).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The text of a plan file: two spaces, keys in schema order, a final newline."""
+        return json.dumps(self.to_data(), indent=2, allow_nan=False) + "\n"
+
+
+def canonical(data: Any) -> str:
+    """JSON with sorted keys and no spaces: equal data, equal text."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def write(plan: Plan, path: str | Path) -> None:
+    """Write the plan so that a reader never sees half of it."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        temporary.write_text(plan.to_json(), encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise input_error("PLN113", f"cannot write {target}", why, "give a writable path", Location(str(target))) from None
+
+
+def is_plan(data: Any) -> bool:
+    """Whether parsed data is a plan file."""
+    return isinstance(data, dict) and data.get("format") == "planner.plan"
+
+
+def read(path: str | Path) -> Plan:
+    """Read and check a plan file. Raises InputError: not a plan, another version, or changed by hand."""
+    return from_document(files.parse_document(path))
+
+
+def from_document(document: files.Document) -> Plan:
+    """The plan in a parsed document."""
+    place = Location(document.path, 1, 1)
+    if not is_plan(document.data):
+        raise input_error("PLN114", "not a plan file", "it lacks format: planner.plan", "make one with planner plan -o", place)
+    version = str(document.data.get("version", ""))
+    if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
+        why = f"this planner reads {FORMAT_VERSION.split('.')[0]}.x"
+        raise input_error("PLN115", f"plan format {version}", why, "make the plan again", place)
+    data = dict(document.data)
+    stated = data.pop("digest", None)
+    plan = files.build(Plan, document, data)
+    if stated is not None and stated != plan.digest:
+        why = f"its content has digest {plan.digest[:19]}…, the file states {str(stated)[:19]}…"
+        raise input_error(
+            "PLN116", "the plan was changed after it was made", why, "make the plan again, or remove the digest line", place
+        )
+    return plan

@@ -1,0 +1,345 @@
+"""The search: raise a target until a plan is found below it, and account for every row.
+
+At the end each enumerated row is excluded by a counted rule, proven not to fit, proven slower by its bound, or solved
+exactly; `open` counts the rest, and is zero unless the search was interrupted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from planner.cost import step
+from planner.cost.step import Primitives
+from planner.cost.task import Bools, Ints, LayoutArray, StageArray, Task
+from planner.engines.base import Engine
+from planner.search import bounds, stages
+from planner.search.bounds import BIG, Group
+from planner.search.space import Rows, Space, enumerate_rows
+from planner.specs.layout import SCHEDULES, Layout, Stage, format_recompute
+
+GROWTH = (1.02, 1.02, 1.03, 1.04, 1.05, 1.06, 1.08, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0, 4.0, 16.0, 256.0)
+"""Factors between targets; after the last the target is infinite."""
+_CHUNK_ROWS = 4096
+_MASTER_ROWS = 500
+Progress = Callable[[str, int, int], None]
+
+
+class SearchError(RuntimeError):
+    """Two exact methods disagree: a defect, never the user's fault."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row solved exactly."""
+
+    row: int
+    step_ns: int
+    layout: Layout
+
+
+@dataclass
+class Counts:
+    """How the rows of the space were settled."""
+
+    enumerated: int
+    by_rule: int
+    by_memory: int = 0
+    by_bound: int = 0
+    exact: int = 0
+    open: int = 0
+    rules: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the search proved. `candidates` holds the plan first, then the best of other (tp, cp, pp, ep)."""
+
+    status: str
+    """optimal, infeasible, or interrupted."""
+    candidates: tuple[Candidate, ...]
+    bound_ns: int | None
+    counts: Counts
+    seconds: float
+    solver: str
+
+
+@dataclass
+class _State:
+    """What is known of each row."""
+
+    task: Task
+    space: Space
+    layouts: LayoutArray
+    p: Primitives
+    bound: Ints
+    """Proven lower bound, BIG when the row does not fit."""
+    fits: Bools
+    solved: Bools
+    values: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
+    """Row -> (step ns, split) for rows with a plan."""
+    groups: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Rows with equal (tp, cp, pp, ep) share a number."""
+    best: dict[int, int] = field(default_factory=dict)
+    """Group -> least value found."""
+
+    def group(self, rows: Ints) -> Group:
+        """Rows with one pp as a `Group`."""
+        return bounds.group_of(self.p.take(rows), self.layouts.take(rows), self.task.model.n_layers, self.space.modes)
+
+    def kth(self, k: int) -> int:
+        """The k-th best value over distinct groups, BIG while there are fewer."""
+        values = sorted(self.best.values())
+        return values[k - 1] if len(values) >= k else int(BIG)
+
+    @property
+    def optimum(self) -> int:
+        return min(self.best.values(), default=int(BIG))
+
+
+def search(
+    task: Task,
+    engine: Engine,
+    space: Space,
+    k: int = 5,
+    progress: Progress | None = None,
+    time_limit: float | None = None,
+) -> Outcome:
+    """The proven optimum of `space`, and the best plans of the k - 1 next (tp, cp, pp, ep).
+
+    `time_limit` (seconds) or KeyboardInterrupt end it early with status `interrupted`, the best plans so far, and a
+    bound that still holds.
+    """
+    started = time.perf_counter()
+    report = progress or (lambda phase, done, total: None)
+    rows = enumerate_rows(task, engine, space)
+    counts = Counts(rows.enumerated, rows.by_rule, rules=rows.rejected)
+    state = _prepare(task, space, rows)
+    counts.by_memory = int(np.count_nonzero(~state.fits))
+    interrupted = False
+    try:
+        _raise_target(state, k, report, None if time_limit is None else started + time_limit)
+    except (KeyboardInterrupt, TimeoutError):
+        interrupted = True
+    chosen = _choose(state, k)
+    left = state.fits & ~state.solved
+    best = state.optimum
+    counts.exact = int(np.count_nonzero(state.solved))
+    counts.by_bound = int(np.count_nonzero(left & (state.bound > best)))
+    counts.open = int(np.count_nonzero(left)) - counts.by_bound
+    status = "interrupted" if interrupted and counts.open else "optimal" if chosen else "infeasible"
+    lowest = int(state.bound[left].min(initial=best)) if counts.open else best
+    bound = None if lowest >= BIG else lowest
+    return Outcome(status, chosen, bound, counts, time.perf_counter() - started, solver_name())
+
+
+def solver_name() -> str:
+    """Solver and version, for the certificate."""
+    from importlib.metadata import version
+
+    return f"DP and OR-Tools CP-SAT {version('ortools')}"
+
+
+# ---- preparation ---------------------------------------------------------------------------------------------------
+
+
+def _prepare(task: Task, space: Space, rows: Rows) -> _State:
+    """Primitives, the exact memory test, and the first bound of every row."""
+    x = rows.layouts
+    p = step.primitives(task, x)
+    size = len(x)
+    state = _State(task, space, x, p, np.full(size, BIG), np.zeros(size, dtype=bool), np.zeros(size, dtype=bool))
+    for chunk in _by_pipeline(x, np.arange(size)):
+        g = state.group(chunk)
+        fits = bounds.memory_feasible(g)
+        state.fits[chunk] = fits
+        state.bound[chunk] = np.where(fits, bounds.simple_bound(g), BIG)
+    key = np.stack([x.tp, x.cp, x.pp, x.ep], axis=1)
+    state.groups = np.unique(key, axis=0, return_inverse=True)[1].ravel() if size else np.zeros(0, dtype=np.int64)
+    return state
+
+
+def _by_pipeline(x: LayoutArray, rows: Ints) -> list[Ints]:
+    """Rows in chunks that share pp and whether they have virtual stages."""
+    key = x.pp[rows] * 2 + (x.virtual_stages[rows] > 1)
+    chunks = []
+    for value in np.unique(key):
+        same = rows[key == value]
+        size = max(64, _CHUNK_ROWS * 16 // int(value // 2 + 1))
+        chunks += [same[i : i + size] for i in range(0, len(same), size)]
+    return chunks
+
+
+# ---- the rising target ---------------------------------------------------------------------------------------------
+
+
+def _raise_target(state: _State, k: int, report: Progress, deadline: float | None) -> None:
+    """Settle rows below ever higher targets until k distinct plans are proven, or every row is settled."""
+    alive = state.fits & ~state.solved
+    if not alive.any():
+        return
+    target = int(state.bound[alive].min())
+    for growth in (*GROWTH, None):
+        target = int(target * growth) + 1 if growth is not None else int(BIG)
+        _refine(state, target, k, deadline)
+        todo = np.nonzero(state.fits & ~state.solved & (state.bound < target))[0]
+        todo = todo[np.lexsort((todo, state.bound[todo]))]
+        for done, row in enumerate(todo.tolist()):
+            report("exact", done, len(todo))
+            _check(deadline)
+            if state.bound[row] > max(state.kth(k), state.optimum):
+                break
+            if state.bound[row] < state.best.get(int(state.groups[row]), BIG) or state.bound[row] <= state.optimum:
+                _solve(state, row, target, k)
+        report("target", int(np.count_nonzero(state.bound >= min(target, state.optimum))), len(state.layouts))
+        if state.kth(k) < target or not np.any(state.fits & ~state.solved & (state.bound <= state.kth(k))):
+            return
+
+
+def _check(deadline: float | None) -> None:
+    if deadline is not None and time.perf_counter() > deadline:
+        raise TimeoutError
+
+
+def _refine(state: _State, target: int, k: int, deadline: float | None) -> None:
+    """Raise the bounds of rows below the target, where they could still matter."""
+    rows = np.nonzero(state.fits & ~state.solved & (state.bound < min(target, state.kth(k) + 1)))[0]
+    for chunk in _by_pipeline(state.layouts, rows):
+        _check(deadline)
+        better = bounds.target_bound(state.group(chunk), min(target, int(BIG) - 1))
+        state.bound[chunk] = np.maximum(state.bound[chunk], np.minimum(better, target))
+
+
+def _solve(state: _State, row: int, target: int, k: int) -> None:
+    """Solve one row exactly below what still matters; both methods must agree."""
+    own = state.best.get(int(state.groups[row]), int(BIG))
+    cutoff = min(target, max(min(own, state.kth(k)), state.optimum) + 1)
+    g = state.group(np.array([row]))
+    reach = int(bounds._reach(g, cutoff)[0]) if cutoff < BIG else None
+    state.solved[row] = True
+    state.bound[row] = max(int(state.bound[row]), cutoff)
+    if reach is not None and reach < int(state.layouts.virtual_stages[row]):
+        return
+    t = stages.tables(g, reach)
+    v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row])
+    below = (cutoff - constant - 1) * v + 1 if cutoff < BIG else int(BIG)
+    found = stages.best_split(t, below)
+    _agree(t, below, found)
+    if found is None:
+        return
+    value = -(-found[0] // v) + constant
+    state.bound[row] = value
+    state.values[row] = (value, found[1])
+    group = int(state.groups[row])
+    state.best[group] = min(state.best.get(group, int(BIG)), value)
+
+
+def _agree(t: stages.Tables, below: int, found: tuple[int, list[int]] | None) -> None:
+    """CP-SAT must reproduce the dynamic program's value and find nothing below it."""
+    value = below if found is None else found[0]
+    if found is not None:
+        again = stages.cp_sat(t, value + 1)
+        if again.status != "OPTIMAL" or again.value != value:
+            raise SearchError(f"CP-SAT says {again.status} {again.value}, dynamic programming {value}")
+    verdict = stages.cp_sat(t, value)
+    if verdict.status != "INFEASIBLE":
+        raise SearchError(f"CP-SAT says {verdict.status} {verdict.value} below {value}, dynamic programming nothing")
+
+
+# ---- the choice ----------------------------------------------------------------------------------------------------
+
+
+def _choose(state: _State, k: int) -> tuple[Candidate, ...]:
+    """The plan (by the master), then the best of the other groups; each with its canonical split."""
+    if not state.values:
+        return ()
+    winner = _master(state)
+    rows = [winner]
+    seen = {int(state.groups[winner])}
+    for row in sorted(state.values, key=lambda r: (state.values[r][0], _preference(state.layouts, r))):
+        if int(state.groups[row]) not in seen and len(rows) < k:
+            seen.add(int(state.groups[row]))
+            rows.append(row)
+    return tuple(_candidate(state, row) for row in rows)
+
+
+def _preference(x: LayoutArray, row: int) -> tuple[int, ...]:
+    """Tie-break between rows of equal time: fewer moving parts first. Documented in the README."""
+    names = ("zero", "virtual_stages", "cp", "ep", "tp", "pp", "schedule", "sequence_parallel", "micro_batch")
+    return tuple(int(getattr(x, name)[row]) for name in names)
+
+
+def _master(state: _State) -> int:
+    """CP-SAT chooses among the rows with the least proven bounds: degrees, micro-batch, ZeRO stage, schedule and T.
+
+    The proven bounds are the objective column (logic-based Benders; every exact solve is a cut); ties go by rank.
+    """
+    from ortools.sat.python import cp_model
+
+    rows = np.nonzero(state.fits)[0]
+    rows = rows[np.lexsort((rows, state.bound[rows]))][:_MASTER_ROWS]
+    rows = np.unique(np.concatenate([rows, np.array(sorted(state.values))]))
+    x = state.layouts
+    order = sorted(rows.tolist(), key=lambda r: (r not in state.values, _preference(x, r)))
+    rank = {row: i for i, row in enumerate(order)}
+    names = ("tp", "cp", "pp", "dp", "ep", "micro_batch", "zero", "schedule", "virtual_stages", "sequence_parallel")
+    table = [
+        (*(int(getattr(x, n)[r]) for n in names), rank[r], min(int(state.bound[r]), int(BIG) // 1024)) for r in rows.tolist()
+    ]
+    model: Any = cp_model.CpModel()
+    columns = [
+        model.new_int_var_from_domain(cp_model.Domain.from_values(sorted({t[i] for t in table})), n)
+        for i, n in enumerate((*names, "rank", "T"))
+    ]
+    model.add_allowed_assignments(columns, table)
+    model.minimize(columns[-1] * (len(order) + 1) + columns[-2])
+    solver: Any = stages.deterministic_solver()
+    if solver.solve(model) != cp_model.OPTIMAL:
+        raise SearchError("the master is not optimal")
+    chosen = order[solver.value(columns[-2])]
+    if chosen in state.values and solver.value(columns[-1]) == state.optimum:
+        return chosen
+    if np.any(state.fits & ~state.solved & (state.bound < state.optimum)):  # interrupted: the best found so far
+        return min(state.values, key=lambda r: (state.values[r][0], _preference(x, r)))
+    raise SearchError(f"the master chose T = {solver.value(columns[-1])} ns, the search found {state.optimum}")
+
+
+def _candidate(state: _State, row: int) -> Candidate:
+    """The canonical plan of a row; re-evaluated by the cost model, which must give the same integer."""
+    value, _ = state.values[row]
+    g = state.group(np.array([row]))
+    t = stages.tables(g)
+    v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row])
+    verdict = stages.cp_sat(t, (value - constant) * v + 1, canonical=True)
+    if verdict.status != "OPTIMAL" or verdict.split is None:
+        raise SearchError(f"the tie-break of a plan is {verdict.status}")
+    layout = layout_of(state.layouts, row, t, verdict.split)
+    x = LayoutArray.of([layout], state.task.job)
+    cost = step.step_cost(state.p.take(np.array([row])), x, StageArray.of([layout]))
+    if int(cost.step[0]) != value or not bool(cost.fits[0]):
+        raise SearchError(f"the plan evaluates to {int(cost.step[0])} ns (fits: {bool(cost.fits[0])}), the search says {value}")
+    return Candidate(row, value, layout)
+
+
+def layout_of(x: LayoutArray, row: int, t: stages.Tables, split: list[int]) -> Layout:
+    """The spec layout of a row with a split and its tables' recompute counts."""
+    listed = []
+    for s, n in enumerate(split):
+        selective, full = int(t.selective[s, n - t.least]), int(t.full[s, n - t.least])
+        listed.append(Stage(layers=n, recompute=format_recompute(n, selective, full)))
+    degrees = {
+        name: int(getattr(x, name)[row])
+        for name in ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "virtual_stages")
+    }
+    return Layout.model_validate(
+        {
+            **degrees,
+            "schedule": SCHEDULES[int(x.schedule[row])],
+            "sequence_parallel": bool(x.sequence_parallel[row]),
+            "stages": [s.model_dump() for s in listed],
+        }
+    )

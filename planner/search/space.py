@@ -1,0 +1,193 @@
+"""The declared space: which values each axis may take, pinned and forbidden ones, and the outer rows that obey the rules.
+
+An outer row is a layout without its stages. Every row of the grid is counted: kept, or excluded by the first rule that
+it breaks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from planner.cost.task import INTERLEAVED, NONE, Ints, LayoutArray, Task
+from planner.engines.base import Engine, Rule, schedule_codes
+from planner.errors import input_error
+from planner.specs.layout import RECOMPUTE_MODES, SCHEDULES
+
+MAX_MICRO_BATCH = 16
+MAX_CHUNKS = 16
+"""Chunks a rank, at most: Llama 3 used 8 or fewer; beyond, per-chunk overheads that the model lacks dominate."""
+AXES = ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "virtual_stages")
+"""Integer axes that can be pinned."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """Values of each axis. `modes` are the recompute modes that a layer may have."""
+
+    tp: tuple[int, ...]
+    cp: tuple[int, ...]
+    pp: tuple[int, ...]
+    micro_batch: tuple[int, ...]
+    zero: tuple[int, ...]
+    schedules: tuple[tuple[int, int], ...]
+    """(schedule code, virtual stages)."""
+    sequence_parallel: tuple[int, ...]
+    dp: tuple[int, ...] = ()
+    """Allowed dp degrees; empty for any."""
+    ep: tuple[int, ...] = (1,)
+    etp: tuple[int, ...] = (1,)
+    modes: tuple[int, ...] = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that obey every rule, and the counts."""
+
+    layouts: LayoutArray
+    enumerated: int
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Rows by the name of the first rule they break."""
+
+    @property
+    def by_rule(self) -> int:
+        return sum(self.rejected.values())
+
+
+def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[object]], forbid: Sequence[str]) -> Space:
+    """The space for a task: divisors of the device count for the degrees, powers of two for the micro-batch.
+
+    tp stays inside the fastest domain of the network. Pins restrict an axis to values, forbids to its neutral one.
+    Raises InputError for an unknown axis or value.
+    """
+    fast = task.hardware.network[0].size or task.hardware.node_size
+    divisors = [d for d in range(1, task.gpus + 1) if task.gpus % d == 0]
+    layers = task.model.n_layers
+    chunks = range(2, min(MAX_CHUNKS, layers) + 1)
+    plain = [(code, 1) for code in schedule_codes(engine) if code != INTERLEAVED]
+    schedules = [(NONE, 1), *plain, *((INTERLEAVED, v) for v in chunks if INTERLEAVED in schedule_codes(engine))]
+    values: dict[str, tuple[int, ...]] = {
+        "tp": tuple(d for d in divisors if d <= fast),
+        "cp": tuple(d for d in divisors if d & (d - 1) == 0 and d <= 64) if engine.context_parallel else (1,),
+        "pp": tuple(d for d in divisors if d <= layers),
+        "dp": (), "ep": (1,), "etp": (1,),
+        "micro_batch": tuple(2**i for i in range(MAX_MICRO_BATCH.bit_length())),
+        "zero": engine.zero_stages,
+    }  # fmt: skip
+    modes: tuple[int, ...] = (0, 1, 2)
+    sequence: tuple[int, ...] = tuple(sorted({0, *engine.sequence_parallel}))
+    for axis, wanted in _restrictions(pins, forbid):
+        if axis == "schedule":
+            codes = _codes(axis, wanted, SCHEDULES)
+            schedules = [s for s in schedules if s[0] in codes]
+        elif axis == "virtual_stages":
+            schedules = [(c, v) for c, v in schedules if v in _integers(axis, wanted)]
+        elif axis == "recompute":
+            modes = tuple(sorted(_codes(axis, wanted, RECOMPUTE_MODES)))
+        elif axis == "sequence_parallel":
+            sequence = tuple(sorted(_flags(axis, wanted)))
+        else:
+            values[axis] = _integers(axis, wanted)
+    return Space(
+        **values, schedules=tuple(schedules), sequence_parallel=sequence, modes=modes,
+    )  # fmt: skip
+
+
+def _restrictions(pins: Mapping[str, Sequence[object]], forbid: Sequence[str]) -> list[tuple[str, Sequence[object]]]:
+    """Pins and forbids as (axis, allowed values)."""
+    short = {"mbs": "micro_batch", "sp": "sequence_parallel", "vpp": "virtual_stages", "v": "virtual_stages"}
+    known = (*AXES, "schedule", "recompute", "sequence_parallel")
+    result: list[tuple[str, Sequence[object]]] = []
+    for name, wanted in pins.items():
+        axis = short.get(name, name)
+        if axis not in known:
+            raise input_error("PLN121", f"--pin {name}: no such axis", f"axes are {', '.join(known)}", "")
+        result.append((axis, wanted))
+    neutral: dict[str, Sequence[object]] = {a: [1] for a in AXES} | {"zero": [0], "recompute": ["none"]}
+    neutral["sequence_parallel"] = ["false"]
+    for name in forbid:
+        axis = short.get(name, name)
+        if axis in SCHEDULES and axis != "none":
+            result.append(("schedule", [s for s in SCHEDULES if s != axis]))
+        elif axis in RECOMPUTE_MODES and axis != "none":
+            result.append(("recompute", [m for m in RECOMPUTE_MODES if m != axis]))
+        elif axis in neutral:
+            result.append((axis, neutral[axis]))
+        else:
+            choices = ", ".join([*neutral, *SCHEDULES[1:], *RECOMPUTE_MODES[1:]])
+            raise input_error("PLN121", f"--forbid {name}: no such axis or choice", f"one of {choices}", "")
+    return result
+
+
+def _integers(axis: str, wanted: Sequence[object]) -> tuple[int, ...]:
+    values = []
+    for item in wanted:
+        text = str(item)
+        low = 0 if axis == "zero" else 1
+        if not text.isdigit() or int(text) < low:
+            raise input_error(
+                "PLN122", f"--pin {axis}={text}: not a whole number >= {low}", "", f"write --pin {axis}=8 or {axis}=4,8"
+            )
+        values.append(int(text))
+    return tuple(sorted(set(values)))
+
+
+def _codes(axis: str, wanted: Sequence[object], names: Sequence[str]) -> set[int]:
+    unknown = [str(w) for w in wanted if str(w) not in names]
+    if unknown:
+        raise input_error("PLN122", f"--pin {axis}={unknown[0]}: not a choice", f"one of {', '.join(names)}", "")
+    return {names.index(str(w)) for w in wanted}
+
+
+def _flags(axis: str, wanted: Sequence[object]) -> set[int]:
+    table = {"true": 1, "1": 1, "on": 1, "false": 0, "0": 0, "off": 0}
+    unknown = [str(w) for w in wanted if str(w).lower() not in table]
+    if unknown:
+        raise input_error("PLN122", f"--pin {axis}={unknown[0]}: not true or false", "", "")
+    return {table[str(w).lower()] for w in wanted}
+
+
+def enumerate_rows(task: Task, engine: Engine, space: Space) -> Rows:
+    """All rows of the space that obey the rules, in a fixed order, and how many each rule excluded.
+
+    dp follows from the others, so the grid has no dp axis: rows whose degrees do not divide the device count, or whose
+    dp is not among the allowed ones, break the rule `world = tp cp pp dp`.
+    """
+    inner = list(itertools.product(space.micro_batch, space.schedules, space.zero, space.sequence_parallel))
+    degrees = list(itertools.product(space.tp, space.cp, space.pp, space.ep, space.etp))
+    enumerated = len(inner) * len(degrees)
+    placed = []
+    for tp, cp, pp, ep, etp in degrees:
+        dp, rest = divmod(task.gpus, tp * cp * pp)
+        if rest == 0 and (not space.dp or dp in space.dp):
+            placed.append((tp, cp, pp, dp, ep, etp))
+    rejected = {}
+    if lost := (len(degrees) - len(placed)) * len(inner):
+        rejected["world = tp cp pp dp"] = lost
+    layouts = _grid(task, placed, inner)
+    for rule in engine.all_rules:
+        if not len(layouts):
+            break
+        layouts, lost = _apply(task, rule, layouts)
+        if lost:
+            rejected[rule.name] = rejected.get(rule.name, 0) + lost
+    return Rows(layouts, enumerated, rejected)
+
+
+def _grid(task: Task, placed: Sequence[tuple[int, ...]], inner: list[tuple[int, tuple[int, int], int, int]]) -> LayoutArray:
+    """Every placed degree tuple with every inner choice."""
+    outer = np.array(placed, dtype=np.int64).reshape(-1, 6)
+    choices = np.array([(m, s, v, z, sp) for m, (s, v), z, sp in inner], dtype=np.int64).reshape(-1, 5)
+    tp, cp, pp, dp, ep, etp = (np.repeat(outer[:, i], len(choices)) for i in range(6))
+    micro, schedule, chunks, zero, sequence = (np.tile(choices[:, i], len(outer)) for i in range(5))
+    microbatches: Ints = np.maximum(task.job.global_batch // (dp * micro), 1)
+    return LayoutArray(tp, cp, pp, dp, ep, etp, zero, micro, schedule, chunks, sequence, microbatches)
+
+
+def _apply(task: Task, rule: Rule, layouts: LayoutArray) -> tuple[LayoutArray, int]:
+    bad = rule.violated(task, layouts)
+    lost = int(np.count_nonzero(bad))
+    return (layouts.take(~bad) if lost else layouts), lost

@@ -1,0 +1,35 @@
+"""What is trained: sequence length, global batch, precision, optimizer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from planner.specs.base import Spec
+
+Precision = Literal["bf16", "fp16", "fp32"]
+COMPUTE_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""Bytes of one activation element at each precision."""
+
+
+class Job(Spec):
+    """One training job. Master weights, optimizer states and gradient reduction are fp32 at every precision."""
+
+    seq_len: int = Field(gt=0)
+    """Tokens of one sequence."""
+    global_batch: int = Field(gt=0)
+    """Sequences of one optimizer step, over the whole cluster."""
+    precision: Precision = "bf16"
+    """Type of matrix products and activations."""
+    optimizer: Literal["adamw"] = "adamw"
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of one activation element."""
+        return COMPUTE_BYTES[self.precision]
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.seq_len * self.global_batch
