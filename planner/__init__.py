@@ -1,1 +1,132 @@
-"""planner: which parallel configuration should this training job use on this cluster, and does it fit?"""
+"""planner: which parallel configuration should this training job use on this cluster, and does it fit?
+
+A tour:
+
+    import planner
+
+    plan = planner.plan("llama3-70b", "h100-sxm", nodes=8, seq_len=8192, global_batch=512)
+    plan.layout             # tp, pp, dp, zero, micro_batch, layers and recompute per stage
+    plan.estimate           # step time and memory, broken down
+    plan.certificate        # what was proven, over how many layouts
+    plan.to_json()          # the plan file
+
+    planner.estimate("llama3-70b", "h100-sxm", nodes=8, seq_len=8192, global_batch=512,
+                     layout={"tp": 8, "pp": 4, "dp": 2, "micro_batch": 1})
+
+Errors are `planner.errors.PlannerError`: each carries a code, a place, numbers, and a fix. The rooms, from left to
+right: specs (what a person declares), cost (what a layout costs), engines (what executes it), search (which is best, and
+the proof), planfile and planning (the plan), checks, launchers, report, cli; and runtime, which trains.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from planner._version import __version__
+
+if TYPE_CHECKING:
+    from planner.errors import Problem
+    from planner.planfile import Plan
+    from planner.specs.hardware import HardwareProfile
+    from planner.specs.layout import Layout
+    from planner.specs.model import Model
+
+__all__ = ["__version__", "check", "estimate", "load_hardware", "load_model", "load_plan", "plan"]
+
+
+def plan(
+    model: str | Model,
+    hardware: str | HardwareProfile,
+    *,
+    seq_len: int,
+    global_batch: int,
+    nodes: int | None = None,
+    gpus: int | None = None,
+    precision: str = "bf16",
+    engine: str = "bundled",
+    pin: dict[str, Any] | None = None,
+    forbid: tuple[str, ...] = (),
+    max_memory_fraction: float = 0.92,
+    alternatives: int = 5,
+) -> Plan:
+    """The proven best plan for a job on a cluster.
+
+    `model` and `hardware` are names of shipped files, paths, or spec objects; `seq_len` in tokens, `global_batch` in
+    sequences. `pin` restricts axes, as in {"tp": 8} or {"zero": [1, 2]}. Raises InputError, or InfeasibleError with the
+    binding constraint when nothing fits.
+    """
+    from planner.planning import make
+
+    request = _request(model, hardware, nodes, gpus, engine, seq_len, global_batch, precision, max_memory_fraction, pin, forbid)
+    return make.make_plan(request, alternatives)
+
+
+def estimate(
+    model: str | Model,
+    hardware: str | HardwareProfile,
+    *,
+    layout: Layout | dict[str, Any],
+    seq_len: int,
+    global_batch: int,
+    nodes: int | None = None,
+    gpus: int | None = None,
+    precision: str = "bf16",
+    engine: str = "bundled",
+    max_memory_fraction: float = 0.92,
+) -> Plan:
+    """The prediction for one layout: a plan without a certificate.
+
+    `layout` may leave out `dp`, `schedule` and `stages`: they follow from the rest (an even split). Raises InputError.
+    """
+    from planner.planning import make
+    from planner.planning.request import prepare
+    from planner.specs.layout import Layout
+    from planner.specs.layoutflags import complete_layout
+
+    request = _request(model, hardware, nodes, gpus, engine, seq_len, global_batch, precision, max_memory_fraction, None, ())
+    if not isinstance(layout, Layout):
+        task = prepare(request).task
+        layout = complete_layout(layout, task.model, task.gpus)
+    return make.make_estimate(request, layout)
+
+
+def check(path: str) -> list[Problem]:
+    """The findings of a plan or configuration file; empty when it is feasible. Raises InputError for an unreadable one."""
+    from planner.checks.feasibility import check_file
+
+    return list(check_file(path).findings)
+
+
+def load_model(reference: str) -> Model:
+    """A model from a shipped name, our YAML, or a Hugging Face config.json. Raises InputError."""
+    from planner.specs import files
+
+    return files.load_model(reference)[0]
+
+
+def load_hardware(reference: str) -> HardwareProfile:
+    """A hardware profile from a shipped name or a file. Raises InputError."""
+    from planner.specs import files
+
+    return files.load_hardware(reference)[0]
+
+
+def load_plan(path: str) -> Plan:
+    """A plan file. Raises InputError."""
+    from planner import planfile
+
+    return planfile.read(path)
+
+
+def _request(
+    model: Any, hardware: Any, nodes: Any, gpus: Any, engine: str, seq_len: int, global_batch: int,
+    precision: str, fraction: float, pin: dict[str, Any] | None, forbid: tuple[str, ...],
+) -> Any:  # fmt: skip
+    from planner.planning.request import Request, build_spec
+    from planner.specs.job import Job
+    from planner.specs.policy import Policy
+
+    job = build_spec(Job, {"seq_len": seq_len, "global_batch": global_batch, "precision": precision}, "job")
+    policy = build_spec(Policy, {"max_memory_fraction": fraction}, "policy")
+    pins = {k: list(v) if isinstance(v, (list, tuple)) else [v] for k, v in (pin or {}).items()}
+    return Request(model, hardware, job, nodes, gpus, engine, policy, pins, forbid)

@@ -37,6 +37,8 @@ class Problem:
     fix: str = ""
     location: Location = Location()
     severity: str = "error"
+    field: str = ""
+    """The key of the layout or job that it is about, such as "tp"."""
 
     def at(self, location: Location) -> Problem:
         """The same finding at another place."""

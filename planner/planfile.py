@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from planner._version import __version__
-from planner.errors import Location, input_error
+from planner.errors import Location, Problem, input_error
 from planner.specs import files
 from planner.specs.base import Spec
 from planner.specs.job import Job
@@ -250,3 +250,15 @@ def from_document(document: files.Document) -> Plan:
             "PLN116", "the plan was changed after it was made", why, "make the plan again, or remove the digest line", place
         )
     return plan
+
+
+def refusals(plan: Plan) -> list[Problem]:
+    """Why the bundled runtime will not run a plan: the rules of its engine, from the same table that the search uses."""
+    from planner.cost.task import Subject
+    from planner.engines.base import layout_problems
+    from planner.engines.registry import engine_named
+
+    if plan.engine != "bundled":
+        what = f"the plan is for engine {plan.engine}"
+        return [Problem("PLN502", what, "this runtime is the bundled one", "plan again with --engine bundled")]
+    return layout_problems(Subject(plan.model, plan.job, plan.cluster.gpus), engine_named(plan.engine), plan.layout)

@@ -26,7 +26,8 @@ def collective_seconds(op: str, n: Floats, stride: Floats, n_bytes: Floats, hard
     """Time of `op` over groups of `n` ranks at `stride`; `n_bytes` is the full tensor (the gathered one).
 
     A ring moves (n - 1) / n of the tensor through every link, an all-reduce twice that, or less where the switches add
-    (Thakur 2005; NCCL's algorithm bandwidths). Latency: the ring's steps, or two tree depths when that is less. All-to-all counts only bytes that leave the domain on outer tiers.
+    (Thakur 2005; NCCL's algorithm bandwidths). Latency: the ring's steps, or two tree depths when that is less.
+    All-to-all counts only bytes that leave the domain on outer tiers.
     """
     n, stride, n_bytes = np.broadcast_arrays(np.asarray(n, float), stride, n_bytes)
     moved = (n - 1.0) / np.maximum(n, 1.0) * n_bytes

@@ -24,6 +24,15 @@ NONE, GPIPE, ONE_F_ONE_B, INTERLEAVED = range(len(SCHEDULES))
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What a rule may look at: the model, the job, and how many devices there are."""
+
+    model: Model
+    job: Job
+    gpus: int
+
+
+@dataclass(frozen=True)
 class Task:
     """A planning task: everything but the layout."""
 

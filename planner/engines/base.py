@@ -6,6 +6,7 @@ runtime refuses by it before it builds anything. A rule is a predicate over arra
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from planner.cost.accounting import Accounting
-from planner.cost.task import GPIPE, INTERLEAVED, NONE, ONE_F_ONE_B, Bools, LayoutArray, Task
+from planner.cost.task import GPIPE, INTERLEAVED, NONE, ONE_F_ONE_B, Bools, LayoutArray, Subject, Task
 from planner.errors import Problem
 from planner.specs.layout import SCHEDULES, Layout
 from planner.specs.model import Model
 
-Predicate = Callable[[Task, LayoutArray], Bools]
+Predicate = Callable[[Subject | Task, LayoutArray], Bools]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,14 @@ class Rule:
 
     def problem(self, values: dict[str, Any]) -> Problem:
         """The finding for one layout's values."""
-        return Problem(self.code, self.what.format(**values), self.why.format(**values), self.fix.format(**values))
+        what, why, fix = (text.format(**values) for text in (self.what, self.why, self.fix))
+        return Problem(self.code, what, why, fix, field=self.field)
+
+    @property
+    def field(self) -> str:
+        """The first key that its text names: where a finding points to."""
+        names = [name for _, name, _, _ in string.Formatter().parse(self.what) if name]
+        return next((n for n in names if n not in ("model", "gpus", "heads", "kv_heads", "microbatches")), "")
 
 
 @dataclass(frozen=True)
@@ -179,28 +187,28 @@ COMMON_RULES: tuple[Rule, ...] = (
 """True of every engine."""
 
 
-def kv_heads_divisible(task: Task, layouts: LayoutArray) -> Bools:
+def kv_heads_divisible(task: Subject | Task, layouts: LayoutArray) -> Bools:
     """tp divides the key/value heads (engines that do not replicate them)."""
     return ~_divides(task.model.kv_heads, layouts.tp)
 
 
-def kv_heads_replicable(task: Task, layouts: LayoutArray) -> Bools:
+def kv_heads_replicable(task: Subject | Task, layouts: LayoutArray) -> Bools:
     """tp divides the key/value heads or is a multiple of them."""
     kv = task.model.kv_heads
     return ~(_divides(kv, layouts.tp) | (layouts.tp % kv == 0))
 
 
-def microbatches_below_pp(task: Task, layouts: LayoutArray) -> Bools:
+def microbatches_below_pp(task: Subject | Task, layouts: LayoutArray) -> Bools:
     """1F1B with fewer micro-batches than stages."""
     return (layouts.schedule == ONE_F_ONE_B) & (layouts.microbatches < layouts.pp)
 
 
-def gpipe(task: Task, layouts: LayoutArray) -> Bools:
+def gpipe(task: Subject | Task, layouts: LayoutArray) -> Bools:
     """The schedule is GPipe."""
     return layouts.schedule == GPIPE
 
 
-def values_of(task: Task, layout: Layout) -> dict[str, Any]:
+def values_of(task: Subject | Task, layout: Layout) -> dict[str, Any]:
     """What a rule's texts may name, for one layout."""
     model, job = task.model, task.job
     return {
@@ -212,7 +220,7 @@ def values_of(task: Task, layout: Layout) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def layout_problems(task: Task, engine: Engine, layout: Layout) -> list[Problem]:
+def layout_problems(task: Subject | Task, engine: Engine, layout: Layout) -> list[Problem]:
     """Every rule that one layout breaks, and what is wrong with its stages."""
     array = LayoutArray.of([layout], task.job)
     values = values_of(task, layout)

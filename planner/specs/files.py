@@ -140,7 +140,7 @@ def _plain(node: Any, loc: Loc, positions: dict[Loc, tuple[int, int]]) -> Any:
     return node
 
 
-def _with_positions(document: Document) -> Document:
+def with_positions(document: Document) -> Document:
     """A JSON document with positions: JSON is YAML, so that the YAML reader finds them (only done for an error)."""
     if document.positions:
         return document
@@ -162,7 +162,7 @@ def build(spec: type[S], document: Document, data: Any = None) -> S:
     try:
         return spec.model_validate(data)
     except ValidationError as error:
-        placed = _with_positions(document)
+        placed = with_positions(document)
         raise InputError(_one_a_place([_problem(spec, placed, e) for e in error.errors()])) from None
 
 

@@ -1,0 +1,134 @@
+"""The feasibility gate: schema, divisibility, engine rules, memory of every stage.
+
+A file is a plan (made by `planner plan`) or a configuration (a layout that a person wrote, with its model and job).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from planner import planfile
+from planner.engines.base import layout_problems
+from planner.errors import InputError, Location, Problem
+from planner.planfile import Estimate
+from planner.planning.estimate import estimate_layout
+from planner.planning.request import Setting, prepare, request_of, task_of_plan
+from planner.specs import files
+from planner.specs.layout import Configuration, Layout
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One file: what was found, the rules that were looked at, and the estimate when there is one."""
+
+    file: str
+    kind: str
+    """plan or configuration."""
+    findings: tuple[Problem, ...]
+    rules: tuple[str, ...] = field(default=())
+    """Codes that were checked."""
+    estimate: Estimate | None = None
+
+    @property
+    def failed(self) -> bool:
+        return any(p.severity == "error" for p in self.findings)
+
+
+def check_file(path: str | Path) -> CheckResult:
+    """Check one file. Raises InputError when it cannot be read at all (not when it is infeasible)."""
+    document = files.parse_document(path)
+    if planfile.is_plan(document.data):
+        return _check_plan(document)
+    return _check_configuration(document)
+
+
+def _check_plan(document: files.Document) -> CheckResult:
+    plan = planfile.from_document(document)
+    hardware, digest = None, ""
+    try:
+        hardware, profile = files.load_hardware(plan.inputs.hardware, Path(document.path).parent)
+        digest = profile.digest
+    except InputError:
+        pass
+    place = Location(document.path, 1, 1)
+    if hardware is None:
+        what = f"profile {plan.inputs.hardware} is not here: the plan's own estimate is checked"
+        note = Problem("PLN602", what, "memory cannot be predicted again", "", place, severity="warning")
+        findings, estimate = [note], plan.estimate
+        rules: tuple[str, ...] = ()
+        findings += [p.at(place) for p in planfile.refusals(plan)] if plan.engine == "bundled" else []
+    else:
+        task, engine = task_of_plan(plan, hardware)
+        findings = [p.at(place) for p in layout_problems(task, engine, plan.layout)]
+        rules = tuple(r.code for r in engine.all_rules)
+        estimate = plan.estimate if findings else estimate_layout(task, plan.layout)
+        if digest != plan.inputs.digests.get("hardware"):
+            what = f"profile {plan.inputs.hardware} changed since the plan was made"
+            findings.append(Problem("PLN601", what, "its digest differs", "plan again", place, severity="warning"))
+    findings += _memory_findings(estimate, document, plan.policy.max_memory_fraction)
+    return CheckResult(document.path, "plan", tuple(findings), (*rules, "PLN301"), estimate)
+
+
+def _check_configuration(document: files.Document) -> CheckResult:
+    configuration = files.build(Configuration, document)
+    setting = _prepare(configuration, document)
+    problems = layout_problems(setting.task, setting.engine, configuration.layout)
+    findings = [p.at(_place(document, p.field)) for p in problems]
+    rules = tuple(r.code for r in setting.engine.all_rules)
+    estimate = None
+    if not findings:
+        estimate = estimate_layout(setting.task, configuration.layout)
+        findings += _memory_findings(estimate, document, setting.policy.max_memory_fraction)
+    return CheckResult(document.path, "configuration", tuple(findings), (*rules, "PLN301"), estimate)
+
+
+def _prepare(configuration: Configuration, document: files.Document) -> Setting:
+    """The configuration's task; problems of what it names point to the key that names it."""
+    try:
+        return prepare(request_of(configuration, Path(document.path).parent))
+    except InputError as error:
+        keys = {"PLN110": "hardware" if "profile" in str(error) else "model", "PLN501": "engine", "PLN131": "nodes"}
+        placed = [p if p.location.file else p.at(document.location((keys.get(p.code, "model"),))) for p in error.problems]
+        raise InputError(placed) from None
+
+
+def _place(document: files.Document, name: str) -> Location:
+    """Where a layout or job key stands in a configuration."""
+    group = "layout" if name in Layout.model_fields or not name else "job"
+    located = files.with_positions(document)
+    return located.location((group, name) if name else (group,))
+
+
+def _memory_findings(estimate: Estimate, document: files.Document, fraction: float) -> list[Problem]:
+    """One finding a stage that does not fit: the numbers, the largest parts, what to change."""
+    located = None
+    found = []
+    for stage in estimate.memory.stages:
+        if stage.headroom >= 0:
+            continue
+        located = located or files.with_positions(document)
+        parts = {n: getattr(stage, n) for n in ("params", "grads", "optimizer", "activations", "buffers", "transient")}
+        largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
+        limit = estimate.memory.limit_gib
+        what = f"stage {stage.stage} needs {stage.total:.1f} GiB, limit {limit:.1f} GiB"
+        why = (
+            f"{', '.join(f'{name} {size:.1f}' for name, size in largest)} GiB; {stage.cause}; "
+            f"the limit is {fraction:g} of {estimate.memory.usable_gib:.1f} GiB"
+        )
+        fix = f"free {-stage.headroom:.1f} GiB: {_remedy(largest[0][0])}"
+        place = located.location(("layout", "stages", stage.stage))
+        found.append(Problem("PLN301", what, why, fix, place, field="stages"))
+    return found
+
+
+def _remedy(part: str) -> str:
+    """The edit that usually shrinks a part."""
+    return {
+        "params": "raise tp or pp, or zero to 3",
+        "grads": "raise zero to 2, or tp or pp",
+        "optimizer": "raise zero to 1, or tp or pp",
+        "activations": "recompute more (selective, full), lower micro_batch, or raise tp",
+        "buffers": "use fewer micro-batches (larger micro_batch) or another schedule",
+        "transient": "raise tp (it splits the logits), or lower micro_batch",
+    }[part]

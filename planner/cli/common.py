@@ -1,0 +1,132 @@
+"""What commands share: options, how errors are printed, how results are written."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from planner.errors import InputError, PlannerError, Problem, input_error
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A model: our YAML, a Hugging Face config.json, or the name of a shipped one.")
+]
+Hardware = Annotated[str, typer.Option("--hardware", "--hw", help="A hardware profile: a file, or the name of a shipped one.")]
+Nodes = Annotated[int | None, typer.Option("--nodes", help="Nodes of the cluster.")]
+Gpus = Annotated[int | None, typer.Option("--gpus", help="Devices of the cluster, instead of --nodes.")]
+SeqLen = Annotated[int, typer.Option("--seq-len", help="Tokens of one sequence.")]
+GlobalBatch = Annotated[int, typer.Option("--global-batch", help="Sequences of one optimizer step.")]
+Precision = Annotated[str, typer.Option("--precision", help="bf16, fp16 or fp32.")]
+EngineName = Annotated[str, typer.Option("--engine", help="What executes the plan: bundled or megatron.")]
+Fraction = Annotated[float, typer.Option("--max-memory-fraction", help="Share of usable device memory that a plan may fill.")]
+Format = Annotated[str, typer.Option("--format", help="table, json, yaml, csv or markdown.")]
+AsType = Annotated[str | None, typer.Option("--as", help="Treat an unknown Hugging Face model_type as this one.")]
+
+FORMATS = ("table", "json", "yaml", "csv", "markdown")
+
+
+def guarded(command: Callable[P, R]) -> Callable[P, R]:
+    """Errors leave as one message on standard error and an exit code, never as a traceback."""
+
+    @functools.wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            result = command(*args, **kwargs)
+            sys.stdout.flush()
+            return result
+        except PlannerError as error:
+            print_problems(error.problems)
+            raise typer.Exit(error.exit_code) from None
+        except (typer.Exit, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            print("planner: interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except TimeoutError:
+            print("planner: the time limit passed before any plan was found", file=sys.stderr)
+            raise typer.Exit(4) from None
+        except Exception as error:
+            if os.environ.get("PLANNER_DEBUG"):
+                traceback.print_exc()
+            message = " ".join(str(error).split()) or type(error).__name__
+            print(f"planner: internal error: {type(error).__name__}: {message}", file=sys.stderr)
+            print("  fix: this is a bug; run again with PLANNER_DEBUG=1 and report the traceback", file=sys.stderr)
+            raise typer.Exit(70) from None
+
+    return wrapper
+
+
+def print_problems(problems: tuple[Problem, ...] | list[Problem]) -> None:
+    """Problems on standard error, codes in colour when it is a terminal."""
+    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    for p in problems:
+        text = str(p)
+        print(text.replace(p.code, f"\033[1;31m{p.code}\033[0m", 1) if colour else text, file=sys.stderr)
+
+
+def checked_format(value: str, formats: tuple[str, ...] = FORMATS) -> str:
+    """A known output format, or an input error."""
+    if value not in formats:
+        raise input_error("PLN107", f"--format {value}: not a format", f"formats are {', '.join(formats)}", "")
+    return value
+
+
+def write_result(text: str) -> None:
+    """The result, exactly, on standard output."""
+    sys.stdout.write(text)
+
+
+def to_yaml(data: Any) -> str:
+    """Plain data as YAML 1.2."""
+    import io
+
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    stream = io.StringIO()
+    yaml.dump(data, stream)
+    return stream.getvalue()
+
+
+def to_json(data: Any) -> str:
+    """Plain data as JSON text."""
+    return json.dumps(data, indent=2, allow_nan=False) + "\n"
+
+
+def parse_assignments(items: list[str], flag: str) -> dict[str, list[object]]:
+    """`tp=8`, `zero=0,1` as {axis: values}. Raises InputError with all malformed ones."""
+    result: dict[str, list[object]] = {}
+    problems = []
+    for item in items:
+        name, sep, value = item.partition("=")
+        if not sep or not name or not value:
+            problems.append(
+                Problem("PLN121", f"{flag} {item}: expected NAME=VALUE", "", f"write {flag} tp=8 or {flag} zero=0,1")
+            )
+        else:
+            result[name.strip()] = [v.strip() for v in value.split(",")]
+    if problems:
+        raise InputError(problems)
+    return result
+
+
+def writable(path: Path | None) -> None:
+    """Find out before the work whether a result can be written. Raises InputError."""
+    if path is None:
+        return
+    folder = path.parent if str(path.parent) else Path(".")
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = "it is a folder" if path.is_dir() else f"{folder} is not a writable folder"
+        raise input_error("PLN113", f"cannot write {path}", why, "give the path of a file in an existing folder")

@@ -1,0 +1,106 @@
+"""`planner estimate`: the figures for one layout that the user names, for a configuration, or for a plan file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from planner.cli import common
+from planner.errors import input_error
+
+if TYPE_CHECKING:
+    from planner.planfile import Plan
+
+
+@common.guarded
+def estimate(
+    source: Annotated[str, typer.Argument(help="A model (with the flags below), a configuration file, or a plan file.")],
+    hardware: Annotated[
+        str | None, typer.Option("--hardware", "--hw", help="A hardware profile: a file or a shipped name.")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", help="Tokens of one sequence.")] = None,
+    global_batch: Annotated[int | None, typer.Option("--global-batch", help="Sequences of one optimizer step.")] = None,
+    nodes: common.Nodes = None,
+    gpus: common.Gpus = None,
+    precision: common.Precision = "bf16",
+    engine: common.EngineName = "bundled",
+    tp: Annotated[int, typer.Option(help="Tensor parallel degree.")] = 1,
+    cp: Annotated[int, typer.Option(help="Context parallel degree.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline parallel degree.")] = 1,
+    dp: Annotated[int | None, typer.Option(help="Data parallel degree; the remaining devices when left out.")] = None,
+    zero: Annotated[int, typer.Option(help="ZeRO stage, 0 to 3.")] = 0,
+    micro_batch: Annotated[int, typer.Option("--micro-batch", help="Sequences a rank processes at once.")] = 1,
+    schedule: Annotated[str | None, typer.Option(help="gpipe, 1f1b or interleaved; 1f1b when pp > 1 is left out.")] = None,
+    virtual_stages: Annotated[int, typer.Option("--virtual-stages", help="Chunks a rank, with interleaved.")] = 1,
+    sequence_parallel: Annotated[bool | None, typer.Option(help="Split norms over tp; on with tp > 1 when left out.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers of each stage: 7,8,8,7; even when left out.")] = None,
+    recompute: Annotated[str, typer.Option(help="none, selective, full, or counts such as full:3,selective:2.")] = "none",
+    max_memory_fraction: common.Fraction = 0.92,
+    output_format: common.Format = "table",
+    output: Annotated[Path | None, typer.Option("-o", "--out", help="Write the plan file here.")] = None,
+) -> None:
+    """Predict step time and memory of one layout, without a search."""
+    from planner import planfile
+    from planner.cli.plan import print_plan
+
+    common.checked_format(output_format)
+    common.writable(output)
+    flags = dict(locals())
+    made = _from_file(source) or _from_flags(flags)
+    if output is not None:
+        planfile.write(made, output)
+    print_plan(made, output_format)
+    if not made.estimate.memory.fits and output_format == "table":
+        print("this layout does not fit: see headroom", file=sys.stderr)
+
+
+def _from_file(source: str) -> Plan | None:
+    """The estimate of a plan or configuration file; None when the source is a model."""
+    from planner import planfile
+    from planner.planning import make
+    from planner.planning.request import Request, request_of
+    from planner.specs import files
+    from planner.specs.layout import Configuration
+
+    if not Path(source).is_file():
+        return None
+    document = files.parse_document(source)
+    data = document.data
+    if planfile.is_plan(data):
+        plan = planfile.from_document(document)
+        request = Request(
+            plan.model, plan.inputs.hardware, plan.job, gpus=plan.cluster.gpus, engine=plan.engine, policy=plan.policy,
+            relative_to=Path(source).parent,
+        )  # fmt: skip
+        return make.make_estimate(request, plan.layout)
+    if isinstance(data, dict) and "layout" in data:
+        configuration = files.build(Configuration, document)
+        return make.make_estimate(request_of(configuration, Path(source).parent), configuration.layout)
+    return None
+
+
+def _from_flags(flags: dict[str, Any]) -> Plan:
+    import planner
+
+    missing = [f"--{k.replace('_', '-')}" for k in ("hardware", "seq_len", "global_batch") if flags[k] is None]
+    if missing:
+        raise input_error("PLN105", f"{', '.join(missing)} missing", "a model alone does not say what is trained where", "")
+    names = ("tp", "cp", "pp", "dp", "zero", "micro_batch", "schedule", "virtual_stages", "sequence_parallel")
+    layout: dict[str, Any] = {k: flags[k] for k in names if flags[k] is not None}
+    layout["recompute"] = flags["recompute"]
+    if flags["layers"] is not None:
+        parts = flags["layers"].split(",")
+        if not all(p.strip().isdigit() and int(p) > 0 for p in parts):
+            raise input_error(
+                "PLN107", f"--layers {flags['layers']}: not whole numbers above zero", "", "write --layers 7,8,8,7"
+            )
+        layout["layers"] = [int(p) for p in parts]
+    return planner.estimate(
+        flags["source"],
+        flags["hardware"],
+        layout=layout,
+        **{k: flags[k] for k in ("seq_len", "global_batch", "nodes", "gpus", "precision", "engine", "max_memory_fraction")},
+    )

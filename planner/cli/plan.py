@@ -1,0 +1,124 @@
+"""`planner plan`: search, prove, print, write."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from planner.cli import common
+
+if TYPE_CHECKING:
+    from planner.planfile import Plan
+    from planner.search.solve import Progress
+
+
+@common.guarded
+def plan(
+    model: common.ModelArgument,
+    hardware: common.Hardware,
+    seq_len: common.SeqLen,
+    global_batch: common.GlobalBatch,
+    nodes: common.Nodes = None,
+    gpus: common.Gpus = None,
+    precision: common.Precision = "bf16",
+    engine: common.EngineName = "bundled",
+    pin: Annotated[
+        list[str] | None, typer.Option("--pin", help="Restrict an axis: tp=8, zero=0,1, recompute=full; repeatable.")
+    ] = None,
+    forbid: Annotated[
+        list[str] | None, typer.Option("--forbid", help="Leave out an axis or choice: cp, interleaved, full; repeatable.")
+    ] = None,
+    max_memory_fraction: common.Fraction = 0.92,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, max=50, help="Plans to prove, the best included.")] = 6,
+    time_limit: Annotated[float | None, typer.Option("--time-limit", help="Seconds; then the best plan so far.")] = None,
+    output_format: common.Format = "table",
+    output: Annotated[Path | None, typer.Option("-o", "--out", help="Write the plan file here.")] = None,
+    as_type: common.AsType = None,
+) -> None:
+    """Find the best layout for a training job, prove it, and say whether it fits."""
+    from planner import planfile
+    from planner.planning.make import NothingFits, make_plan
+
+    common.checked_format(output_format)
+    common.writable(output)
+    request = _request(locals())
+    try:
+        with _progress() as report:
+            made = make_plan(request, top_k, report, time_limit)
+    except NothingFits as error:
+        if output_format == "json":
+            certificate = error.certificate.model_dump(mode="json")
+            common.write_result(common.to_json({"certificate": certificate, "smallest_nodes": error.smallest_nodes}))
+        raise
+    if output is not None:
+        planfile.write(made, output)
+    print_plan(made, output_format)
+    if output is not None:
+        print(f"plan written to {output}", file=sys.stderr)
+
+
+def _request(flags: dict[str, Any]) -> Any:
+    from planner.planning.request import Request, build_spec
+    from planner.specs import files
+    from planner.specs.job import Job
+    from planner.specs.policy import Policy
+
+    job = build_spec(Job, {k: flags[k] for k in ("seq_len", "global_batch", "precision")}, "job")
+    policy = build_spec(Policy, {"max_memory_fraction": flags["max_memory_fraction"]}, "policy")
+    model = flags["model"]
+    if flags.get("as_type"):
+        model = files.load_model(model, as_type=flags["as_type"])[0]
+    pins = common.parse_assignments(flags.get("pin") or [], "--pin")
+    forbid = [name.strip() for item in flags.get("forbid") or [] for name in item.split(",")]
+    return Request(model, flags["hardware"], job, flags["nodes"], flags["gpus"], flags["engine"], policy, pins, forbid)
+
+
+def print_plan(made: Plan, output_format: str) -> None:
+    """A plan or an estimate in one of the formats."""
+    if output_format == "json":
+        common.write_result(made.to_json())
+    elif output_format == "yaml":
+        common.write_result(common.to_yaml(made.to_data()))
+    elif output_format in ("csv", "markdown"):
+        from planner.report import frames
+
+        frame = frames.plan_frame(made)
+        common.write_result(frame.to_csv(index=False) if output_format == "csv" else frames.markdown(frame))
+    else:
+        from planner.report import terminal
+
+        terminal.print_plan(made, terminal.console())
+
+
+class _progress:
+    """A progress bar on standard error, for a terminal, once the search has taken a second."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.live = sys.stderr.isatty()
+        self.bar: Any = None
+
+    def __enter__(self) -> Progress:
+        return self.report
+
+    def report(self, phase: str, done: int, total: int) -> None:
+        if not self.live or (self.bar is None and time.monotonic() - self.started < 1.0):
+            return
+        if self.bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("search", total=total)
+        names = {"exact": "layouts solved exactly", "target": "layouts settled"}
+        self.bar.update(self.task, description=names.get(phase, phase), completed=done, total=max(total, 1))
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()

@@ -1,0 +1,69 @@
+"""An sbatch script that starts the plan on a Slurm cluster: one task a node, torchrun inside."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from planner.errors import input_error
+from planner.launchers.common import PLAN_FILE, Emitted, RunSettings, environment, processes_a_node, quoted, runtime_arguments
+from planner.planfile import Plan
+
+OPTIONS: dict[str, str] = {
+    "partition": "",
+    "account": "",
+    "qos": "",
+    "time": "24:00:00",
+    "constraint": "",
+    "reservation": "",
+    "cpus-per-task": "",
+}
+"""`#SBATCH` options that a site sets with `--set slurm.NAME=VALUE`, and their defaults (empty: left out)."""
+
+
+def emit(plan: Plan, settings: RunSettings, options: Mapping[str, str]) -> list[Emitted]:
+    """`plan.json` and `job.sbatch`. Raises InputError for an unknown option."""
+    unknown = [k for k in options if k not in OPTIONS]
+    if unknown:
+        raise input_error("PLN505", f"--set slurm.{unknown[0]}: no such option", f"options are {', '.join(OPTIONS)}", "")
+    return [Emitted(PLAN_FILE, plan.to_json()), Emitted("job.sbatch", _script(plan, settings, {**OPTIONS, **options}), True)]
+
+
+def _script(plan: Plan, settings: RunSettings, options: Mapping[str, str]) -> str:
+    per_node = processes_a_node(plan)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", plan.model.name)
+    directives = {
+        "job-name": name,
+        "nodes": plan.cluster.nodes,
+        "ntasks-per-node": 1,
+        **({"gpus-per-node": per_node} if plan.cluster.device_kind != "cpu" else {}),
+        **{k: v for k, v in options.items() if v},
+        "output": "%x-%j.log",
+        "open-mode": "append",
+        "signal": "B:USR1@120",
+    }
+    header = "\n".join(f"#SBATCH --{k}={v}" for k, v in directives.items())
+    exports = "\n".join(f'export {k}="${{{k}:-{v}}}"' for k, v in environment(plan).items())
+    return f"""#!/usr/bin/env bash
+{header}
+#SBATCH --exclusive
+#SBATCH --requeue
+# {plan.model.name}: plan {plan.digest}, made by planner {plan.planner}.
+set -euo pipefail
+cd "${{SLURM_SUBMIT_DIR:-$(dirname "${{BASH_SOURCE[0]}}")}}"
+
+{exports}
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR="${{nodes[0]}}"
+: "${{MASTER_ADDR:?no node in SLURM_JOB_NODELIST}}"
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT
+
+# Static rendezvous: SLURM_NODEID is the node's rank, so that the plan's groups stay inside their nodes.
+# shellcheck disable=SC2016  # the task's own shell expands the variables
+srun --kill-on-bad-exit=1 bash -c 'exec "${{PYTHON:-python3}}" -m torch.distributed.run \\
+  --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \\
+  --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \\
+  --nproc-per-node {per_node} \\
+  {quoted(runtime_arguments(settings))} "$@"' bash "$@"
+"""

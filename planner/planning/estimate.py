@@ -1,0 +1,178 @@
+"""The cost model's integers as an `Estimate` for people: seconds by cause, GiB by part, the peak's moment named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.cost import memory, step
+from planner.cost.schedules import in_flight
+from planner.cost.step import Primitives, StageCost, TimeParts
+from planner.cost.task import Ints, LayoutArray, StageArray, Task
+from planner.planfile import Breakdown, Estimate, Memory, StageMemory
+from planner.specs.hardware import Provenance
+from planner.specs.layout import Layout
+from planner.units import GIB
+
+
+@dataclass(frozen=True)
+class _Priced:
+    """One layout with everything that was computed for it."""
+
+    task: Task
+    layout: Layout
+    x: LayoutArray
+    stages: StageArray
+    p: Primitives
+    parts: TimeParts
+    cost: StageCost
+
+
+def estimate_layout(task: Task, layout: Layout) -> Estimate:
+    """What the cost model predicts for one layout (which must obey the rules)."""
+    x, stages = LayoutArray.of([layout], task.job), StageArray.of([layout])
+    p, parts = step.primitives_with_parts(task, x)
+    priced = _Priced(task, layout, x, stages, p, parts, step.stage_cost(p, x, stages))
+    seconds = int(step.step_cost(p, x, stages).step[0]) / 1e9
+    rate = task.job.tokens_per_step / seconds
+    model_flops = task.model.flops_per_token(task.job.seq_len) * rate / task.gpus
+    breakdown = _breakdown(priced, seconds)
+    return Estimate(
+        step_time_s=seconds,
+        tokens_per_s=rate,
+        tokens_per_s_per_gpu=rate / task.gpus,
+        tflops_per_gpu=model_flops / 1e12,
+        mfu=model_flops / task.peak,
+        microbatches=int(x.microbatches[0]),
+        bubble_fraction=breakdown.bubble / seconds,
+        breakdown=breakdown,
+        memory=_memory(priced),
+        provenance=_provenance(task, layout),
+    )
+
+
+def _breakdown(c: _Priced, seconds: float) -> Breakdown:
+    """Parts of the step on the slowest rank; what rounding leaves is in `other`."""
+    time, once = c.cost.time, c.cost.once
+    s = int(np.argmax(time))
+    n, n1, n2 = (int(a[s]) for a in (c.stages.layers, c.stages.selective, c.stages.full))
+    last = s == c.layout.pp - 1
+    m, v = int(c.x.microbatches[0]), c.layout.virtual_stages
+    one = {k: float(getattr(c.parts, k)[0]) for k in ("compute", "tp", "cp", "zero", "head_tp")}
+    again_tp = [n1 * float(c.parts.recompute_tp[0][0]), n2 * float(c.parts.recompute_tp[1][0])]
+    again = (n1 * int(c.p.recompute1[0]) + n2 * int(c.p.recompute2[0])) / 1e9
+    ends = (int(c.p.embedding[0]) if s == 0 else 0) + (int(c.p.head[0]) if last else 0)
+    head_tp = one["head_tp"] if last else 0.0
+    d = int(np.argmax(once))
+    update = int(c.stages.layers[d]) * int(c.p.update[0])
+    update += (int(c.p.update_first[0]) if d == 0 else 0) + (int(c.p.update_last[0]) if d == c.layout.pp - 1 else 0)
+    parts = {
+        "compute": m * (n * one["compute"] + ends / 1e9 - head_tp),
+        "recompute": m * (again - sum(again_tp)),
+        "tp_comm": m * (n * one["tp"] + head_tp + sum(again_tp)),
+        "cp_comm": m * n * one["cp"],
+        "zero_comm": m * n * one["zero"],
+        "pp_comm": m * int(c.p.p2p[0]) / 1e9,
+        "bubble": (int(time.sum()) - int(time[s])) / v / 1e9,
+        "dp_comm": (int(once[d]) - update) / 1e9,
+        "optimizer": update / 1e9,
+    }
+    return Breakdown(**parts, other=max(seconds - sum(parts.values()), 0.0))
+
+
+def _memory(c: _Priced) -> Memory:
+    limit = c.task.limit / GIB
+    stages = [_stage_memory(c, s, limit) for s in range(c.layout.pp)]
+    peak = max(stages, key=lambda m: m.total)
+    return Memory(
+        limit_gib=limit,
+        usable_gib=c.task.hardware.device.memory.base / GIB,
+        peak_gib=peak.total,
+        peak_allocated_gib=max(m.allocated for m in stages),
+        peak_stage=peak.stage,
+        peak_cause=peak.cause,
+        fits=bool(np.all(c.cost.allocated <= c.p.capacity[0])),
+        stages=stages,
+    )
+
+
+def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
+    """One rank's memory by part at its peak moment; rounding goes to `transient`."""
+    updating = int(c.cost.update_bytes[s]) > int(c.cost.backward_bytes[s])
+    allocated = int(c.cost.allocated[s])
+    states = _states(c, s, updating)
+    first, last = int(s == 0), int(s == c.layout.pp - 1)
+    a = np.array
+    receive = int(step.receive_bytes(c.p, a([first]), a([last]))[0])
+    flight = int(in_flight(c.x.schedule, c.x.pp, c.x.virtual_stages, c.x.microbatches, a([s]))[0])
+    sends = 1 if c.layout.virtual_stages > 1 else 1 - last
+    outputs = 0 if updating else sends * flight * int(c.p.boundary[0])
+    buffers = receive + outputs + int(c.p.fixed[0])
+    transient = _transient(c, s, updating)
+    activations = max(0, allocated - sum(states.values()) - buffers - transient) if not updating else 0
+    transient = allocated - sum(states.values()) - buffers - activations
+    ratio = c.task.accounting.reserved_ratio
+    total = (allocated * ratio + int(c.p.outside[0])) / GIB
+    return StageMemory(
+        stage=s,
+        **{k: v / GIB for k, v in states.items()},
+        activations=activations / GIB,
+        buffers=buffers / GIB,
+        transient=transient / GIB,
+        allocated=allocated / GIB,
+        reserved=allocated * ratio / GIB,
+        outside=int(c.p.outside[0]) / GIB,
+        total=total,
+        headroom=limit - total,
+        cause=_cause(c, s, flight, updating),
+    )
+
+
+def _states(c: _Priced, s: int, updating: bool) -> dict[str, int]:
+    """Bytes of parameters, gradients and optimizer states on one rank."""
+    per = memory.state_bytes(c.task, c.x.zero, c.x.shard, c.x.microbatches)
+    held = per.update if updating else per.backward
+    params = memory.rank_params(c.task, c.x)
+    count = int(c.stages.layers[s]) * float(params["layer"][0])
+    if s == 0:
+        count += float(params["embedding"][0])
+    if s == c.layout.pp - 1:
+        count += float(params["own_head"][0] + params["norm"][0])
+    return {part: int(held[part][0] * count) for part in memory.PARTS}
+
+
+def _transient(c: _Priced, s: int, updating: bool) -> int:
+    p, last = c.p, np.array([int(s == c.layout.pp - 1)])
+    if updating:
+        return 0
+    mode = 2 if int(c.stages.full[s]) else 1 if int(c.stages.selective[s]) else 0
+    return int(step.stage_transient(p, last, mode)[0])
+
+
+def _cause(c: _Priced, s: int, flight: int, updating: bool) -> str:
+    """The peak's moment in words."""
+    if updating:
+        return "end of backward and optimizer update"
+    last = s == c.layout.pp - 1
+    again = int(c.stages.full[s]) or int(c.stages.selective[s])
+    none: Ints = np.array([0])
+    layer = int(step.stage_transient(c.p, none, 2 if int(c.stages.full[s]) else 1 if again else 0)[0])
+    batches = "1 micro-batch" if flight == 1 else f"{flight} micro-batches"
+    if last and int(c.p.head_transient[0]) >= layer:
+        kind = "fp32" if c.task.accounting.logit_bytes > 4 else c.task.job.precision
+        return f"backward of the head, logits in {kind}, {batches} in flight"
+    return f"backward of a {'recomputed ' if again else ''}layer, {batches} in flight"
+
+
+_TRUST: tuple[Provenance, ...] = ("measured", "fitted", "datasheet", "assumed")
+
+
+def _provenance(task: Task, layout: Layout) -> Provenance:
+    """The least certain origin among the figures that decide this estimate."""
+    d = task.hardware.device
+    origins = [d.memory.provenance, d.memory_bandwidth.provenance, d.gemm.provenance]
+    origins += [d.attention.provenance, d.sustained.provenance]
+    if layout.world_size > 1:
+        origins += [o for tier in task.hardware.network for o in (tier.bandwidth.provenance, tier.efficiency.provenance)]
+    return max(origins, key=_TRUST.index)

@@ -1,0 +1,163 @@
+"""Make a plan or an estimate: search, assemble, or explain why nothing fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.engines.base import layout_problems
+from planner.errors import InfeasibleError, InputError, Problem
+from planner.planfile import Alternative, Certificate, Estimate, Plan
+from planner.planning.estimate import estimate_layout
+from planner.planning.request import Request, Setting, prepare
+from planner.search.solve import Outcome, Progress
+from planner.search.space import Space, declared_space
+from planner.specs.layout import Layout
+from planner.units import gib
+
+
+def make_plan(
+    request: Request, alternatives: int = 5, progress: Progress | None = None, time_limit: float | None = None
+) -> Plan:
+    """The proven best plan of the declared space. Raises InputError, or InfeasibleError when nothing fits."""
+    from planner.search.solve import search
+
+    setting = prepare(request)
+    space = declared_space(setting.task, setting.engine, request.pins, request.forbid)
+    outcome = search(setting.task, setting.engine, space, alternatives, progress, time_limit)
+    certificate = _certificate(outcome)
+    if not outcome.candidates:
+        if outcome.status == "interrupted":
+            raise TimeoutError
+        raise explain_infeasible(setting, space, request, certificate)
+    best = outcome.candidates[0]
+    estimates = [estimate_layout(setting.task, c.layout) for c in outcome.candidates]
+    others = [
+        Alternative(
+            layout=c.layout,
+            step_time_s=e.step_time_s,
+            slower=(c.step_ns - best.step_ns) / best.step_ns,
+            peak_gib=e.memory.peak_gib,
+            tokens_per_s_per_gpu=e.tokens_per_s_per_gpu,
+        )
+        for c, e in zip(outcome.candidates[1:], estimates[1:], strict=True)
+    ]
+    return _assemble(setting, best.layout, estimates[0], certificate, others)
+
+
+def _assemble(
+    setting: Setting,
+    layout: Layout,
+    estimate: Estimate,
+    certificate: Certificate | None = None,
+    others: Sequence[Alternative] = (),
+) -> Plan:
+    return Plan(
+        model=setting.task.model,
+        job=setting.task.job,
+        cluster=setting.cluster,
+        engine=setting.engine.name,
+        policy=setting.policy,
+        layout=layout,
+        estimate=estimate,
+        certificate=certificate,
+        alternatives=list(others),
+        inputs=setting.inputs,
+    )
+
+
+def _certificate(outcome: Outcome) -> Certificate:
+    best = outcome.candidates[0].step_ns if outcome.candidates else None
+    bound = outcome.bound_ns
+    gap = (best - bound) / best if best and bound is not None else None
+    counts = outcome.counts
+    return Certificate.model_validate(
+        {
+            "status": outcome.status,
+            "objective": None if best is None else best / 1e9,
+            "objective_ns": best,
+            "bound": None if bound is None else bound / 1e9,
+            "gap": gap,
+            "space": {
+                "enumerated": counts.enumerated, "by_rule": counts.by_rule, "by_memory": counts.by_memory,
+                "by_bound": counts.by_bound, "exact": counts.exact, "open": counts.open, "rules": counts.rules,
+            },
+            "seconds": round(outcome.seconds, 3),
+            "solver": outcome.solver,
+        }
+    )  # fmt: skip
+
+
+class NothingFits(InfeasibleError):
+    """The proof that no layout of the space fits."""
+
+    def __init__(self, problems: list[Problem], certificate: Certificate, smallest_nodes: int | None):
+        super().__init__(problems)
+        self.certificate = certificate
+        self.smallest_nodes = smallest_nodes
+
+
+def explain_infeasible(setting: Setting, space: Space, request: Request, certificate: Certificate) -> NothingFits:
+    """The binding constraint of the closest layout, and the smallest cluster that works."""
+    from planner.search import explain
+    from planner.search.space import enumerate_rows
+
+    task, engine = setting.task, setting.engine
+    rows = enumerate_rows(task, engine, space)
+    unit = task.hardware.node_size if request.nodes is not None else 1
+    smallest = explain.smallest_cluster(task, engine, lambda t: declared_space(t, engine, request.pins, request.forbid), unit)
+    where = f"{task.gpus} x {task.hardware.device.name}"
+    fix = _smallest_text(smallest, unit, task.gpus)
+    nearest = explain.nearest_layout(task, space, rows)
+    if nearest is None:
+        rules = sorted(rows.rejected.items(), key=lambda item: -item[1])
+        counted = "; ".join(f"{name}: {n:,}" for name, n in rules[:4])
+        what = f"no layout of {task.model.name} on {where} obeys the rules"
+        problem = Problem("PLN302", what, f"of {rows.enumerated:,} layouts, excluded by {counted}", fix)
+    else:
+        memory = estimate_layout(task, nearest.layout).memory
+        worst = memory.stages[memory.peak_stage]
+        parts = ", ".join(
+            f"{name} {getattr(worst, name):.1f}"
+            for name in ("params", "grads", "optimizer", "activations", "buffers", "transient")
+            if getattr(worst, name) >= 0.05
+        )
+        what = (
+            f"{task.model.name} does not fit on {where}: the closest layout ({short(nearest.layout)}) needs "
+            f"{memory.peak_gib:.1f} GiB on stage {memory.peak_stage}, the limit is {memory.limit_gib:.1f} GiB"
+        )
+        share = f"{setting.policy.max_memory_fraction:g} of {gib(task.hardware.device.memory.base)}"
+        why = f"{worst.cause}; GiB: {parts}; {memory.limit_gib:.1f} GiB is {share}"
+        problem = Problem("PLN301", what, why, fix)
+    nodes = None if smallest is None else -(-smallest // task.hardware.node_size)
+    return NothingFits([problem], certificate, nodes)
+
+
+def _smallest_text(smallest: int | None, unit: int, asked: int) -> str:
+    if smallest is None:
+        return "no cluster size tried works with these rules and pins: loosen pins, or change batch, sequence or precision"
+    count = smallest // unit
+    noun = ("node" if unit > 1 else "device") + ("s" if count > 1 else "")
+    relation = (
+        "the smallest count that works" if smallest > asked else "fewer devices divide this job, the smallest count that works"
+    )
+    return f"use {count} {noun} ({smallest} devices): {relation}"
+
+
+def short(layout: Layout) -> str:
+    """A layout in one line: degrees above one, ZeRO, micro-batch, schedule, recompute."""
+    degrees = [f"{name} {getattr(layout, name)}" for name in ("tp", "cp", "pp", "dp", "ep", "etp") if getattr(layout, name) > 1]
+    schedule: str = layout.schedule if layout.pp > 1 else ""
+    if layout.virtual_stages > 1:
+        schedule += f" v{layout.virtual_stages}"
+    kinds = sorted({s.recompute.partition(":")[0] for s in layout.stages})
+    recompute = "" if kinds == ["none"] else "recompute " + "/".join(kinds)
+    parts = [*degrees, f"zero {layout.zero}", f"micro_batch {layout.micro_batch}", schedule, recompute]
+    return ", ".join(p for p in parts if p)
+
+
+def make_estimate(request: Request, layout: Layout) -> Plan:
+    """The prediction for a layout that a person named: a plan without a certificate. Raises InputError."""
+    setting = prepare(request)
+    if problems := layout_problems(setting.task, setting.engine, layout):
+        raise InputError(problems)
+    return _assemble(setting, layout, estimate_layout(setting.task, layout))

@@ -1,0 +1,144 @@
+"""What is asked: a model, a machine, a job, an engine; read, checked, and made into a task."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from planner import planfile
+from planner.cost.task import Task
+from planner.engines.base import Engine
+from planner.engines.registry import engine_named
+from planner.errors import InputError, Problem, input_error
+from planner.planfile import Cluster, Inputs, Plan
+from planner.specs import files
+from planner.specs.hardware import HardwareProfile
+from planner.specs.job import Job
+from planner.specs.layout import Configuration
+from planner.specs.model import Model
+from planner.specs.policy import Policy
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked: everything but the layout. `model` and `hardware` are names, paths, or spec objects."""
+
+    model: str | Model
+    hardware: str | HardwareProfile
+    job: Job
+    nodes: int | None = None
+    gpus: int | None = None
+    engine: str = "bundled"
+    policy: Policy = field(default_factory=Policy)
+    pins: Mapping[str, Sequence[object]] = field(default_factory=dict)
+    forbid: Sequence[str] = ()
+    relative_to: Path | None = None
+    """The folder that paths are relative to, besides the current one."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A request with its files read and checked."""
+
+    task: Task
+    engine: Engine
+    cluster: Cluster
+    inputs: Inputs
+    policy: Policy
+
+
+def prepare(request: Request) -> Setting:
+    """Read and check everything that a request names. Raises InputError."""
+    model, model_name, model_digest = _load(request.model, request.relative_to, files.load_model)
+    hardware, hardware_name, hardware_digest = _load(request.hardware, request.relative_to, files.load_hardware)
+    if not model.homogeneous:
+        why = "this version prices and searches one kind of layer"
+        raise input_error("PLN130", f"{model.name} mixes several kinds of layers", why, "use a model with one layer group")
+    engine = engine_named(request.engine)
+    nodes, gpus = _devices(request, hardware)
+    task = Task(model, request.job, hardware, gpus, engine.accounting, request.policy.max_memory_fraction)
+    device = hardware.device
+    cluster = Cluster(
+        hardware=hardware.name,
+        nodes=nodes,
+        gpus=gpus,
+        node_size=hardware.node_size,
+        device=device.name,
+        device_kind=device.kind,
+        peak_flops=task.peak,
+    )
+    job_digest = _digest(planfile.canonical(request.job.model_dump(mode="json")))
+    digests = {"model": model_digest, "hardware": hardware_digest, "job": job_digest}
+    pins = {k: list(v) for k, v in request.pins.items()}
+    inputs = Inputs(model=model_name, hardware=hardware_name, digests=digests, pins=pins, forbidden=list(request.forbid))
+    return Setting(task, engine, cluster, inputs, request.policy)
+
+
+def _load(reference: Any, folder: Path | None, loader: Any) -> tuple[Any, str, str]:
+    """(object, name for the plan, digest) from a reference or an object."""
+    if not isinstance(reference, str):
+        return reference, reference.name, _digest(planfile.canonical(reference.model_dump(mode="json")))
+    loaded, document = loader(reference, folder)
+    # A plan file must not depend on where its inputs lay: names only, the digest tells whether they changed.
+    return loaded, loaded.name, document.digest
+
+
+def _digest(text: str) -> str:
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _devices(request: Request, hardware: HardwareProfile) -> tuple[int, int]:
+    """(nodes, devices) from either of them. Raises InputError."""
+    if (request.nodes is None) == (request.gpus is None):
+        raise input_error(
+            "PLN131", "give --nodes or --gpus, one of them", "", f"for example --nodes 8 ({hardware.node_size} devices each)"
+        )
+    for flag, value in (("nodes", request.nodes), ("gpus", request.gpus)):
+        if value is not None and value < 1:
+            raise input_error("PLN131", f"--{flag} {value}: a cluster has at least one", "", f"give --{flag} 1 or more")
+    if request.gpus is not None:
+        nodes, gpus = -(-request.gpus // hardware.node_size), request.gpus
+    else:
+        assert request.nodes is not None
+        nodes, gpus = request.nodes, request.nodes * hardware.node_size
+    limit = hardware.max_devices
+    if limit is not None and gpus > limit:
+        raise input_error(
+            "PLN132",
+            f"{gpus} devices exceed the {limit} that {hardware.name} joins",
+            "its last network tier ends there",
+            "add a tier, or use fewer",
+        )
+    return nodes, gpus
+
+
+def request_of(configuration: Configuration, folder: Path) -> Request:
+    """The request in a configuration file."""
+    c = configuration
+    return Request(c.model, c.hardware, c.job, c.nodes, c.gpus, c.engine, c.policy, relative_to=folder)
+
+
+def task_of_plan(plan: Plan, hardware: HardwareProfile | None = None) -> tuple[Task, Engine]:
+    """Task and engine of a plan file; the profile is looked up by the plan's name when not given. Raises InputError."""
+    engine = engine_named(plan.engine)
+    profile = hardware or files.load_hardware(plan.inputs.hardware)[0]
+    return Task(plan.model, plan.job, profile, plan.cluster.gpus, engine.accounting, plan.policy.max_memory_fraction), engine
+
+
+def build_spec(spec: Any, data: dict[str, Any], place: str) -> Any:
+    """A spec from flags or arguments; errors name the flag. Raises InputError."""
+    try:
+        return spec.model_validate(data)
+    except ValidationError as error:
+        problems = []
+        for e in error.errors():
+            name = ".".join(str(p) for p in e["loc"])
+            flag = f"--{name.replace('_', '-')}" if name else place
+            message = e["msg"].removeprefix("Value error, ")
+            problems.append(Problem("PLN107", f"{flag} {e.get('input')!r}: {message[:1].lower()}{message[1:]}"))
+        raise InputError(problems) from None

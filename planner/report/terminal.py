@@ -1,0 +1,169 @@
+"""A plan in the terminal: what was chosen, where the time goes, what fills the memory, what was proven."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from planner.planfile import Plan, StageMemory
+from planner.planning.make import short
+from planner.report.stagetext import stages_text
+from planner.units import count, seconds, significant
+
+_BREAKDOWN = (
+    ("compute", "compute"),
+    ("recompute", "recompute"),
+    ("tp_comm", "tensor-parallel traffic"),
+    ("cp_comm", "context-parallel traffic"),
+    ("zero_comm", "ZeRO traffic of micro-batches"),
+    ("pp_comm", "pipeline traffic"),
+    ("bubble", "pipeline bubble"),
+    ("dp_comm", "data-parallel traffic"),
+    ("optimizer", "optimizer"),
+    ("other", "other"),
+)
+_PARTS = ("params", "grads", "optimizer", "activations", "buffers", "transient")
+
+
+def console(stream: TextIO | None = None, width: int | None = None) -> Console:
+    """A console that keeps tables whole when the output is not a terminal, and honours NO_COLOR."""
+    stream = stream or sys.stdout
+    if width is None and not stream.isatty() and "COLUMNS" not in os.environ:
+        width = 140
+    return Console(file=stream, width=width, highlight=False, soft_wrap=False)
+
+
+def print_plan(plan: Plan, out: Console) -> None:
+    """The whole report of a plan or an estimate."""
+    _headline(plan, out)
+    out.print(_layout_table(plan))
+    out.print(Text("layers (recompute) of each rank: " + stages_text(plan.layout.stages)))
+    out.print(_time_table(plan))
+    out.print(_memory_table(plan))
+    if plan.alternatives:
+        out.print(_alternatives_table(plan))
+    if plan.certificate is not None:
+        out.print(_proof(plan))
+
+
+def _headline(plan: Plan, out: Console) -> None:
+    job, cluster = plan.job, plan.cluster
+    nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''}, {cluster.gpus} x {cluster.device}"
+    out.print(f"[bold]{plan.model.name}[/] ({count(plan.model.total_params)} parameters) on {nodes}")
+    out.print(f"sequence {job.seq_len:,}, global batch {job.global_batch:,}, {job.precision}, engine {plan.engine}")
+    e, m = plan.estimate, plan.estimate.memory
+    verdict = "[bold green]fits[/]" if m.fits else "[bold red]does not fit[/]"
+    speed = f"{seconds(e.step_time_s)} a step, {significant(e.tokens_per_s_per_gpu)} tokens/s/device, MFU {e.mfu:.1%}"
+    out.print(f"{verdict}: {m.peak_gib:.1f} of {m.limit_gib:.1f} GiB, {speed}")
+    out.print()
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+
+
+def _layout_table(plan: Plan) -> Table:
+    layout = plan.layout
+    table = _table("Layout")
+    names = ["tp", "cp", "pp", "dp", "ep", "etp"]
+    shown = [n for n in names if n not in ("ep", "etp") or getattr(layout, n) > 1]
+    rows = [(n, str(getattr(layout, n))) for n in shown]
+    rows += [
+        ("zero", str(layout.zero)),
+        ("micro_batch", str(layout.micro_batch)),
+        ("micro-batches", str(plan.estimate.microbatches)),
+        ("schedule", layout.schedule + (f" v{layout.virtual_stages}" if layout.virtual_stages > 1 else "")),
+        ("sp", "on" if layout.sequence_parallel else "off"),
+    ]
+    for name, _ in rows:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row(*(value for _, value in rows))
+    return table
+
+
+def _time_table(plan: Plan) -> Table:
+    e = plan.estimate
+    table = _table("\nOne step (slowest pipeline rank)")
+    table.add_column("part")
+    table.add_column("time", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("")
+    for name, label in _BREAKDOWN:
+        value = getattr(e.breakdown, name)
+        share = value / e.step_time_s
+        if share >= 0.0005:
+            table.add_row(label, seconds(value), f"{share:.1%}", Text("█" * max(1, round(40 * share)), style="cyan"))
+    table.add_row("step", seconds(e.step_time_s), "", Text(f"figures: {e.provenance}", style="dim"))
+    return table
+
+
+def _memory_table(plan: Plan) -> Table:
+    m = plan.estimate.memory
+    limit = f"limit {m.limit_gib:.1f} = {plan.policy.max_memory_fraction:g} of {m.usable_gib:.1f}"
+    table = _table(f"\nMemory at each rank's peak, GiB ({limit})")
+    table.add_column("rank", justify="right")
+    for part in _PARTS:
+        table.add_column(part, justify="right")
+    for name in ("allocated", "total", "headroom"):
+        table.add_column(name, justify="right")
+    table.add_column("peak moment", overflow="fold")
+    for ranks, stage in _folded(m.stages):
+        style = "bold" if stage.stage == m.peak_stage else ""
+        values = [*(getattr(stage, p) for p in _PARTS), stage.allocated, stage.total, stage.headroom]
+        table.add_row(ranks, *(f"{v:.1f}" for v in values), stage.cause, style=style)
+    return table
+
+
+def _folded(stages: list[StageMemory], most: int = 12) -> list[tuple[str, StageMemory]]:
+    """Stages with their rank labels; in long pipelines only the ends and the peak."""
+    if len(stages) <= most:
+        return [(str(s.stage), s) for s in stages]
+    peak = max(stages, key=lambda s: s.total).stage
+    keep = sorted({0, 1, 2, peak, len(stages) - 2, len(stages) - 1})
+    return [(str(i), stages[i]) for i in keep]
+
+
+def _alternatives_table(plan: Plan) -> Table:
+    table = _table("\nRunners-up, each the best of its (tp, cp, pp, ep)")
+    for name in ("layout", "step", "slower", "peak GiB", "tokens/s/device"):
+        table.add_column(name, justify="left" if name == "layout" else "right", overflow="fold")
+    for other in plan.alternatives:
+        table.add_row(
+            short(other.layout),
+            seconds(other.step_time_s),
+            f"+{other.slower:.2%}",
+            f"{other.peak_gib:.1f}",
+            significant(other.tokens_per_s_per_gpu),
+        )
+    return table
+
+
+def _proof(plan: Plan) -> Text:
+    c = plan.certificate
+    assert c is not None
+    s = c.space
+    head = "Proven optimal in the declared space" if c.status == "optimal" else f"Search {c.status}, gap {c.gap or 0:.2%}"
+    text = Text(f"\n{head} ", style="bold")
+    body = (
+        f"of {s.enumerated:,} layouts: {s.by_rule:,} broke a rule, {s.by_memory:,} do not fit, "
+        f"{s.by_bound:,} are slower by their bound, {s.exact:,} solved exactly"
+        + (f", {s.open:,} open" if s.open else "")
+        + f"; {seconds(c.seconds)}, {c.solver}."
+    )
+    text.append(body, style="not bold")
+    return text
+
+
+def print_comparison(rows: list[tuple[str, str, str, str]], out: Console) -> None:
+    """The table "predicted against measured": (what, predicted, measured, error)."""
+    table = _table("Predicted against measured")
+    for name in ("", "predicted", "measured", "error"):
+        table.add_column(name, justify="left" if not name else "right")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)

@@ -1,0 +1,101 @@
+"""Why nothing fits: the binding constraint of the closest layout, and the smallest cluster that works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from planner.cost import step
+from planner.cost.task import LayoutArray, StageArray, Task, even_runs
+from planner.engines.base import Engine
+from planner.search import bounds
+from planner.search.solve import _by_pipeline
+from planner.search.space import Rows, Space, enumerate_rows
+from planner.specs.layout import RECOMPUTE_MODES, SCHEDULES, Layout, even_stages
+
+MAX_TRIES = 400
+"""Cluster sizes that are tried before the search for the smallest one gives up."""
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The layout that comes closest to fitting, with an even split and one recompute mode."""
+
+    layout: Layout
+    excess_bytes: int
+    """Allocated bytes beyond what the device may hold."""
+
+
+def nearest_layout(task: Task, space: Space, rows: Rows) -> Nearest | None:
+    """The row that needs the least extra memory when split evenly, under its best uniform recompute; None without rows."""
+    x = rows.layouts
+    best: tuple[int, int, int] | None = None
+    for mode in space.modes:
+        for start in range(0, len(x), 65536):
+            part = x.take(np.arange(start, min(start + 65536, len(x))))
+            p = step.primitives(task, part)
+            cost = step.step_cost(p, part, even_runs(part, task.model.n_layers, mode))
+            excess = cost.allocated - p.capacity
+            row = int(np.argmin(excess))
+            if best is None or int(excess[row]) < best[0]:
+                best = (int(excess[row]), start + row, mode)
+    if best is None:
+        return None
+    return Nearest(even_layout(task, x, best[1], best[2]), best[0])
+
+
+def even_layout(task: Task, x: LayoutArray, row: int, mode: int) -> Layout:
+    """A row of the space as a layout with an even split."""
+    names = ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "virtual_stages")
+    stages = even_stages(task.model.n_layers, int(x.pp[row]), RECOMPUTE_MODES[mode])
+    return Layout.model_validate(
+        {
+            **{name: int(getattr(x, name)[row]) for name in names},
+            "schedule": SCHEDULES[int(x.schedule[row])],
+            "sequence_parallel": bool(x.sequence_parallel[row]),
+            "stages": [s.model_dump() for s in stages],
+        }
+    )
+
+
+def any_fits(task: Task, engine: Engine, space: Space) -> bool:
+    """Whether some layout of the space fits: the exact memory test of every row, without looking for the best."""
+    x = enumerate_rows(task, engine, space).layouts
+    if not len(x):
+        return False
+    p = step.primitives(task, x)
+    for chunk in _by_pipeline(x, np.arange(len(x))):
+        group = bounds.group_of(p.take(chunk), x.take(chunk), task.model.n_layers, space.modes)
+        if bounds.memory_feasible(group).any():
+            return True
+    return False
+
+
+def smallest_cluster(task: Task, engine: Engine, space_of: Callable[[Task], Space], unit: int) -> int | None:
+    """The least device count, in whole units (nodes), for which something fits; None when none was found.
+
+    Counts are tried in ascending order, because feasibility is not monotone: divisibility comes and goes.
+    """
+    limit = task.hardware.max_devices
+    states = min(
+        sum(
+            4.0 if h.part == "grads" and h.size == 4 else task.accounting.size(h.size, task.job.compute_bytes)
+            for h in rule.update
+        )
+        for rule in task.accounting.zero.values()
+    )
+    least = int(states * task.model.total_params / max(task.limit, 1)) // unit * unit
+    for count in range(max(unit, least), max(unit, least) + MAX_TRIES * unit, unit):
+        if limit is not None and count > limit:
+            return None
+        candidate = replace(task, gpus=count)
+        if any_fits(candidate, engine, space_of(candidate)):
+            return count
+    return None
+
+
+def stage_array(layout: Layout) -> StageArray:
+    """One layout's stages."""
+    return StageArray.of([layout])
