@@ -69,6 +69,8 @@ class ZeroRule:
     update: tuple[Held, ...]
     """While the optimizer runs."""
     traffic: tuple[Traffic, ...]
+    resident: tuple[Held, ...] = ()
+    """A parameter of one layer, and of the head on its rank: buffers that exist once, for as long as the process."""
     unit_transient: tuple[Held, ...] = ()
     """A parameter of the unit in flight, during backward: gathered copies, inputs of a reduction."""
     head_transient: tuple[Held, ...] = ()

@@ -99,6 +99,8 @@ class StateBytes:
 
     backward: dict[str, Floats]
     update: dict[str, Floats]
+    resident: Floats
+    """Bytes for a parameter of one layer (and of the head on its rank), whatever the rank holds."""
     unit: Floats
     """Transient bytes for a parameter of the layer in flight."""
     head: Floats
@@ -127,6 +129,7 @@ def state_bytes(task: Task, zero: Ints, shard: Ints, microbatches: Ints) -> Stat
     return StateBytes(
         {part: total("backward", part) for part in PARTS},
         {part: total("update", part) for part in PARTS},
+        total("resident", None),
         total("unit_transient", None),
         total("head_transient", None),
         total("update_transient", None),

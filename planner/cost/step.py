@@ -88,7 +88,7 @@ class Primitives:
     chunks: Ints
     """v."""
     fixed: Ints
-    """Library workspaces."""
+    """Library workspaces, and buffers that an engine keeps for one layer."""
     capacity: Ints
     """What the allocator may hold: the limit less what lies outside, over the reserved ratio."""
     outside: Ints
@@ -127,6 +127,7 @@ def primitives_with_parts(task: Task, layouts: LayoutArray) -> tuple[Primitives,
     states = _states(task, shared)
     acts = memory.activation_bytes(task, block)
     times = _layer_ns(seconds, traffic, to_block)
+    unit, head_unit = states.pop("unit")[share], states.pop("head_unit")[share]
     blocks = {
         "embedding": _ns(seconds.embedding), "head": _ns(seconds.head + seconds.head_tp),
         "recompute1": _ns(seconds.recompute[0] + seconds.tp_recompute[0]),
@@ -143,12 +144,11 @@ def primitives_with_parts(task: Task, layouts: LayoutArray) -> tuple[Primitives,
         **{k: v[share] for k, v in (times | traffic.ns | states).items()},
         p2p=_p2p(task, layouts, boundary),
         constant=np.full(len(layouts), int(a.step_seconds * 1e9), dtype=np.int64),
-        transient=acts.backward[spread] + _unit(task, shared)[0][share],
-        head_transient=acts.head[spread] + _unit(task, shared)[1][share],
+        transient=acts.backward[spread] + unit,
+        head_transient=acts.head[spread] + head_unit,
         boundary=np.where(many & a.keeps_stage_output, boundary, 0),
         receive=np.where(many, boundary * buffers, 0),
         chunks=layouts.virtual_stages,
-        fixed=np.full(len(layouts), int(d.workspace.base), dtype=np.int64),
         capacity=np.floor((task.limit - outside) / a.reserved_ratio).astype(np.int64),
         outside=outside,
     )
@@ -284,14 +284,13 @@ def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
         result[f"state{suffix}"] = ceil(backward * place[name])
         result[f"updating{suffix}"] = ceil(update * place[name])
         result[f"updating_transient{suffix}"] = ceil(per.last_unit * place[name])
+    beside_head = ceil(per.resident * params["head"])
+    result["state_last"] += beside_head
+    result["updating_last"] += beside_head
+    result["fixed"] = ceil(per.resident * params["layer"] + task.hardware.device.workspace.base)
+    result["unit"] = ceil(per.unit * params["layer"])
+    result["head_unit"] = ceil(per.head * params["head"])
     return result
-
-
-def _unit(task: Task, layouts: LayoutArray) -> tuple[Ints, Ints]:
-    """Transient bytes of the unit in flight: in a layer's backward, and in the head's."""
-    params = memory.rank_params(task, layouts)
-    per = memory.state_bytes(task, layouts.zero, layouts.shard, layouts.microbatches)
-    return ceil(per.unit * params["layer"]), ceil(per.head * params["head"])
 
 
 # ---- stages ------------------------------------------------------------------------------------------------------

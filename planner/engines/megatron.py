@@ -58,15 +58,13 @@ ZERO = {
         backward=(*_FULL, Held("optimizer", 12, shard=False)),
         update=(*_FULL, Held("optimizer", 12, shard=False)),
         traffic=(Traffic("all_reduce", 4, "step", "backward"),),
-        unit_transient=_DUMMY,
-        head_transient=_DUMMY,
+        resident=_DUMMY,
     ),
     1: ZeroRule(
         backward=(*_FULL, Held("optimizer", 12, shard=True)),
         update=(*_FULL, Held("optimizer", 12, shard=True)),
         traffic=(Traffic("reduce_scatter", 4, "step", "backward"), Traffic("all_gather", COMPUTE, "step", "forward")),
-        unit_transient=_DUMMY,
-        head_transient=_DUMMY,
+        resident=_DUMMY,
     ),
 }
 

@@ -9,7 +9,7 @@ import numpy as np
 from planner.cost import memory, step
 from planner.cost.schedules import in_flight
 from planner.cost.step import Primitives, StageCost, TimeParts
-from planner.cost.task import Ints, LayoutArray, StageArray, Task
+from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
 from planner.planfile import Breakdown, Estimate, Memory, StageMemory
 from planner.specs.hardware import Provenance
 from planner.specs.layout import Layout
@@ -27,13 +27,17 @@ class _Priced:
     p: Primitives
     parts: TimeParts
     cost: StageCost
+    states: memory.StateBytes
+    params: dict[str, Floats]
 
 
 def estimate_layout(task: Task, layout: Layout) -> Estimate:
     """What the cost model predicts for one layout (which must obey the rules)."""
     x, stages = LayoutArray.of([layout], task.job), StageArray.of([layout])
     p, parts = step.primitives_with_parts(task, x)
-    priced = _Priced(task, layout, x, stages, p, parts, step.stage_cost(p, x, stages))
+    states = memory.state_bytes(task, x.zero, x.shard, x.microbatches)
+    cost = step.stage_cost(p, x, stages)
+    priced = _Priced(task, layout, x, stages, p, parts, cost, states, memory.rank_params(task, x))
     seconds = int(step.step_cost(p, x, stages).step[0]) / 1e9
     rate = task.job.tokens_per_step / seconds
     model_flops = task.model.flops_per_token(task.job.seq_len) * rate / task.gpus
@@ -131,9 +135,8 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
 
 def _states(c: _Priced, s: int, updating: bool) -> dict[str, int]:
     """Bytes of parameters, gradients and optimizer states on one rank."""
-    per = memory.state_bytes(c.task, c.x.zero, c.x.shard, c.x.microbatches)
-    held = per.update if updating else per.backward
-    params = memory.rank_params(c.task, c.x)
+    held = c.states.update if updating else c.states.backward
+    params = c.params
     count = int(c.stages.layers[s]) * float(params["layer"][0])
     if s == 0:
         count += float(params["embedding"][0])

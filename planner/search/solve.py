@@ -79,7 +79,10 @@ class _State:
     bound: Ints
     """Proven lower bound, BIG when the row does not fit."""
     fits: Bools
-    solved: Bools
+    examined: Bools
+    """Solved exactly, perhaps only far enough to prove that nothing lies below a cutoff: `bound` says which."""
+    known: Bools
+    """The row's least value is known: it is its bound."""
     values: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
     """Row -> (step ns, split) for rows with a plan."""
     groups: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -126,11 +129,11 @@ def search(
     except (KeyboardInterrupt, TimeoutError):
         interrupted = True
     chosen = _choose(state, k)
-    left = state.fits & ~state.solved
     best = state.optimum
-    counts.exact = int(np.count_nonzero(state.solved))
-    counts.by_bound = int(np.count_nonzero(left & (state.bound > best)))
-    counts.open = int(np.count_nonzero(left)) - counts.by_bound
+    left = state.fits & ~state.known & (state.bound <= best)
+    counts.open = int(np.count_nonzero(left))
+    counts.exact = int(np.count_nonzero(state.examined & ~left))
+    counts.by_bound = int(np.count_nonzero(state.fits & ~state.examined & ~left))
     status = "interrupted" if interrupted and counts.open else "optimal" if chosen else "infeasible"
     lowest = int(state.bound[left].min(initial=best)) if counts.open else best
     bound = None if lowest >= BIG else lowest
@@ -152,7 +155,7 @@ def _prepare(task: Task, space: Space, rows: Rows) -> _State:
     x = rows.layouts
     p = step.primitives(task, x)
     size = len(x)
-    state = _State(task, space, x, p, np.full(size, BIG), np.zeros(size, dtype=bool), np.zeros(size, dtype=bool))
+    state = _State(task, space, x, p, np.full(size, BIG), *(np.zeros(size, dtype=bool) for _ in range(3)))
     for chunk in _by_pipeline(x, np.arange(size)):
         g = state.group(chunk)
         fits = bounds.memory_feasible(g)
@@ -179,14 +182,13 @@ def _by_pipeline(x: LayoutArray, rows: Ints) -> list[Ints]:
 
 def _raise_target(state: _State, k: int, report: Progress, deadline: float | None) -> None:
     """Settle rows below ever higher targets until k distinct plans are proven, or every row is settled."""
-    alive = state.fits & ~state.solved
-    if not alive.any():
+    if not state.fits.any():
         return
-    target = int(state.bound[alive].min())
+    target = int(state.bound[state.fits].min())
     for growth in (*GROWTH, None):
         target = int(target * growth) + 1 if growth is not None else int(BIG)
         _refine(state, target, k, deadline)
-        todo = np.nonzero(state.fits & ~state.solved & (state.bound < target))[0]
+        todo = np.nonzero(state.fits & ~state.known & (state.bound < target))[0]
         todo = todo[np.lexsort((todo, state.bound[todo]))]
         for done, row in enumerate(todo.tolist()):
             report("exact", done, len(todo))
@@ -196,7 +198,7 @@ def _raise_target(state: _State, k: int, report: Progress, deadline: float | Non
             if state.bound[row] < state.best.get(int(state.groups[row]), BIG) or state.bound[row] <= state.optimum:
                 _solve(state, row, target, k)
         report("target", int(np.count_nonzero(state.bound >= min(target, state.optimum))), len(state.layouts))
-        if state.kth(k) < target or not np.any(state.fits & ~state.solved & (state.bound <= state.kth(k))):
+        if state.kth(k) < target or not np.any(state.fits & ~state.known & (state.bound <= state.kth(k))):
             return
 
 
@@ -207,7 +209,7 @@ def _check(deadline: float | None) -> None:
 
 def _refine(state: _State, target: int, k: int, deadline: float | None) -> None:
     """Raise the bounds of rows below the target, where they could still matter."""
-    rows = np.nonzero(state.fits & ~state.solved & (state.bound < min(target, state.kth(k) + 1)))[0]
+    rows = np.nonzero(state.fits & ~state.known & (state.bound < min(target, state.kth(k) + 1)))[0]
     for chunk in _by_pipeline(state.layouts, rows):
         _check(deadline)
         better = bounds.target_bound(state.group(chunk), min(target, int(BIG) - 1))
@@ -220,7 +222,7 @@ def _solve(state: _State, row: int, target: int, k: int) -> None:
     cutoff = min(target, max(min(own, state.kth(k)), state.optimum) + 1)
     g = state.group(np.array([row]))
     reach = int(bounds._reach(g, cutoff)[0]) if cutoff < BIG else None
-    state.solved[row] = True
+    state.examined[row] = True
     state.bound[row] = max(int(state.bound[row]), cutoff)
     if reach is not None and reach < int(state.layouts.virtual_stages[row]):
         return
@@ -232,7 +234,7 @@ def _solve(state: _State, row: int, target: int, k: int) -> None:
     if found is None:
         return
     value = -(-found[0] // v) + constant
-    state.bound[row] = value
+    state.bound[row], state.known[row] = value, True
     state.values[row] = (value, found[1])
     group = int(state.groups[row])
     state.best[group] = min(state.best.get(group, int(BIG)), value)
@@ -303,7 +305,7 @@ def _master(state: _State) -> int:
     chosen = order[solver.value(columns[-2])]
     if chosen in state.values and solver.value(columns[-1]) == state.optimum:
         return chosen
-    if np.any(state.fits & ~state.solved & (state.bound < state.optimum)):  # interrupted: the best found so far
+    if np.any(state.fits & ~state.known & (state.bound < state.optimum)):  # interrupted: the best found so far
         return min(state.values, key=lambda r: (state.values[r][0], _preference(x, r)))
     raise SearchError(f"the master chose T = {solver.value(columns[-1])} ns, the search found {state.optimum}")
 

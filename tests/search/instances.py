@@ -1,0 +1,36 @@
+"""Random small planning tasks: loose and tight memory, both engines, tied and untied, pinned and not."""
+
+from __future__ import annotations
+
+import random
+
+from machines import gpt, llama, profile, task
+
+from planner.cost.task import Task
+from planner.engines.base import Engine
+from planner.engines.registry import engine_named
+from planner.search.space import Space, declared_space
+
+
+def instance(seed: int) -> tuple[Task, Engine, Space]:
+    """A task whose spaces brute force can exhaust in about a second."""
+    rng = random.Random(seed)
+    layers, hidden = rng.randint(2, 5), rng.choice((512, 1024, 2048, 4096))
+    vocab = rng.choice((8192, 32000, 131072))
+    if rng.random() < 0.5:
+        model = llama(layers, hidden, heads=8, kv_heads=rng.choice((2, 4, 8)), width=rng.choice((2, 3)) * hidden, vocab=vocab)
+    else:
+        model = gpt(layers, hidden, heads=8, vocab=vocab, tied=rng.random() < 0.5)
+    gpus = rng.choice((1, 2, 4, 8))
+    seq_len = rng.choice((512, 1024, 2048))
+    states = 18 * model.total_params / 2**30
+    memory = 2.2 + states / gpus * rng.uniform(0.4, 3.0) + rng.choice((0.05, 0.5, 4.0))
+    engine = engine_named(rng.choice(("bundled", "megatron")))
+    machine = profile(memory=f"{memory:.3f} GiB", node_size=rng.choice((2, 4, 8)), nic=rng.choice(("5 GB/s", "50 GB/s")))
+    precision = rng.choice(("bf16", "bf16", "fp32"))
+    t = task(model, gpus, seq_len, rng.choice((4, 8, 12)), engine.name, machine, precision)
+    pins: dict[str, list[object]] = {"micro_batch": [1, 2]}
+    if rng.random() < 0.2:
+        pins["recompute"] = rng.choice((["none"], ["full"], ["selective", "full"], ["none", "full"]))
+    space = declared_space(t, engine, pins, ["cp"] if rng.random() < 0.5 else [])
+    return t, engine, space

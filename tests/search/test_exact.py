@@ -1,0 +1,84 @@
+"""The search equals brute force, bounds never exceed exact values, and every row is accounted for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from search.brute import all_rows
+from search.instances import instance
+
+from planner.cost import step
+from planner.search import bounds
+from planner.search.solve import _by_pipeline, search
+from planner.search.space import enumerate_rows
+
+FAST, MORE = range(60), range(60, 400)
+
+
+def check_instance(seed: int) -> bool:
+    """Compare one instance with brute force; returns whether anything fits."""
+    task, engine, space = instance(seed)
+    x, values = all_rows(task, engine, space)
+    outcome = search(task, engine, space, k=3)
+    c = outcome.counts
+    assert c.by_rule + c.by_memory + c.by_bound + c.exact == c.enumerated, seed
+    assert c.open == 0, seed
+    assert c.by_memory == sum(v is None for v in values), seed
+    finite = [v for v in values if v is not None]
+    if not finite:
+        assert outcome.status == "infeasible", seed
+        assert not outcome.candidates, seed
+        return False
+    assert outcome.status == "optimal", seed
+    assert outcome.candidates[0].step_ns == min(finite) == outcome.bound_ns, seed
+    check_alternatives(x, values, outcome, 3)
+    return True
+
+
+def check_alternatives(x, values, outcome, k) -> None:
+    """The k best distinct in (tp, cp, pp, ep), by value."""
+    best: dict[tuple[int, ...], int] = {}
+    for row, value in enumerate(values):
+        if value is not None:
+            key = tuple(int(a[row]) for a in (x.tp, x.cp, x.pp, x.ep))
+            best[key] = min(best.get(key, value), value)
+    assert [c.step_ns for c in outcome.candidates] == sorted(best.values())[:k]
+
+
+@pytest.mark.parametrize("seed", FAST)
+def test_search_equals_brute_force(seed):
+    check_instance(seed)
+
+
+@pytest.mark.slow
+def test_search_equals_brute_force_on_many():
+    feasible = [check_instance(seed) for seed in MORE]
+    assert 0.2 < np.mean(feasible) < 0.98
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_bounds_never_exceed_exact_values(seed):
+    task, engine, space = instance(1000 + seed)
+    x, values = all_rows(task, engine, space)
+    p = step.primitives(task, x)
+    for rows in _by_pipeline(x, np.arange(len(x))):
+        group = bounds.group_of(p.take(rows), x.take(rows), task.model.n_layers, space.modes)
+        fits, simple = bounds.memory_feasible(group), bounds.simple_bound(group)
+        exact = np.array([-1 if values[r] is None else values[r] for r in rows])
+        assert np.array_equal(fits, exact >= 0)
+        assert np.all(simple[fits] <= exact[fits])
+        for factor in (1.0001, 1.02, 1.3, 4.0):
+            if fits.any():
+                target = int(exact[fits].min() * factor)
+                bound = bounds.target_bound(group, target)
+                assert np.all(bound[fits] <= np.minimum(exact[fits], target))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_last_target_is_infinite(seed):
+    """Rows are settled even when no plan lies below any finite target of their own."""
+    task, engine, space = instance(2000 + seed)
+    outcome = search(task, engine, space, k=50)
+    rows = enumerate_rows(task, engine, space)
+    assert outcome.counts.by_rule == rows.by_rule
+    assert outcome.counts.open == 0
