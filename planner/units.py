@@ -57,8 +57,8 @@ def parse(text: str, dimension: str) -> float:
 
 
 def gib(n_bytes: float, digits: int = 1) -> str:
-    """Bytes as "12.3 GiB", or "12.3 MiB" when small."""
-    if abs(n_bytes) < 0.1 * GIB:
+    """Bytes as "12.3 GiB", or "123.4 MiB" below one GiB."""
+    if abs(n_bytes) < GIB:
         return f"{n_bytes / MIB:,.{digits}f} MiB"
     return f"{n_bytes / GIB:,.{digits}f} GiB"
 

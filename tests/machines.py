@@ -15,6 +15,10 @@ def figure(value: Any) -> dict[str, Any]:
     return {"value": value, "provenance": "assumed", "source": "test"}
 
 
+def tier(name: str, bandwidth: str, latency: str, curve: Any, **more: Any) -> dict[str, Any]:
+    return {"name": name, "bandwidth": figure(bandwidth), "latency": figure(latency), "efficiency": curve, **more}
+
+
 def profile_data(memory: str = "79 GiB", node_size: int = 8, nic: str = "50 GB/s", **device: Any) -> dict[str, Any]:
     """A profile like an eight-device node with fast links inside and NICs outside."""
     curve = {"points": [[65536.0, 0.2], [1048576.0, 0.5], [67108864.0, 0.9]], "provenance": "assumed", "source": "test"}
@@ -42,8 +46,8 @@ def profile_data(memory: str = "79 GiB", node_size: int = 8, nic: str = "50 GB/s
         },
         "node_size": node_size,
         "network": [
-            {"name": "nvlink", "size": node_size, "bandwidth": figure("450 GB/s"), "latency": figure("2 us"), "efficiency": curve},
-            {"name": "nics", "bandwidth": figure(nic), "latency": figure("15 us"), "efficiency": curve},
+            tier("nvlink", "450 GB/s", "2 us", curve, size=node_size),
+            tier("nics", nic, "15 us", curve),
         ],
         "overlap_slowdown": figure(1.1),
     }  # fmt: skip

@@ -13,7 +13,7 @@ from rich.text import Text
 from planner.planfile import Plan, StageMemory
 from planner.planning.make import short
 from planner.report.stagetext import stages_text
-from planner.units import count, seconds, significant
+from planner.units import GIB, count, gib, seconds, significant
 
 _BREAKDOWN = (
     ("compute", "compute"),
@@ -35,7 +35,7 @@ def console(stream: TextIO | None = None, width: int | None = None) -> Console:
     stream = stream or sys.stdout
     if width is None and not stream.isatty() and "COLUMNS" not in os.environ:
         width = 140
-    return Console(file=stream, width=width, highlight=False, soft_wrap=False)
+    return Console(file=stream, width=width, highlight=False, emoji=False)
 
 
 def print_plan(plan: Plan, out: Console) -> None:
@@ -59,7 +59,7 @@ def _headline(plan: Plan, out: Console) -> None:
     e, m = plan.estimate, plan.estimate.memory
     verdict = "[bold green]fits[/]" if m.fits else "[bold red]does not fit[/]"
     speed = f"{seconds(e.step_time_s)} a step, {significant(e.tokens_per_s_per_gpu)} tokens/s/device, MFU {e.mfu:.1%}"
-    out.print(f"{verdict}: {m.peak_gib:.1f} of {m.limit_gib:.1f} GiB, {speed}")
+    out.print(f"{verdict}: {gib(m.peak_gib * GIB)} of {gib(m.limit_gib * GIB)}, {speed}")
     out.print()
 
 
@@ -104,8 +104,10 @@ def _time_table(plan: Plan) -> Table:
 
 def _memory_table(plan: Plan) -> Table:
     m = plan.estimate.memory
-    limit = f"limit {m.limit_gib:.1f} = {plan.policy.max_memory_fraction:g} of {m.usable_gib:.1f}"
-    table = _table(f"\nMemory at each rank's peak, GiB ({limit})")
+    # Small jobs are printed in MiB: a table of 0.0 GiB says nothing.
+    unit, scale = ("GiB", 1.0) if m.peak_gib >= 1 else ("MiB", 1024.0)
+    limit = f"limit {m.limit_gib * scale:.1f} = {plan.policy.max_memory_fraction:g} of {m.usable_gib * scale:.1f}"
+    table = _table(f"\nMemory at each rank's peak, {unit} ({limit})")
     table.add_column("rank", justify="right")
     for part in _PARTS:
         table.add_column(part, justify="right")
@@ -115,7 +117,7 @@ def _memory_table(plan: Plan) -> Table:
     for ranks, stage in _folded(m.stages):
         style = "bold" if stage.stage == m.peak_stage else ""
         values = [*(getattr(stage, p) for p in _PARTS), stage.allocated, stage.total, stage.headroom]
-        table.add_row(ranks, *(f"{v:.1f}" for v in values), stage.cause, style=style)
+        table.add_row(ranks, *(f"{v * scale:.1f}" for v in values), stage.cause, style=style)
     return table
 
 

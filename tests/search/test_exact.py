@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from search.brute import all_rows
-from search.instances import instance
 
 from planner.cost import step
 from planner.search import bounds
 from planner.search.solve import _by_pipeline, search
 from planner.search.space import enumerate_rows
+from search.brute import all_rows
+from search.instances import instance
 
 FAST, MORE = range(60), range(60, 400)
 
