@@ -31,6 +31,8 @@ def check(
             results.append(check_file(path))
         except InputError as error:
             unreadable += list(error.problems)
+    if not results:
+        raise InputError(unreadable)
     text = findings.render(results, output_format)
     if output_file is not None:
         output_file.write_text(text, encoding="utf-8")

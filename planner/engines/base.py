@@ -230,23 +230,30 @@ def layout_problems(task: Subject | Task, engine: Engine, layout: Layout) -> lis
 
 def stage_problems(model: Model, layout: Layout) -> list[Problem]:
     """What is wrong with a layout's list of stages."""
-    found = []
-    held = sum(s.layers for s in layout.stages)
-    if len(layout.stages) != layout.pp:
-        found.append(Problem("PLN221", f"{len(layout.stages)} stages listed for pp {layout.pp}",
-                             "stages has one entry a pipeline rank", f"list {layout.pp} stages"))  # fmt: skip
-    if held != model.n_layers:
-        found.append(Problem("PLN222", f"the stages hold {held} layers, {model.name} has {model.n_layers}",
-                             "every layer belongs to exactly one stage", "correct the stages' layers"))  # fmt: skip
-    v = layout.virtual_stages
-    if any(s.layers < v for s in layout.stages):
-        found.append(Problem("PLN223", f"a stage holds fewer layers than its {v} chunks",
-                             "every chunk holds a layer", "give each stage more layers, or use fewer chunks"))  # fmt: skip
-    if v > 1 and any(max(s.counts) not in (0, s.layers) for s in layout.stages):
-        found.append(Problem("PLN224", "a stage with chunks is recomputed in part",
-                             "with virtual stages a stage is recomputed as a whole",
-                             "use none, selective or full"))  # fmt: skip
-    return found
+    v, held = layout.virtual_stages, sum(s.layers for s in layout.stages)
+    checks = (
+        (
+            len(layout.stages) != layout.pp, "PLN221",
+            f"{len(layout.stages)} stages listed for pp {layout.pp}",
+            "stages has one entry a pipeline rank", f"list {layout.pp} stages",
+        ),
+        (
+            held != model.n_layers, "PLN222",
+            f"the stages hold {held} layers, {model.name} has {model.n_layers}",
+            "every layer belongs to exactly one stage", "correct the stages' layers",
+        ),
+        (
+            any(s.layers < v for s in layout.stages), "PLN223",
+            f"a stage holds fewer layers than its {v} chunks",
+            "every chunk holds a layer", "give each stage more layers, or use fewer chunks",
+        ),
+        (
+            v > 1 and any(max(s.counts) not in (0, s.layers) for s in layout.stages), "PLN224",
+            "a stage with chunks is recomputed in part",
+            "with virtual stages a stage is recomputed as a whole", "use none, selective or full",
+        ),
+    )  # fmt: skip
+    return [Problem(code, what, why, fix, field="stages") for broken, code, what, why, fix in checks if broken]
 
 
 def schedule_codes(engine: Engine) -> tuple[int, ...]:

@@ -1,0 +1,14 @@
+"""What this machine has to run on."""
+
+from __future__ import annotations
+
+import os
+
+
+def local_devices() -> tuple[str, int]:
+    """("cuda", accelerators) or ("cpu", cores) of this machine."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda", torch.cuda.device_count()
+    return "cpu", os.cpu_count() or 1

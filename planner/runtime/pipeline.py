@@ -1,0 +1,94 @@
+"""Pipeline parallelism: which layers a rank holds, its stages, and the schedule.
+
+Stages are numbered chunk-major: chunk 0 of rank 0 to pp-1, then chunk 1 of rank 0 to pp-1 (stage = chunk * pp + rank).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining._backward import stage_backward
+from torch.distributed.pipelining.schedules import _PipelineSchedule
+
+from planner.planfile import Plan
+from planner.runtime.loss import token_loss
+from planner.runtime.mesh import World
+from planner.runtime.model import Decoder
+from planner.runtime.parallelize import DTYPES, effective_zero
+
+
+def layer_ranges(chunks: list[list[int]]) -> list[range]:
+    """Layers of each stage in stage order, from layer counts as [rank][chunk]."""
+    counts = [rank[c] for c in range(len(chunks[0])) for rank in chunks]
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    return [range(start, start + n) for start, n in zip(starts, counts, strict=True)]
+
+
+def build_parts(plan: Plan, world: World) -> dict[int, Decoder]:
+    """This rank's parts on the meta device, by stage number."""
+    ranges = layer_ranges(plan.layout.chunks)
+    last = len(ranges) - 1
+    with torch.device("meta"):
+        return {
+            i: Decoder(plan.model, ranges[i], first=i == 0, last=i == last)
+            for i in range(world.pp_rank, len(ranges), world.pp)
+        }
+
+
+class ZeroStage(PipelineStage):
+    """A stage that reduce-scatters gradients after each micro-batch, so that ZeRO 2 and 3 keep their memory.
+
+    torch's stage never reduces before the end of the step: full unsharded fp32 gradients of the stage live through it,
+    whatever the ZeRO stage.
+    """
+
+    zero: int = 2
+
+    def backward_maybe_with_nosync(
+        self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> Any:
+        """As in torch, for full backwards of an FSDP2 module; the final `perform_reduce_grad` then finds nothing."""
+        if backward_type != "full" or not isinstance(self.submod, FSDPModule):
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        self.submod.set_is_last_backward(last_backward)
+        self.submod.set_reshard_after_backward(self.zero == 3)
+        self.submod.set_requires_gradient_sync(True)
+        grads = stage_backward(bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"])
+        return grads, None
+
+
+def _boundary(plan: Plan, stage: int, stages: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shapes that enter and leave a stage, as meta tensors: static metadata spares a trial step on pickled shapes."""
+    b, s, layout = plan.layout.micro_batch, plan.job.seq_len, plan.layout
+    dtype = DTYPES[plan.job.precision]
+    options: dict[str, Any] = {"dtype": dtype, "device": "meta", "requires_grad": True}
+    hidden = torch.empty(b, s // layout.tp, plan.model.hidden, **options)
+    tokens = torch.empty(b, s, dtype=torch.int64, device="meta")
+    logits = torch.empty(b, s, plan.model.vocab, **options)
+    return (tokens if stage == 0 else hidden), (logits if stage == stages - 1 else hidden)
+
+
+def build_schedule(plan: Plan, world: World, parts: dict[int, nn.Module]) -> _PipelineSchedule:
+    """The plan's schedule over this rank's parts; the loss is the mean over micro-batches."""
+    layout = plan.layout
+    stages = world.pp * layout.virtual_stages
+    zero = effective_zero(layout)
+    kind = ZeroStage if zero >= 2 else PipelineStage
+    built: list[Any] = []
+    for index, part in parts.items():
+        enters, leaves = _boundary(plan, index, stages)
+        group = world.mesh["pp"].get_group()
+        stage = kind(part, index, stages, world.device, input_args=enters, output_args=leaves, group=group)
+        if isinstance(stage, ZeroStage):
+            stage.zero = zero
+        built.append(stage)
+    m = layout.microbatches(plan.job)
+    if layout.schedule == "interleaved":
+        return ScheduleInterleaved1F1B(built, m, loss_fn=token_loss)
+    if layout.schedule == "gpipe":
+        return ScheduleGPipe(built[0], m, loss_fn=token_loss)
+    return Schedule1F1B(built[0], m, loss_fn=token_loss)

@@ -1,0 +1,83 @@
+"""Speed, reported and never asserted: these machines are shared. Run with
+
+python -m pytest tests/benchmarks --benchmark-enable --benchmark-only
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from machines import task
+
+from planner.cost import step
+from planner.cost.task import INTERLEAVED, NONE, ONE_F_ONE_B, LayoutArray, even_runs
+from planner.engines.registry import engine_named
+from planner.search.solve import search
+from planner.search.space import declared_space
+from planner.specs import files
+
+CASES = {
+    "llama3-405b, 16,384 H100, bundled": ("llama3-405b", "h100-sxm", 16384, 8192, 2048, "bundled"),
+    "llama3-405b, 16,384 H100, megatron": ("llama3-405b", "h100-sxm", 16384, 8192, 2048, "megatron"),
+    "gpt3-175b, 1,024 A100, bundled": ("gpt3-175b", "a100-80gb-sxm", 1024, 2048, 1536, "bundled"),
+    "gpt3-175b, 1,024 A100, megatron": ("gpt3-175b", "a100-80gb-sxm", 1024, 2048, 1536, "megatron"),
+    "llama3-70b, 64 H100, bundled": ("llama3-70b", "h100-sxm", 64, 8192, 512, "bundled"),
+}
+
+
+def layouts(n: int) -> LayoutArray:
+    """`n` random layouts of a thousand devices, every schedule among them."""
+    rng = np.random.default_rng(0)
+    tp, pp = 2 ** rng.integers(0, 4, n), 2 ** rng.integers(0, 5, n)
+    one = np.ones(n, dtype=np.int64)
+    dp, micro = np.maximum(1, 1024 // (tp * pp)), 2 ** rng.integers(0, 3, n)
+    v = np.where((pp > 1) & (rng.random(n) < 0.3), 2, 1)
+    schedule = np.where(pp == 1, NONE, np.where(v > 1, INTERLEAVED, ONE_F_ONE_B))
+    sequence = (tp > 1).astype(np.int64)
+    m = np.maximum(1, 2048 // (dp * micro))
+    return LayoutArray(tp, one, pp, dp, one, one, rng.integers(0, 4, n), micro, schedule, v, sequence, m)
+
+
+def test_estimate_on_arrays(benchmark):
+    t = task(files.load_model("llama3-70b")[0], 1024, 8192, 2048, hardware=files.load_hardware("h100-sxm")[0])
+    n, chunk = 131072, 16384
+    parts = [layouts(n).take(np.arange(i, i + chunk)) for i in range(0, n, chunk)]
+
+    def run() -> int:
+        feasible = 0
+        for part in parts:
+            cost = step.step_cost(step.primitives(t, part), part, even_runs(part, 80, 2))
+            feasible += int(cost.fits.sum())
+        return feasible
+
+    assert benchmark(run) > 0
+    if benchmark.stats:
+        benchmark.extra_info["layouts per second"] = round(n / benchmark.stats.stats.median)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_search(benchmark, case):
+    model, hardware, gpus, seq_len, batch, engine = CASES[case]
+    t = task(files.load_model(model)[0], gpus, seq_len, batch, engine, files.load_hardware(hardware)[0])
+    e = engine_named(engine)
+    space = declared_space(t, e, {}, [])
+    outcome = benchmark(lambda: search(t, e, space, k=1))
+    assert (outcome.status, outcome.counts.open) == ("optimal", 0)
+    benchmark.extra_info["layouts"] = outcome.counts.enumerated
+    benchmark.extra_info["solved exactly"] = outcome.counts.exact
+
+
+def process(*words: str) -> None:
+    subprocess.run([sys.executable, "-m", "planner.cli.main", *words], check=True, capture_output=True, timeout=60)
+
+
+def test_help_process(benchmark):
+    benchmark(lambda: process("--help"))
+
+
+def test_plan_process(benchmark):
+    words = ["plan", "llama3-405b", "--hardware", "h100-sxm", "--gpus", "16384", "--seq-len", "8192", "--global-batch", "2048"]
+    benchmark(lambda: process(*words))

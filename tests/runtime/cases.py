@@ -1,0 +1,91 @@
+"""The plans that must compute the gradients of one process, by number of processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plans
+
+from planner.planfile import Plan
+from planner.specs.model import Model
+
+MODELS: dict[str, Model] = {
+    "llama": plans.llama(),
+    "gpt": plans.gpt(),
+    "tied": plans.gpt(tied_embeddings=True),
+    "deep": plans.llama(layers=5),
+    "long": plans.llama(layers=9),
+}
+
+
+def _two() -> dict[str, tuple[str, dict[str, Any]]]:
+    cases: dict[str, tuple[str, dict[str, Any]]] = {}
+    for recompute in ("none", "full"):
+        cases[f"tp2-{recompute}"] = ("llama", {"tp": 2, "recompute": recompute})
+        for zero in range(4):
+            cases[f"dp2-zero{zero}-{recompute}"] = ("llama", {"dp": 2, "zero": zero, "recompute": recompute})
+        for schedule in ("gpipe", "1f1b"):
+            cases[f"pp2-{schedule}-{recompute}"] = ("llama", {"pp": 2, "schedule": schedule, "recompute": recompute})
+        interleaved = {"pp": 2, "schedule": "interleaved", "virtual_stages": 2, "recompute": recompute}
+        cases[f"pp2-interleaved-{recompute}"] = ("deep", interleaved)
+    cases["tp2-selective"] = ("gpt", {"tp": 2, "recompute": "selective"})
+    cases["tp2-one-microbatch"] = ("llama", {"tp": 2, "micro_batch": 8})
+    cases["dp2-zero1-one-microbatch"] = ("gpt", {"dp": 2, "zero": 1, "micro_batch": 4})
+    cases["dp2-zero3-mixed"] = ("gpt", {"dp": 2, "zero": 3, "recompute": "full:1,selective:1"})
+    cases["pp2-gpt-mixed"] = ("gpt", {"pp": 2, "layers": [2, 1], "recompute": ["full:1,selective:1", "none"]})
+    cases["dp2-zero3-tied"] = ("tied", {"dp": 2, "zero": 3})
+    cases["tp2-tied"] = ("tied", {"tp": 2})
+    cases["dp2-zero2-bf16"] = ("llama", {"dp": 2, "zero": 2, "precision": "bf16"})
+    cases["tp2-bf16"] = ("gpt", {"tp": 2, "precision": "bf16", "recompute": "selective"})
+    return cases
+
+
+def _four() -> dict[str, tuple[str, dict[str, Any]]]:
+    cases: dict[str, tuple[str, dict[str, Any]]] = {}
+    for recompute in ("none", "full"):
+        cases[f"pp4-{recompute}"] = ("deep", {"pp": 4, "recompute": recompute})
+        cases[f"tp2-pp2-{recompute}"] = ("llama", {"tp": 2, "pp": 2, "recompute": recompute})
+    for zero in (0, 2, 3):
+        options = {"tp": 2, "dp": 2, "zero": zero, "recompute": "none" if zero == 2 else "full"}
+        cases[f"tp2-dp2-zero{zero}"] = ("llama", options)
+    for zero in range(4):
+        options = {"pp": 2, "dp": 2, "zero": zero, "recompute": "full" if zero in (1, 3) else "none"}
+        cases[f"pp2-dp2-zero{zero}"] = ("llama", options)
+    cases["tp2-dp2-zero1"] = ("gpt", {"tp": 2, "dp": 2, "zero": 1, "recompute": "selective"})
+    cases["tp2-dp2-tied-zero0"] = ("tied", {"tp": 2, "dp": 2, "zero": 0})
+    cases["tp2-dp2-tied-zero3"] = ("tied", {"tp": 2, "dp": 2, "zero": 3})
+    cases["pp2-dp2-gpt-zero3"] = ("gpt", {"pp": 2, "dp": 2, "zero": 3, "layers": [1, 2], "recompute": "selective"})
+    interleaved = {"pp": 2, "schedule": "interleaved", "virtual_stages": 2}
+    cases["pp2-dp2-interleaved-zero3"] = ("deep", {**interleaved, "dp": 2, "zero": 3, "recompute": "full:2"})
+    cases["pp2-dp2-interleaved-zero0"] = ("deep", {**interleaved, "dp": 2, "zero": 0})
+    cases["tp2-pp2-interleaved"] = ("deep", {**interleaved, "tp": 2, "recompute": ["full:1,selective:1", "none"]})
+    cases["pp2-dp2-gpipe-zero2"] = ("llama", {"pp": 2, "dp": 2, "zero": 2, "schedule": "gpipe"})
+    cases["pp4-interleaved"] = ("long", {"pp": 4, "schedule": "interleaved", "virtual_stages": 2})
+    cases["tp4-gpt"] = ("gpt", {"tp": 4})
+    cases["tp2-dp2-zero3-bf16"] = ("llama", {"tp": 2, "dp": 2, "zero": 3, "precision": "bf16"})
+    cases["pp2-dp2-zero2-bf16"] = ("llama", {"pp": 2, "dp": 2, "zero": 2, "precision": "bf16", "recompute": "full"})
+    return cases
+
+
+def _eight() -> dict[str, tuple[str, dict[str, Any]]]:
+    three = {"tp": 2, "pp": 2, "dp": 2}
+    interleaved = {"schedule": "interleaved", "virtual_stages": 2}
+    return {
+        "tp2-pp2-dp2-zero0": ("llama", {**three, "zero": 0}),
+        "tp2-pp2-dp2-zero2": ("gpt", {**three, "zero": 2, "recompute": "selective"}),
+        "tp2-pp2-dp2-zero3-interleaved": ("deep", {**three, **interleaved, "zero": 3, "recompute": "full"}),
+    }
+
+
+CASES = {2: _two(), 4: _four(), 8: _eight()}
+
+
+def build(processes: int, name: str) -> Plan:
+    """The plan of a case."""
+    model, options = CASES[processes][name]
+    return plans.plan(MODELS[model], **options)
+
+
+def reference(model: str) -> Plan:
+    """One process, fp32, all sequences at once."""
+    return plans.plan(MODELS[model], micro_batch=8)

@@ -1,0 +1,47 @@
+"""Fixtures: the one-process gradients, and jobs that run many plans at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import HERE, launch
+
+pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="session")
+def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory with the one-process gradients of each model."""
+    directory = tmp_path_factory.mktemp("runtime")
+    done = launch([str(HERE / "worker.py"), "reference", str(directory)], 120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return directory
+
+
+class Jobs:
+    """Results of each job of N processes, started when first asked for."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.results: dict[int, dict[str, Any]] = {}
+        self.errors: dict[int, str] = {}
+
+    def get(self, processes: int, name: str) -> list[dict[str, Any]]:
+        """What each rank found for a case."""
+        if processes not in self.results:
+            done = launch([str(HERE / "worker.py"), str(processes), str(self.directory)], 280)
+            path = self.directory / f"results-{processes}.json"
+            self.results[processes] = json.loads(path.read_text()) if path.exists() else {}
+            self.errors[processes] = done.stderr[-3000:]
+        assert name in self.results[processes], self.errors[processes]
+        ranks: list[dict[str, Any]] = self.results[processes][name]
+        return ranks
+
+
+@pytest.fixture(scope="session")
+def jobs(references: Path) -> Jobs:
+    """Access to the jobs' results."""
+    return Jobs(references)

@@ -1,0 +1,84 @@
+"""Small plans for the runtime's tests, built without the search or an engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from planner.planfile import Breakdown, Cluster, Estimate, Inputs, Memory, Plan
+from planner.specs.job import Job
+from planner.specs.layout import Layout, Stage, even_stages
+from planner.specs.model import Attention, LayerGroup, Mlp, Model
+from planner.specs.policy import Policy
+
+LAYERS = 3
+"""Not divisible by 2: stages are uneven."""
+
+
+def llama(layers: int = LAYERS, hidden: int = 32, vocab: int = 64, **changes: Any) -> Model:
+    """RMSNorm, rotary, grouped queries with q/k norms, gated MLP, untied."""
+    attention = Attention(heads=4, kv_heads=2, qk_norm=changes.pop("qk_norm", True))
+    group = LayerGroup(count=layers, attention=attention, mlp=Mlp(kind="gated", width=changes.pop("width", 48)))
+    return Model(name="tiny-llama", hidden=hidden, vocab=vocab, layers=[group], **changes)
+
+
+def gpt(layers: int = LAYERS, hidden: int = 32, vocab: int = 64, **changes: Any) -> Model:
+    """LayerNorm with bias, learned positions, biases everywhere, gelu MLP."""
+    attention = Attention(heads=4, qkv_bias=True, out_bias=True)
+    group = LayerGroup(count=layers, attention=attention, mlp=Mlp(kind="gelu", width=64, bias=True))
+    options = {"norm": "layernorm", "positions": "learned", "max_positions": 32, **changes}
+    return Model(name="tiny-gpt", hidden=hidden, vocab=vocab, layers=[group], **options)
+
+
+def estimate() -> Estimate:
+    """A prediction that nothing reads."""
+    sizes = {"limit_gib": 1.0, "usable_gib": 1.0, "peak_gib": 0.5, "peak_allocated_gib": 0.5}
+    memory = Memory(**sizes, peak_stage=0, peak_cause="", fits=True, stages=[])
+    return Estimate(
+        step_time_s=1.0,
+        tokens_per_s=1.0,
+        tokens_per_s_per_gpu=1.0,
+        tflops_per_gpu=1.0,
+        mfu=0.1,
+        microbatches=1,
+        bubble_fraction=0.0,
+        breakdown=Breakdown(**dict.fromkeys(Breakdown.model_fields, 0.0)),
+        memory=memory,
+        provenance="assumed",
+    )
+
+
+def plan(
+    model: Model | None = None,
+    *,
+    recompute: str | list[str] = "none",
+    layers: list[int] | None = None,
+    precision: str = "fp32",
+    seq_len: int = 16,
+    global_batch: int = 8,
+    **layout: Any,
+) -> Plan:
+    """A plan; `layout` holds degrees and the like, `layers` and `recompute` are by pipeline rank.
+
+    There are 2 micro-batches, or 4 in a pipeline, unless `micro_batch` says otherwise.
+    """
+    model = model or llama()
+    pp, tp, dp = layout.get("pp", 1), layout.get("tp", 1), layout.get("dp", 1)
+    layout.setdefault("schedule", "none" if pp == 1 else "1f1b")
+    layout.setdefault("micro_batch", global_batch // dp // (2 if pp == 1 else 4))
+    counts = layers or [s.layers for s in even_stages(model.n_layers, pp)]
+    modes = [recompute] * pp if isinstance(recompute, str) else recompute
+    stages = [Stage(layers=n, recompute=mode) for n, mode in zip(counts, modes, strict=True)]
+    size = pp * tp * dp
+    cluster = Cluster(
+        hardware="test", nodes=1, gpus=size, node_size=size, device="cpu", device_kind="cpu", peak_flops=1e11
+    )
+    return Plan(
+        model=model,
+        job=Job(seq_len=seq_len, global_batch=global_batch, precision=precision),
+        cluster=cluster,
+        engine="bundled",
+        policy=Policy(),
+        layout=Layout(sequence_parallel=tp > 1, stages=stages, **layout),
+        estimate=estimate(),
+        inputs=Inputs(model="tiny", hardware="test", digests={}),
+    )
