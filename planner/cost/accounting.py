@@ -16,7 +16,7 @@ Size = float | Literal["compute"]
 Width = Literal["hidden", "q", "kv", "mlp", "heads", "one"]
 Split = Literal["sequence", "tensor", "none"]
 Part = Literal["params", "grads", "optimizer"]
-When = Literal["always", "accumulating", "sharded"]
+When = Literal["always", "accumulating", "single", "sharded", "copied"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Saved:
 class Held:
     """Bytes kept for every parameter of a rank; divided by D when `shard`.
 
-    `when`: "accumulating" only with more than one micro-batch, "sharded" only when D > 1.
+    `when`: "accumulating" only with more than one micro-batch, "single" only with one, "sharded" only when D > 1,
+    "copied" only when D > 1 or the compute type is not fp32.
     """
 
     part: Part
@@ -71,12 +72,18 @@ class ZeroRule:
     traffic: tuple[Traffic, ...]
     resident: tuple[Held, ...] = ()
     """A parameter of one layer, and of the head on its rank: buffers that exist once, for as long as the process."""
-    unit_transient: tuple[Held, ...] = ()
-    """A parameter of the unit in flight, during backward: gathered copies, inputs of a reduction."""
-    head_transient: tuple[Held, ...] = ()
-    """The same for the head's unit while the loss runs backward."""
-    update_transient: tuple[Held, ...] = ()
-    """The same for the largest unit when backward ends."""
+    unit: tuple[Held, ...] = ()
+    """A parameter of the layer whose backward runs: gathered copies, its gradient before reduction."""
+    unit_reduction: tuple[Held, ...] = ()
+    """A parameter of the layer whose gradients are being reduced, beside `unit`: its activations are gone by then."""
+    head: tuple[Held, ...] = ()
+    """A parameter of the head's unit while the loss runs backward."""
+    head_reduction: tuple[Held, ...] = ()
+    """A parameter of the head's unit while the last layer's backward runs."""
+    last_reduction: tuple[Held, ...] = ()
+    """A parameter of the layer before the last unit, when backward ends."""
+    last_unit: tuple[Held, ...] = ()
+    """A parameter of the last unit when backward ends: the embedding on the first rank, a layer elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,14 @@ class Accounting:
     """The same at e = 4."""
     logits_split: bool
     """The logits are split over the tp group (vocabulary-parallel loss)."""
+    logit_bytes_split: float
+    """More of them when the loss runs over logits split over tp, at any e."""
+    pipeline_logits: float
+    """Elements of each token and vocabulary entry that a pipeline's last rank keeps besides: its stage's output."""
+    logits_wait: float
+    """Bytes of the loss that each waiting micro-batch keeps for a token and vocabulary entry, at e = 2 (GPipe)."""
+    embedding_gradient_whole: bool
+    """The embedding's gradient is allocated for the whole vocabulary before it is split over tp."""
     head_hidden: float
     """Rows of h elements kept for the head, a token, split like the sequence."""
     head_gathered: float

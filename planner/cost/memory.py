@@ -37,6 +37,10 @@ class ActivationBytes:
     """The tensor between two stages."""
     head: Ints
     """Logits, loss and the head's inputs at their peak."""
+    waiting: Ints
+    """What the loss of a micro-batch keeps that waits for its backward."""
+    output: Ints
+    """Logits that a pipeline's last rank keeps as its stage's output."""
 
 
 def activation_bytes(task: Task, combos: LayoutArray) -> ActivationBytes:
@@ -47,14 +51,16 @@ def activation_bytes(task: Task, combos: LayoutArray) -> ActivationBytes:
     tokens = combos.micro_batch * (task.job.seq_len / combos.cp)
     layers = tuple(ceil(tokens * _saved(task, a.saved, mode, combos)) for mode in RECOMPUTE_MODES)
     temporaries = e * (a.backward_mlp * model.mlp_width / tp + a.backward_hidden * model.hidden)
-    logit = a.logit_bytes if e == 2 else a.logit_bytes_fp32
+    logit = (a.logit_bytes if e == 2 else a.logit_bytes_fp32) + np.where(tp > 1, a.logit_bytes_split, 0.0)
+    vocabulary = model.vocab / (tp if a.logits_split else np.ones_like(tp))
     head_rows = a.head_hidden / split + np.where(tp > 1, a.head_gathered, 0.0)
-    logits = logit * model.vocab / (tp if a.logits_split else np.ones_like(tp))
     return ActivationBytes(
         (layers[0], layers[1], layers[2]),
         ceil(tokens * temporaries),
         ceil(tokens * e * model.hidden / split),
-        ceil(tokens * (logits + e * head_rows * model.hidden)),
+        ceil(tokens * (logit * vocabulary + e * head_rows * model.hidden)),
+        ceil(tokens * a.logits_wait * e / 2.0 * vocabulary),
+        ceil(tokens * a.pipeline_logits * e * vocabulary),
     )
 
 
@@ -95,44 +101,48 @@ def _saved(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArray) -
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes for one parameter of a rank; arrays over (zero, D, accumulating) combinations, by part."""
+    """Bytes for one parameter; arrays over (zero, D, accumulating) combinations. See `ZeroRule` for the moments."""
 
     backward: dict[str, Floats]
+    """By part."""
     update: dict[str, Floats]
     resident: Floats
-    """Bytes for a parameter of one layer (and of the head on its rank), whatever the rank holds."""
     unit: Floats
-    """Transient bytes for a parameter of the layer in flight."""
+    unit_reduction: Floats
     head: Floats
-    """Transient bytes for a parameter of the head's unit."""
+    head_reduction: Floats
+    last_reduction: Floats
     last_unit: Floats
-    """Transient bytes for a parameter of the largest unit when backward ends."""
+
+
+_MOMENTS = ("resident", "unit", "unit_reduction", "head", "head_reduction", "last_reduction", "last_unit")
 
 
 def state_bytes(task: Task, zero: Ints, shard: Ints, microbatches: Ints) -> StateBytes:
     """State sizes a parameter for each entry, under the engine's rule of its ZeRO stage."""
-    a = task.accounting
+    a, e = task.accounting, task.job.compute_bytes
+    present = {
+        "always": np.ones(len(zero), dtype=bool),
+        "accumulating": microbatches > 1,
+        "single": microbatches <= 1,
+        "sharded": shard > 1,
+        "copied": (shard > 1) | (e < 4),
+    }
 
-    def total(field: str, part: str | None) -> Floats:
+    def total(field: str, part: str | None = None) -> Floats:
         result = np.zeros(len(zero))
         for stage, rule in a.zero.items():
-            held: tuple[Held, ...] = getattr(rule, field)
-            chosen = zero == stage
-            for item in held:
-                if part is not None and item.part != part:
-                    continue
-                size = a.size(item.size, task.job.compute_bytes)
-                present = {"always": chosen, "accumulating": chosen & (microbatches > 1), "sharded": chosen & (shard > 1)}
-                result += np.where(present[item.when], size / (shard if item.shard else 1.0), 0.0)
+            items: tuple[Held, ...] = getattr(rule, field)
+            for item in items:
+                if part is None or item.part == part:
+                    size = a.size(item.size, e) / (shard if item.shard else 1.0)
+                    result += np.where((zero == stage) & present[item.when], size, 0.0)
         return result
 
     return StateBytes(
         {part: total("backward", part) for part in PARTS},
         {part: total("update", part) for part in PARTS},
-        total("resident", None),
-        total("unit_transient", None),
-        total("head_transient", None),
-        total("update_transient", None),
+        **{moment: total(moment) for moment in _MOMENTS},
     )
 
 

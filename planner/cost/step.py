@@ -23,7 +23,7 @@ from planner.cost.collectives import collective_seconds, neighbour_seconds
 from planner.cost.compute import overlapped, streaming_seconds
 from planner.cost.memory import ceil
 from planner.cost.schedules import in_flight, in_flight_layers
-from planner.cost.task import Bools, Floats, Ints, LayoutArray, StageArray, Task
+from planner.cost.task import GPIPE, Bools, Floats, Ints, LayoutArray, StageArray, Task
 from planner.specs.layout import SCHEDULES
 
 
@@ -68,10 +68,12 @@ class Primitives:
     """States of one layer while the optimizer runs."""
     updating_first: Ints
     updating_last: Ints
-    updating_transient: Ints
-    """Reduction buffers of the largest unit when backward ends (any rank)."""
-    updating_transient_first: Ints
-    updating_transient_last: Ints
+    last_reduction: Ints
+    """Reduction buffer of the layer before the last unit when backward ends."""
+    last_layer: Ints
+    """Gradients and reduction of the last unit when it is a layer."""
+    last_embedding: Ints
+    """The same when it is the embedding (first rank)."""
     act0: Ints
     """Saved activations of one layer and micro-batch without recompute."""
     act1: Ints
@@ -80,7 +82,13 @@ class Primitives:
     """... with full recompute."""
     transient: Ints
     """Temporaries of one layer's backward, gathered copies included."""
+    reduction: Ints
+    """Reduction buffers beside them, once the layer's own activations are gone."""
     head_transient: Ints
+    head_reduction: Ints
+    """Reduction buffers of the head's unit, beside the last layer's backward."""
+    waiting: Ints
+    """Kept on a pipeline's last rank by losses that wait for their backward (GPipe), and as the stage's output."""
     boundary: Ints
     """Stage output kept for each chunk-micro-batch in flight."""
     receive: Ints
@@ -128,6 +136,8 @@ def primitives_with_parts(task: Task, layouts: LayoutArray) -> tuple[Primitives,
     acts = memory.activation_bytes(task, block)
     times = _layer_ns(seconds, traffic, to_block)
     unit, head_unit = states.pop("unit")[share], states.pop("head_unit")[share]
+    waiting = np.where(layouts.schedule == GPIPE, layouts.microbatches - 1, 0) * acts.waiting[spread]
+    waiting = waiting + np.where(layouts.pp > 1, acts.output[spread], 0)
     blocks = {
         "embedding": _ns(seconds.embedding), "head": _ns(seconds.head + seconds.head_tp),
         "recompute1": _ns(seconds.recompute[0] + seconds.tp_recompute[0]),
@@ -146,6 +156,7 @@ def primitives_with_parts(task: Task, layouts: LayoutArray) -> tuple[Primitives,
         constant=np.full(len(layouts), int(a.step_seconds * 1e9), dtype=np.int64),
         transient=acts.backward[spread] + unit,
         head_transient=acts.head[spread] + head_unit,
+        waiting=waiting,
         boundary=np.where(many & a.keeps_stage_output, boundary, 0),
         receive=np.where(many, boundary * buffers, 0),
         chunks=layouts.virtual_stages,
@@ -274,7 +285,7 @@ def _p2p(task: Task, layouts: LayoutArray, boundary: Ints) -> Ints:
 
 def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
     """Bytes of parameters, gradients and optimizer states of a layer and of the first and last rank's extras."""
-    params = memory.rank_params(task, layouts)
+    a, params = task.accounting, memory.rank_params(task, layouts)
     per = memory.state_bytes(task, layouts.zero, layouts.shard, layouts.microbatches)
     backward = sum(per.backward.values(), np.zeros(len(layouts)))
     update = sum(per.update.values(), np.zeros(len(layouts)))
@@ -283,14 +294,21 @@ def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
     for name, suffix in (("layer", ""), ("first", "_first"), ("last", "_last")):
         result[f"state{suffix}"] = ceil(backward * place[name])
         result[f"updating{suffix}"] = ceil(update * place[name])
-        result[f"updating_transient{suffix}"] = ceil(per.last_unit * place[name])
     beside_head = ceil(per.resident * params["head"])
     result["state_last"] += beside_head
     result["updating_last"] += beside_head
-    result["fixed"] = ceil(per.resident * params["layer"] + task.hardware.device.workspace.base)
-    result["unit"] = ceil(per.unit * params["layer"])
-    result["head_unit"] = ceil(per.head * params["head"])
-    return result
+    whole = task.model.embedding_params if a.embedding_gradient_whole else params["embedding"]
+    extra = np.where(layouts.tp > 1, task.job.compute_bytes * (whole - params["embedding"]), 0.0)
+    return result | {
+        "fixed": ceil(per.resident * params["layer"] + task.hardware.device.workspace.base),
+        "unit": ceil(per.unit * params["layer"]),
+        "reduction": ceil(per.unit_reduction * params["layer"]),
+        "head_unit": ceil(per.head * params["head"]),
+        "head_reduction": ceil(per.head_reduction * params["head"]),
+        "last_reduction": ceil(per.last_reduction * params["layer"]),
+        "last_layer": ceil(per.last_unit * params["layer"]),
+        "last_embedding": ceil(per.last_unit * params["embedding"] + np.maximum(extra, 0.0)),
+    }
 
 
 # ---- stages ------------------------------------------------------------------------------------------------------
@@ -333,7 +351,7 @@ def stage_base_bytes(p: Primitives, first: Ints, last: Ints, flight: Ints) -> In
     """Bytes of a rank that do not depend on its layers, while micro-batches run."""
     extras = first * p.state_first + last * p.state_last
     sends = np.where(p.chunks > 1, 1, 1 - last)  # with chunks the last rank passes on all but its last one
-    return extras + sends * flight * p.boundary + receive_bytes(p, first, last) + p.fixed
+    return extras + sends * flight * p.boundary + receive_bytes(p, first, last) + p.fixed + last * p.waiting
 
 
 def receive_bytes(p: Primitives, first: Ints, last: Ints) -> Ints:
@@ -342,15 +360,20 @@ def receive_bytes(p: Primitives, first: Ints, last: Ints) -> Ints:
 
 
 def stage_transient(p: Primitives, last: Ints, mode: int) -> Ints:
-    """Peak temporaries of a rank whose strongest recompute mode is `mode` (0 none, 1 selective, 2 full)."""
-    again = (0, p.act0 - p.act1, p.act0 - p.act2)[mode]
-    return np.maximum(p.transient + again, last * p.head_transient)
+    """Peak temporaries of a rank whose strongest recompute mode is `mode` (0 none, 1 selective, 2 full).
+
+    The largest of: a layer's backward with what it recomputes; its reduction, when its saved activations are gone; on the
+    last rank the head's backward, and the last layer's beside the head's reduction.
+    """
+    act = (p.act0, p.act1, p.act2)[mode]
+    layer = p.transient + p.act0 - act
+    head = np.maximum(p.head_transient, layer + p.head_reduction)
+    return np.maximum(np.maximum(layer, layer + p.reduction - act), last * head)
 
 
 def stage_update_bytes(p: Primitives, first: Ints, last: Ints, layers: Ints) -> Ints:
-    """Bytes of a rank while the optimizer runs."""
-    transient = np.maximum(p.updating_transient, first * p.updating_transient_first)
-    transient = np.maximum(transient, last * p.updating_transient_last)
+    """Bytes of a rank when backward ends and while the optimizer runs."""
+    transient = p.last_reduction + np.where(first == 1, p.last_embedding, p.last_layer)
     extras = first * p.updating_first + last * p.updating_last
     return layers * p.updating + extras + transient + receive_bytes(p, first, last) + p.fixed
 

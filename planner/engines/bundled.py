@@ -74,44 +74,62 @@ RULES: tuple[Rule, ...] = (
 
 _MASTER = (Held("params", 4, shard=False), Held("optimizer", 8, shard=False))
 _SHARDED = (Held("params", 4, shard=True), Held("optimizer", 8, shard=True))
-_COPY = Held("params", COMPUTE, shard=False)
+# FSDP2 copies parameters to the compute type even in a group of one, and in fp32; fp32 on one rank is not wrapped.
+_COPY = Held("params", COMPUTE, shard=False, when="copied")
+_OWN_GRADIENT = Held("grads", COMPUTE, shard=False, when="copied")
+_REDUCE_INPUT = Held("grads", 4, shard=False)
+_REDUCE_OUTPUT = Held("grads", 4, shard=True)
 _STEP_GATHER = Traffic("all_gather", COMPUTE, "step", "forward")
+# With one micro-batch stages 0 and 1 reduce in their only backward; with several they add up whole fp32 gradients.
+_ONCE_INPUT = Held("grads", 4, shard=False, when="single")
+_ONCE_OUTPUT = Held("grads", 4, shard=True, when="single")
 
 ZERO = {
     0: ZeroRule(
         backward=(*_MASTER, _COPY, Held("grads", 4, shard=False, when="accumulating")),
         update=(*_MASTER, Held("grads", 4, shard=False)),
         traffic=(Traffic("all_reduce", 4, "step", "backward"),),
-        unit_transient=(Held("grads", 8, shard=False),),
-        update_transient=(Held("grads", 8, shard=False),),
+        unit=(_OWN_GRADIENT,),
+        unit_reduction=(Held("grads", 4, shard=False, when="single"),),
+        head_reduction=(Held("grads", 4, shard=False, when="single"),),
+        last_reduction=(Held("grads", 4, shard=False, when="copied"),),
+        last_unit=(_OWN_GRADIENT, Held("grads", 4, shard=False, when="copied")),
     ),
     1: ZeroRule(
         backward=(*_SHARDED, _COPY, Held("grads", 4, shard=False, when="accumulating")),
-        update=(*_SHARDED, Held("grads", 4, shard=True)),
+        update=(*_SHARDED, _REDUCE_OUTPUT),
         traffic=(_STEP_GATHER, Traffic("reduce_scatter", 4, "step", "backward")),
-        unit_transient=(Held("grads", 4, shard=False),),
-        update_transient=(Held("grads", 4, shard=False),),
+        unit=(_OWN_GRADIENT,),
+        unit_reduction=(_ONCE_INPUT, _ONCE_OUTPUT),
+        head_reduction=(_ONCE_INPUT, _ONCE_OUTPUT),
+        last_reduction=(_REDUCE_INPUT,),
+        last_unit=(_OWN_GRADIENT, _REDUCE_INPUT),
     ),
     2: ZeroRule(
         backward=(*_SHARDED, _COPY, Held("grads", 4, shard=True, when="accumulating")),
-        update=(*_SHARDED, Held("grads", 4, shard=True)),
+        update=(*_SHARDED, _REDUCE_OUTPUT),
         traffic=(_STEP_GATHER, Traffic("reduce_scatter", 4, "microbatch", "backward")),
-        unit_transient=(Held("grads", 4, shard=False),),
-        update_transient=(Held("grads", 4, shard=False),),
+        unit=(_OWN_GRADIENT,),
+        unit_reduction=(_REDUCE_INPUT, _REDUCE_OUTPUT),
+        head_reduction=(_REDUCE_INPUT, _REDUCE_OUTPUT),
+        last_reduction=(_REDUCE_INPUT,),
+        last_unit=(_OWN_GRADIENT, _REDUCE_INPUT),
     ),
     3: ZeroRule(
         backward=(*_SHARDED, Held("grads", 4, shard=True, when="accumulating")),
-        update=(*_SHARDED, Held("grads", 4, shard=True)),
+        update=(*_SHARDED, _REDUCE_OUTPUT),
         traffic=(
             Traffic("all_gather", COMPUTE, "microbatch", "forward"),
             Traffic("all_gather", COMPUTE, "microbatch", "backward"),
             Traffic("reduce_scatter", 4, "microbatch", "backward"),
         ),
-        # The block's own copy, the prefetched one, and the previous block's reduction input.
-        unit_transient=(Held("params", COMPUTE, shard=False), Held("params", COMPUTE, shard=False),
-                        Held("grads", 4, shard=False)),
-        head_transient=(Held("params", COMPUTE, shard=False),),
-        update_transient=(Held("grads", 4, shard=False),),
+        unit=(Held("params", COMPUTE, shard=False), Held("params", COMPUTE, shard=False), _OWN_GRADIENT),
+        unit_reduction=(_REDUCE_INPUT, _REDUCE_OUTPUT),
+        # The head's parameters stay gathered from forward to backward, and its reduction runs beside the last layer.
+        head=(Held("params", COMPUTE, shard=False),),
+        head_reduction=(_REDUCE_INPUT, _REDUCE_OUTPUT),
+        last_reduction=(_REDUCE_INPUT,),
+        last_unit=(_OWN_GRADIENT, _REDUCE_INPUT),
     ),
 }  # fmt: skip
 
@@ -150,6 +168,10 @@ ACCOUNTING = Accounting(
     logit_bytes=12.0,
     logit_bytes_fp32=12.0,
     logits_split=True,
+    logit_bytes_split=4.0,
+    pipeline_logits=1.0,
+    logits_wait=6.0,
+    embedding_gradient_whole=True,
     head_hidden=2.0,
     head_gathered=1.0,
     loss_traffic=40.0,
@@ -170,9 +192,9 @@ ACCOUNTING = Accounting(
     reserved_ratio=1.03,
     origin={
         "saved": "measured: saved-tensor hooks on the runtime's block, CPU, torch 2.13",
-        "zero": "measured: storage meter and collective counts on the runtime",
+        "zero": "measured: storage meter and collective counts on the runtime, gloo, torch 2.13, fp32 and bf16",
         "elementwise_forward": "counted from the eager graph",
-        "logit_bytes": "measured: fp32 log-softmax kept, two fp32 temporaries in its backward",
+        "logit_bytes": "measured: fp32 log-softmax kept, two fp32 temporaries in its backward; a third over split logits",
         "optimizer_bytes": "28 measured for fused AdamW on H200; 12 counted for norm, clip and the sharded copy",
         "kernels_forward": "300 and 400 us a layer in eager FSDP2 at 5 us a launch: assumed",
         "dp_window": "assumed",

@@ -36,7 +36,7 @@ rendezvous=(--standalone --nnodes 1)
 
 _STATIC = """
 # Static rendezvous keeps the order of nodes, and with it the groups that the plan put inside a node.
-: "${{NODE_RANK:?set NODE_RANK to this node's number, 0 to {nodes} - 1}}"
+: "${{NODE_RANK:?set NODE_RANK to the number of this node, from 0 up to {nodes} less 1}}"
 : "${{MASTER_ADDR:?set MASTER_ADDR to the address of node 0}}"
 rendezvous=(--nnodes {nodes} --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${{MASTER_PORT:-29500}}")
 """

@@ -89,9 +89,7 @@ def apply_zero(part: Decoder, layout: Layout, job: Job, mesh: DeviceMesh) -> Non
     if not needs_wrapper(layout, job):
         return
     zero = effective_zero(layout)
-    policy = MixedPrecisionPolicy(
-        param_dtype=DTYPES[job.precision], reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    policy = MixedPrecisionPolicy(param_dtype=DTYPES[job.precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
 
     def wrap(module: nn.Module | list[nn.Module], free_after_forward: bool) -> None:
         if zero == 0:

@@ -34,8 +34,7 @@ def build_parts(plan: Plan, world: World) -> dict[int, Decoder]:
     last = len(ranges) - 1
     with torch.device("meta"):
         return {
-            i: Decoder(plan.model, ranges[i], first=i == 0, last=i == last)
-            for i in range(world.pp_rank, len(ranges), world.pp)
+            i: Decoder(plan.model, ranges[i], first=i == 0, last=i == last) for i in range(world.pp_rank, len(ranges), world.pp)
         }
 
 
@@ -48,9 +47,7 @@ class ZeroStage(PipelineStage):
 
     zero: int = 2
 
-    def backward_maybe_with_nosync(
-        self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False
-    ) -> Any:
+    def backward_maybe_with_nosync(self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False) -> Any:
         """As in torch, for full backwards of an FSDP2 module; the final `perform_reduce_grad` then finds nothing."""
         if backward_type != "full" or not isinstance(self.submod, FSDPModule):
             return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)

@@ -155,7 +155,8 @@ def _prepare(task: Task, space: Space, rows: Rows) -> _State:
     x = rows.layouts
     p = step.primitives(task, x)
     size = len(x)
-    state = _State(task, space, x, p, np.full(size, BIG), *(np.zeros(size, dtype=bool) for _ in range(3)))
+    none = np.zeros(size, dtype=bool)
+    state = _State(task, space, x, p, np.full(size, BIG), none.copy(), none.copy(), none.copy())
     for chunk in _by_pipeline(x, np.arange(size)):
         g = state.group(chunk)
         fits = bounds.memory_feasible(g)

@@ -69,9 +69,7 @@ def plan(
     modes = [recompute] * pp if isinstance(recompute, str) else recompute
     stages = [Stage(layers=n, recompute=mode) for n, mode in zip(counts, modes, strict=True)]
     size = pp * tp * dp
-    cluster = Cluster(
-        hardware="test", nodes=1, gpus=size, node_size=size, device="cpu", device_kind="cpu", peak_flops=1e11
-    )
+    cluster = Cluster(hardware="test", nodes=1, gpus=size, node_size=size, device="cpu", device_kind="cpu", peak_flops=1e11)
     return Plan(
         model=model,
         job=Job(seq_len=seq_len, global_batch=global_batch, precision=precision),

@@ -53,9 +53,7 @@ def test_rms_norm_equals_torch(dtype: torch.dtype) -> None:
     close = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(out, expected, **close)
     torch.testing.assert_close(x.grad, theirs.grad, **close)
-    torch.testing.assert_close(
-        norm.weight.grad, w.grad, **(close if dtype == torch.float32 else {"rtol": 3e-2, "atol": 1.0})
-    )
+    torch.testing.assert_close(norm.weight.grad, w.grad, **(close if dtype == torch.float32 else {"rtol": 3e-2, "atol": 1.0}))
 
 
 def test_synthetic_tokens_depend_on_seed_step_and_index_only() -> None:
