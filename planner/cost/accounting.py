@@ -76,6 +76,8 @@ class ZeroRule:
     """A parameter of the layer whose backward runs: gathered copies, its gradient before reduction."""
     unit_reduction: tuple[Held, ...] = ()
     """A parameter of the layer whose gradients are being reduced, beside `unit`: its activations are gone by then."""
+    carried: tuple[Held, ...] = ()
+    """A parameter of the last unit of a micro-batch, into the next one: its reduction's input is freed only then."""
     head: tuple[Held, ...] = ()
     """A parameter of the head's unit while the loss runs backward."""
     head_reduction: tuple[Held, ...] = ()
@@ -134,7 +136,7 @@ class Accounting:
     logits_wait: float
     """Bytes of the loss that each waiting micro-batch keeps for a token and vocabulary entry, at e = 2 (GPipe)."""
     embedding_gradient_whole: bool
-    """The embedding's gradient is allocated for the whole vocabulary before it is split over tp."""
+    """The embedding's gradient is made, and accumulated, for the whole vocabulary before it is split over tp."""
     head_hidden: float
     """Rows of h elements kept for the head, a token, split like the sequence."""
     head_gathered: float
@@ -161,6 +163,10 @@ class Accounting:
     kernels_forward: float
     """Kernels that the host launches for one layer forward: the floor under small layers."""
     kernels_backward: float
+    kernels_tp: tuple[float, float]
+    """More of them with tp > 1, forward and backward: dispatch of distributed tensors."""
+    kernels_gather: tuple[float, float]
+    """More of them where every micro-batch gathers parameters (ZeRO 3), forward and backward."""
     optimizer_bytes: float
     """Bytes that clipping and the optimizer move for each parameter they own."""
     optimizer_whole_bytes: float

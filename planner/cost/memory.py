@@ -107,6 +107,9 @@ class StateBytes:
     """By part."""
     update: dict[str, Floats]
     resident: Floats
+    whole_gradients: Floats
+    """The part of `backward` that is gradients and not divided by D."""
+    carried: Floats
     unit: Floats
     unit_reduction: Floats
     head: Floats
@@ -115,7 +118,7 @@ class StateBytes:
     last_unit: Floats
 
 
-_MOMENTS = ("resident", "unit", "unit_reduction", "head", "head_reduction", "last_reduction", "last_unit")
+_MOMENTS = ("resident", "carried", "unit", "unit_reduction", "head", "head_reduction", "last_reduction", "last_unit")
 
 
 def state_bytes(task: Task, zero: Ints, shard: Ints, microbatches: Ints) -> StateBytes:
@@ -129,12 +132,12 @@ def state_bytes(task: Task, zero: Ints, shard: Ints, microbatches: Ints) -> Stat
         "copied": (shard > 1) | (e < 4),
     }
 
-    def total(field: str, part: str | None = None) -> Floats:
+    def total(field: str, part: str | None = None, whole: bool = False) -> Floats:
         result = np.zeros(len(zero))
         for stage, rule in a.zero.items():
             items: tuple[Held, ...] = getattr(rule, field)
             for item in items:
-                if part is None or item.part == part:
+                if (part is None or item.part == part) and not (whole and item.shard):
                     size = a.size(item.size, e) / (shard if item.shard else 1.0)
                     result += np.where((zero == stage) & present[item.when], size, 0.0)
         return result
@@ -142,6 +145,7 @@ def state_bytes(task: Task, zero: Ints, shard: Ints, microbatches: Ints) -> Stat
     return StateBytes(
         {part: total("backward", part) for part in PARTS},
         {part: total("update", part) for part in PARTS},
+        whole_gradients=total("backward", "grads", whole=True),
         **{moment: total(moment) for moment in _MOMENTS},
     )
 

@@ -18,12 +18,15 @@ from planner.cost.task import Floats, LayoutArray, Task
 
 @dataclass(frozen=True)
 class LayerSeconds:
-    """Seconds of one layer and one micro-batch, float64 arrays of equal length."""
+    """Seconds of one layer and one micro-batch, float64 arrays of equal length. Device time, without the host's floor."""
 
     forward: Floats
     backward: Floats
+    host_forward: Floats
+    """Time that the host needs to launch the layer."""
+    host_backward: Floats
     recompute: tuple[Floats, Floats]
-    """Repeated compute under (selective, full)."""
+    """Repeated compute under (selective, full), the host's floor included."""
     tp_forward: Floats
     tp_backward: Floats
     tp_recompute: tuple[Floats, Floats]
@@ -54,17 +57,37 @@ def layer_seconds(task: Task, combos: LayoutArray) -> LayerSeconds:
     attention_f, attention_b = _attention(task, s)
     streams_f = _elementwise(task, s, forward=True)
     streams_b = _elementwise(task, s, forward=False)
-    a, device = task.accounting, task.hardware.device
-    parts = {"gemm": gemm_f, "attention": attention_f, "elementwise": streams_f}
-    forward = _with_host(task, gemm_f + attention_f + streams_f, a.kernels_forward)
-    backward = _with_host(task, gemm_b + attention_b + streams_b, a.kernels_backward)
-    again = tuple(_recompute(task, parts, mode) for mode in ("selective", "full"))
+    slow = task.hardware.device.sustained.base
     traffic = combos.sequence_parallel == 1
     head, head_tp = _head(task, s, traffic)
-    embedding = streaming_seconds(3.0 * s.tokens * task.model.hidden * task.job.compute_bytes / s.split, device)
     tp_f, tp_b, tp_r = _tp_traffic(task, s, traffic)
     cp_f, cp_b = _cp_traffic(task, s, attention_f, attention_b)
-    return LayerSeconds(forward, backward, (again[0], again[1]), tp_f, tp_b, tp_r, cp_f, cp_b, embedding, head, head_tp)
+    host_f, host_b = _host(task, s, 0), _host(task, s, 1)
+    parts = {"gemm": gemm_f, "attention": attention_f, "elementwise": streams_f}
+    again = [_recompute(task, parts, mode, host_f, tp) for mode, tp in zip(("selective", "full"), tp_r, strict=True)]
+    moved = 3.0 * s.tokens * task.model.hidden * task.job.compute_bytes / s.split
+    return LayerSeconds(
+        slow * (gemm_f + attention_f + streams_f), slow * (gemm_b + attention_b + streams_b), host_f, host_b,
+        (again[0], again[1]), tp_f, tp_b, tp_r, cp_f, cp_b,
+        streaming_seconds(moved, task.hardware.device), head, head_tp,
+    )  # fmt: skip
+
+
+def bound_by_host(task: Task, seconds: Floats, beside: Floats, host: Floats) -> Floats:
+    """Compute time of a layer whose device takes `seconds`, and `beside` for traffic: bound by device or by host.
+
+    On a CPU the host is the device, and launching adds to the time.
+    """
+    if task.hardware.device.kind == "cpu":
+        return seconds + host
+    return np.maximum(seconds, host - beside)
+
+
+def _host(task: Task, s: _Shapes, direction: int) -> Floats:
+    """Host time of one layer, forward (0) or backward (1)."""
+    a = task.accounting
+    kernels = (a.kernels_forward, a.kernels_backward)[direction] + np.where(s.tp > 1, a.kernels_tp[direction], 0.0)
+    return kernels * task.hardware.device.launch.base
 
 
 def _shapes(task: Task, combos: LayoutArray) -> _Shapes:
@@ -73,21 +96,13 @@ def _shapes(task: Task, combos: LayoutArray) -> _Shapes:
     return _Shapes(micro * task.job.seq_len / cp, tp, cp, micro, split)
 
 
-def _recompute(task: Task, parts: dict[str, Floats], mode: str) -> Floats:
+def _recompute(task: Task, parts: dict[str, Floats], mode: str, host: Floats, tp: Floats) -> Floats:
+    """Compute time of what a recompute mode repeats."""
     names = task.accounting.recomputed[mode]
     if not names:
-        return np.zeros_like(parts["gemm"])
-    share = len(names) / len(parts)
-    kernels = task.accounting.kernels_forward * (1.0 if len(names) == len(parts) else share)
-    return _with_host(task, sum((parts[n] for n in names), np.zeros_like(parts["gemm"])), kernels)
-
-
-def _with_host(task: Task, seconds: Floats, kernels: float) -> Floats:
-    """A layer is bound by its device or by the host that launches it; on a CPU both are the same processor."""
-    device = task.hardware.device
-    seconds = seconds * device.sustained.base
-    launches = kernels * device.launch.base
-    return seconds + launches if device.kind == "cpu" else np.maximum(seconds, launches)
+        return np.zeros_like(host)
+    device = task.hardware.device.sustained.base * sum((parts[n] for n in names), np.zeros_like(host))
+    return bound_by_host(task, device, tp, host * len(names) / len(parts))
 
 
 def _gemms(task: Task, s: _Shapes) -> tuple[Floats, Floats]:

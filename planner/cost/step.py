@@ -64,6 +64,10 @@ class Primitives:
     """States of one layer while micro-batches run."""
     state_first: Ints
     state_last: Ints
+    carried: Ints
+    """Reduction buffer of a micro-batch's last layer, kept into the next micro-batch (ranks but the first)."""
+    carried_first: Ints
+    """The same of the embedding (first rank)."""
     updating: Ints
     """States of one layer while the optimizer runs."""
     updating_first: Ints
@@ -131,10 +135,11 @@ def primitives_with_parts(task: Task, layouts: LayoutArray) -> tuple[Primitives,
     seconds = operators.layer_seconds(task, block)
     shared, share = _combinations(layouts, ("tp", "cp", "micro_batch", "sequence_parallel", "dp", "zero"), accumulate=True)
     to_block = _locate(block, shared)
-    traffic = _dp_traffic(task, shared, seconds, to_block)
+    compute = _compute(task, shared, seconds, to_block)
+    traffic = _dp_traffic(task, shared, compute)
     states = _states(task, shared)
     acts = memory.activation_bytes(task, block)
-    times = _layer_ns(seconds, traffic, to_block)
+    times = _layer_ns(seconds, compute, traffic, to_block)
     unit, head_unit = states.pop("unit")[share], states.pop("head_unit")[share]
     waiting = np.where(layouts.schedule == GPIPE, layouts.microbatches - 1, 0) * acts.waiting[spread]
     waiting = waiting + np.where(layouts.pp > 1, acts.output[spread], 0)
@@ -164,7 +169,7 @@ def primitives_with_parts(task: Task, layouts: LayoutArray) -> tuple[Primitives,
         outside=outside,
     )
     parts = TimeParts(
-        compute=(seconds.forward + seconds.backward)[spread],
+        compute=(compute[0] + compute[1])[share],
         tp=(seconds.tp_forward + seconds.tp_backward)[spread],
         cp=(seconds.cp_forward + seconds.cp_backward)[spread],
         zero=(traffic.forward + traffic.backward)[share],
@@ -214,7 +219,22 @@ class _DpTraffic:
     """Step-wise primitives."""
 
 
-def _dp_traffic(task: Task, layouts: LayoutArray, seconds: operators.LayerSeconds, to_block: Ints) -> _DpTraffic:
+def _compute(task: Task, layouts: LayoutArray, seconds: operators.LayerSeconds, to_block: Ints) -> tuple[Floats, Floats]:
+    """(forward, backward) compute of one layer with the host's floor, which grows where every micro-batch gathers."""
+    a = task.accounting
+    gathering = [z for z, rule in a.zero.items() if any(t.op == "all_gather" and t.per == "microbatch" for t in rule.traffic)]
+    gathers = np.isin(layouts.zero, gathering)
+    result = []
+    for i, (device, host, tp, cp) in enumerate((
+        (seconds.forward, seconds.host_forward, seconds.tp_forward, seconds.cp_forward),
+        (seconds.backward, seconds.host_backward, seconds.tp_backward, seconds.cp_backward),
+    )):  # fmt: skip
+        more = np.where(gathers, a.kernels_gather[i] * task.hardware.device.launch.base, 0.0)
+        result.append(operators.bound_by_host(task, device[to_block], (tp + cp)[to_block], host[to_block] + more))
+    return result[0], result[1]
+
+
+def _dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats]) -> _DpTraffic:
     """Traffic over the D ranks that share parameters: what each micro-batch exposes, and what a step does once."""
     a, slow = task.accounting, task.hardware.overlap_slowdown.base
     params = memory.rank_params(task, layouts)
@@ -240,7 +260,7 @@ def _dp_traffic(task: Task, layouts: LayoutArray, seconds: operators.LayerSecond
             else:
                 for place in step:
                     step[place][rows] += cost[place]
-    forward, backward = seconds.forward[to_block], seconds.backward[to_block]
+    forward, backward = compute
     exposed = [overlapped(c, each[k], slow, a.dp_floor) for k, c in (("forward", forward), ("backward", backward))]
     own = {place: _places(params)[place] for place in step}
     update = {
@@ -263,12 +283,14 @@ def _places(params: dict[str, Floats]) -> dict[str, Floats]:
     return {"layer": params["layer"], "first": params["embedding"], "last": params["own_head"] + params["norm"]}
 
 
-def _layer_ns(seconds: operators.LayerSeconds, traffic: _DpTraffic, to_block: Ints) -> dict[str, Ints]:
-    forward = seconds.forward + seconds.tp_forward + seconds.cp_forward
-    backward = seconds.backward + seconds.tp_backward + seconds.cp_backward
+def _layer_ns(
+    seconds: operators.LayerSeconds, compute: tuple[Floats, Floats], traffic: _DpTraffic, to_block: Ints
+) -> dict[str, Ints]:
+    forward = (seconds.tp_forward + seconds.cp_forward)[to_block]
+    backward = (seconds.tp_backward + seconds.cp_backward)[to_block]
     return {
-        "forward": _ns(forward[to_block] + traffic.forward),
-        "backward": _ns(backward[to_block] + traffic.backward),
+        "forward": _ns(compute[0] + forward + traffic.forward),
+        "backward": _ns(compute[1] + backward + traffic.backward),
     }
 
 
@@ -297,8 +319,9 @@ def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
     beside_head = ceil(per.resident * params["head"])
     result["state_last"] += beside_head
     result["updating_last"] += beside_head
-    whole = task.model.embedding_params if a.embedding_gradient_whole else params["embedding"]
-    extra = np.where(layouts.tp > 1, task.job.compute_bytes * (whole - params["embedding"]), 0.0)
+    rest = task.model.embedding_params - task.model.embedding_params / layouts.tp
+    rest = rest if a.embedding_gradient_whole else np.zeros(len(layouts))
+    result["state_first"] += ceil(per.whole_gradients * rest)
     return result | {
         "fixed": ceil(per.resident * params["layer"] + task.hardware.device.workspace.base),
         "unit": ceil(per.unit * params["layer"]),
@@ -307,7 +330,9 @@ def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
         "head_reduction": ceil(per.head_reduction * params["head"]),
         "last_reduction": ceil(per.last_reduction * params["layer"]),
         "last_layer": ceil(per.last_unit * params["layer"]),
-        "last_embedding": ceil(per.last_unit * params["embedding"] + np.maximum(extra, 0.0)),
+        "last_embedding": ceil(per.last_unit * params["embedding"] + task.job.compute_bytes * rest),
+        "carried": ceil(per.carried * params["layer"]),
+        "carried_first": ceil(per.carried * params["embedding"]),
     }
 
 
@@ -359,16 +384,18 @@ def receive_bytes(p: Primitives, first: Ints, last: Ints) -> Ints:
     return (2 * p.chunks - first - last) * p.receive
 
 
-def stage_transient(p: Primitives, last: Ints, mode: int) -> Ints:
+def stage_transient(p: Primitives, first: Ints, last: Ints, mode: int) -> Ints:
     """Peak temporaries of a rank whose strongest recompute mode is `mode` (0 none, 1 selective, 2 full).
 
-    The largest of: a layer's backward with what it recomputes; its reduction, when its saved activations are gone; on the
-    last rank the head's backward, and the last layer's beside the head's reduction.
+    The largest of: the first unit's backward (the head's on the last rank, a layer's elsewhere) beside what the micro-batch
+    before left to be reduced; on the last rank a layer's beside the head's reduction; and a layer's beside the reduction of
+    the one before, whose saved activations are gone.
     """
     act = (p.act0, p.act1, p.act2)[mode]
     layer = p.transient + p.act0 - act
-    head = np.maximum(p.head_transient, layer + p.head_reduction)
-    return np.maximum(np.maximum(layer, layer + p.reduction - act), last * head)
+    carried = np.where(first == 1, p.carried_first, p.carried)
+    begins = np.where(last == 1, np.maximum(p.head_transient + carried, layer + p.head_reduction), layer + carried)
+    return np.maximum(begins, layer + np.maximum(p.reduction - act, 0))
 
 
 def stage_update_bytes(p: Primitives, first: Ints, last: Ints, layers: Ints) -> Ints:
@@ -392,7 +419,9 @@ def stage_cost(p: Primitives, layouts: LayoutArray, stages: StageArray) -> Stage
     weight2 = np.where(whole, np.where(n2 > 0, weight, 0), flight * n2)
     saved = weight * q.act0 - weight1 * (q.act0 - q.act1) - weight2 * (q.act0 - q.act2)
     transient = np.where(
-        n2 > 0, stage_transient(q, last, 2), np.where(n1 > 0, stage_transient(q, last, 1), stage_transient(q, last, 0))
+        n2 > 0,
+        stage_transient(q, first, last, 2),
+        np.where(n1 > 0, stage_transient(q, first, last, 1), stage_transient(q, first, last, 0)),
     )
     return StageCost(
         stage_time(q, first, last, n, n1, n2),

@@ -9,7 +9,7 @@ import numpy as np
 from planner.cost import memory, step
 from planner.cost.schedules import in_flight
 from planner.cost.step import Primitives, StageCost, TimeParts
-from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
+from planner.cost.task import Floats, LayoutArray, StageArray, Task
 from planner.planfile import Breakdown, Estimate, Memory, StageMemory
 from planner.specs.hardware import Provenance
 from planner.specs.layout import Layout
@@ -146,26 +146,28 @@ def _states(c: _Priced, s: int, updating: bool) -> dict[str, int]:
 
 
 def _transient(c: _Priced, s: int, updating: bool) -> int:
-    p, last = c.p, np.array([int(s == c.layout.pp - 1)])
     if updating:
         return 0
-    mode = 2 if int(c.stages.full[s]) else 1 if int(c.stages.selective[s]) else 0
-    return int(step.stage_transient(p, last, mode)[0])
+    first, last = np.array([int(s == 0)]), np.array([int(s == c.layout.pp - 1)])
+    return int(step.stage_transient(c.p, first, last, _strongest(c, s))[0])
+
+
+def _strongest(c: _Priced, s: int) -> int:
+    """The strongest recompute mode on a rank: 0 none, 1 selective, 2 full."""
+    return 2 if int(c.stages.full[s]) else 1 if int(c.stages.selective[s]) else 0
 
 
 def _cause(c: _Priced, s: int, flight: int, updating: bool) -> str:
     """The peak's moment in words."""
     if updating:
         return "end of backward and optimizer update"
-    last = s == c.layout.pp - 1
-    again = int(c.stages.full[s]) or int(c.stages.selective[s])
-    none: Ints = np.array([0])
-    layer = int(step.stage_transient(c.p, none, 2 if int(c.stages.full[s]) else 1 if again else 0)[0])
-    batches = "1 micro-batch" if flight == 1 else f"{flight} micro-batches"
+    last, mode = s == c.layout.pp - 1, _strongest(c, s)
+    elsewhere = np.zeros(1, dtype=np.int64)
+    layer = int(step.stage_transient(c.p, elsewhere, elsewhere, mode)[0])
     if last and int(c.p.head_transient[0]) >= layer:
         kind = "fp32" if c.task.accounting.logit_bytes > 4 else c.task.job.precision
-        return f"backward of the head, logits in {kind}, {batches} in flight"
-    return f"backward of a {'recomputed ' if again else ''}layer, {batches} in flight"
+        return f"backward of the head, logits in {kind}, {flight} in flight"
+    return f"backward of a {'recomputed ' if mode else ''}layer, {flight} in flight"
 
 
 _TRUST: tuple[Provenance, ...] = ("measured", "fitted", "datasheet", "assumed")

@@ -59,7 +59,7 @@ class Group:
     def room(self, mode: int) -> Ints:
         """Bytes left for layers when the strongest recompute mode is `mode`, shape (rows, pp)."""
         base = step.stage_base_bytes(self.p, self.first, self.last, self.flight)
-        return self.p.capacity - base - step.stage_transient(self.p, self.last, mode)
+        return self.p.capacity - base - step.stage_transient(self.p, self.first, self.last, mode)
 
     def act(self, mode: int) -> Ints:
         """Saved bytes of one layer and micro-batch under a mode, shape (rows, 1)."""
