@@ -9,7 +9,7 @@ recomputed), in-flight count K, m micro-batches, v chunks:
     Mem_s = max( states + K (act + boundary) + transient, update states + update transient ) + buffers
 
 Every primitive is rounded up to whole nanoseconds and bytes. (v m - 1) max + sum is the makespan of a pipeline of
-equal stages (Narayanan 2021, section 2.2) and not below it for unequal ones; `schedules.simulate` checks it.
+equal stages (Narayanan 2021, section 2.2) and not below it for unequal ones; tests compare it with `schedules.simulate`.
 """
 
 from __future__ import annotations
@@ -358,7 +358,23 @@ class StageCost:
 
 
 def stage_time(p: Primitives, first: Ints, last: Ints, layers: Ints, selective: Ints, full: Ints) -> Ints:
-    """R of ranks, ns; every argument broadcasts against the fields of `p`."""
+    """R of ranks, ns; every argument broadcasts against the fields of `p`.
+
+    With chunks, ranks wait for each other chunk by chunk: R is v times the slowest chunk. The first chunks hold the extra
+    layers, the first one of the first rank the embedding, the last one of the last rank the head.
+    """
+    whole = stage_linear_time(p, first, last, layers, selective, full)
+    if not np.any(p.chunks > 1):
+        return whole
+    low = layers // p.chunks
+    high = -(-layers // p.chunks)
+    layer = p.forward + p.backward + np.where(selective > 0, p.recompute1, 0) + np.where(full > 0, p.recompute2, 0)
+    chunk = np.maximum(high * layer + first * p.embedding, low * layer + last * p.head)
+    return np.where(p.chunks > 1, p.chunks * chunk + p.p2p, whole)
+
+
+def stage_linear_time(p: Primitives, first: Ints, last: Ints, layers: Ints, selective: Ints, full: Ints) -> Ints:
+    """Time of all that a rank computes for one micro-batch, ns: R without chunks, a lower bound of it with them."""
     return (
         layers * (p.forward + p.backward) + selective * p.recompute1 + full * p.recompute2
         + first * p.embedding + last * p.head + p.p2p

@@ -78,11 +78,18 @@ def _breakdown(c: _Priced, seconds: float) -> Breakdown:
         "cp_comm": m * n * one["cp"],
         "zero_comm": m * n * one["zero"],
         "pp_comm": m * int(c.p.p2p[0]) / 1e9,
-        "bubble": (int(time.sum()) - int(time[s])) / v / 1e9,
+        "bubble": (int(time.sum()) - int(time[s])) / v / 1e9 + m * _unequal_chunks(c, s),
         "dp_comm": (int(once[d]) - update) / 1e9,
         "optimizer": update / 1e9,
     }
     return Breakdown(**parts, other=max(seconds - sum(parts.values()), 0.0))
+
+
+def _unequal_chunks(c: _Priced, s: int) -> float:
+    """Seconds a micro-batch that rank `s` waits because its chunks differ."""
+    stage = [np.array([int(a[s])]) for a in (c.stages.layers, c.stages.selective, c.stages.full)]
+    first, last = np.array([int(s == 0)]), np.array([int(s == c.layout.pp - 1)])
+    return (int(c.cost.time[s]) - int(step.stage_linear_time(c.p, first, last, *stage)[0])) / 1e9
 
 
 def _memory(c: _Priced) -> Memory:

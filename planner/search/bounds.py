@@ -51,10 +51,15 @@ class Group:
     def index(self) -> Ints:
         return np.arange(self.pp, dtype=np.int64)[None, :]
 
+    @property
+    def deep(self) -> Primitives:
+        """The primitives with two more axes, shape (rows, 1, 1)."""
+        return Primitives(**{f.name: getattr(self.p, f.name)[:, :, None] for f in fields(self.p)})
+
     def extra_time(self) -> Ints:
-        """R of a rank without layers, shape (rows, pp)."""
+        """Time of a rank without layers (linear form), shape (rows, pp)."""
         zero = np.zeros((1, 1), dtype=np.int64)
-        return step.stage_time(self.p, self.first, self.last, zero, zero, zero)
+        return step.stage_linear_time(self.p, self.first, self.last, zero, zero, zero)
 
     def room(self, mode: int) -> Ints:
         """Bytes left for layers when the strongest recompute mode is `mode`, shape (rows, pp)."""
@@ -234,19 +239,23 @@ def _table_bound(g: Group, target: int, reach: int) -> Ints:
 
 
 def least_recompute(g: Group, layers: Ints) -> Ints:
-    """Lower bound on the recompute time of ranks with `layers` layers, ns, shape (rows, pp, n); BIG when none fits.
+    """Lower bound on the time beyond the linear one of ranks with `layers` layers, ns, shape (rows, pp, n).
 
-    Fractions of layers may be recomputed: the linear program over (selective, full) has its optimum at a vertex.
-    With chunks the modes are uniform and the value is exact.
+    Without chunks that is recompute, fractions of layers allowed: the linear program over (selective, full) has its optimum
+    at a vertex. With chunks modes are uniform, unequal chunks cost time too, and the value is exact. BIG when none fits.
     """
     shape = np.broadcast(g.flight[:, :, None], layers).shape
     held = layers * g.p.state[:, :, None]
     best = np.full(shape, BIG, dtype=np.int64)
     if np.any(g.layouts.virtual_stages > 1):
         weight = g.weight(np.broadcast_to(layers, shape))
+        p, first, last = g.deep, g.first[:, :, None], g.last[:, :, None]
+        none = np.zeros_like(layers)
+        linear = step.stage_linear_time(p, first, last, layers, none, none)
         for mode in g.modes:
             fits = held + weight * g.act(mode)[:, :, None] <= g.room(mode)[:, :, None]
-            best = np.where(fits, np.minimum(best, layers * _again(g, mode)[:, :, None]), best)
+            time = step.stage_time(p, first, last, layers, layers if mode == 1 else none, layers if mode == 2 else none)
+            best = np.where(fits, np.minimum(best, time - linear), best)
         return best
     pairs = g.flight[:, :, None] * layers
     for strongest in g.modes:
@@ -307,8 +316,7 @@ def _smallest_maximum(g: Group, values: Ints, layers: Ints) -> Ints:
 def _smallest_once(g: Group, time: Ints, layers: Ints) -> Ints:
     """The least possible max d over splits whose entries are allowed; 0 where d does not grow with the layers."""
     grows = ((g.p.comm - g.p.hide + g.p.update) >= 0)[:, 0]
-    p3 = Primitives(**{f.name: getattr(g.p, f.name)[:, :, None] for f in fields(g.p)})
-    once = step.stage_once(p3, g.first[:, :, None], g.last[:, :, None], layers)
+    once = step.stage_once(g.deep, g.first[:, :, None], g.last[:, :, None], layers)
     once = np.where(time < BIG, once, BIG)
     least = _smallest_maximum(g, once, layers)
     return np.where(grows & (least < BIG), least, 0)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from planner.cost import step
-from planner.cost.task import Ints
+from planner.cost.task import Bools, Ints
 from planner.search.bounds import BIG, Group, most_layers
 
 DETERMINISTIC_TIME = 60.0
@@ -56,18 +56,17 @@ def tables(g: Group, reach: int | None = None) -> Tables:
     top = g.n_layers - (g.pp - 1) * v
     top = max(v, min(top, int(most.max()), reach if reach is not None else top))
     layers = np.arange(v, top + 1, dtype=np.int64)[None, :]
-    again, selective, full = _uniform(g, layers) if v > 1 else _mixed(g, layers)
-    again = np.where(layers > most[:, None], BIG, again)
-    base = layers * (p.forward + p.backward) + g.extra_time()[0][:, None]
-    time = np.where(again >= BIG, BIG, base + np.where(again >= BIG, 0, again))
+    fits, selective, full = _uniform(g, layers) if v > 1 else _mixed(g, layers)
     first, last = g.first[0][:, None], g.last[0][:, None]
+    time = step.stage_time(p, first, last, layers, selective, full)
+    time = np.where(fits & (layers <= most[:, None]), time, BIG)
     once = np.broadcast_to(step.stage_once(p, first, last, layers), time.shape)
     factor = v * int(x.microbatches[0]) - 1
     return Tables(time, once, selective, full, v, g.n_layers, factor, v)
 
 
-def _uniform(g: Group, layers: Ints) -> tuple[Ints, Ints, Ints]:
-    """(time, selective, full) of the cheapest uniform mode that fits, shape (pp, n)."""
+def _uniform(g: Group, layers: Ints) -> tuple[Bools, Ints, Ints]:
+    """(fits, selective, full) of the cheapest uniform mode that fits, shape (pp, n)."""
     shape = (g.pp, layers.shape[1])
     weight = g.weight(np.broadcast_to(layers[None], (1, *shape)))[0]
     best = np.full(shape, BIG, dtype=np.int64)
@@ -79,11 +78,11 @@ def _uniform(g: Group, layers: Ints) -> tuple[Ints, Ints, Ints]:
         best = np.where(better, again, best)
         for other in (1, 2):
             counts[other] = np.where(better, layers if other == mode else 0, counts[other])
-    return best, counts[1], counts[2]
+    return best < BIG, counts[1], counts[2]
 
 
-def _mixed(g: Group, layers: Ints) -> tuple[Ints, Ints, Ints]:
-    """(time, selective, full) of the cheapest mix that fits, shape (pp, n): every number of fully recomputed layers."""
+def _mixed(g: Group, layers: Ints) -> tuple[Bools, Ints, Ints]:
+    """(fits, selective, full) of the cheapest mix that fits, shape (pp, n): every number of fully recomputed layers."""
     shape = (g.pp, layers.shape[1])
     best = np.full(shape, BIG, dtype=np.int64)
     best1, best2 = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -105,7 +104,7 @@ def _mixed(g: Group, layers: Ints) -> tuple[Ints, Ints, Ints]:
         # More full layers cost more by themselves: stop when they alone exceed every value found.
         if n2 and np.all((n2 + 1) * cost2 >= best):
             break
-    return best, best1, best2
+    return best < BIG, best1, best2
 
 
 def _selective_needed(short: Ints, saved: Ints, layers: Ints, n2: int, strongest: int, modes: tuple[int, ...]) -> Ints:

@@ -119,8 +119,7 @@ class Layout(Spec):
 def chunk_layers(layers: int, virtual_stages: int) -> list[int]:
     """Split a rank's layers over its chunks: sizes differ by at most one, the first chunks take the extra ones.
 
-    One rule for every rank makes the slowest chunk of each index belong to the slowest rank, so that the pipeline's
-    time depends on rank totals only.
+    The last chunk of the last rank, which also holds the head, is so never longer than the others.
     """
     base, extra = divmod(layers, virtual_stages)
     return [base + (1 if c < extra else 0) for c in range(virtual_stages)]

@@ -88,3 +88,23 @@ def test_unknown_schedule():
     with pytest.raises(ValueError, match="unknown schedule"):
         schedules.actions("zigzag", 2, 2)
     assert "zigzag" not in SCHEDULES
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_interleaved_with_unequal_ranks_is_not_understated(seed):
+    """Every plan's time bounds its simulation: unequal ranks and chunks, embedding on the first, head on the last."""
+    rng = np.random.default_rng(seed)
+    pp, v = int(rng.integers(2, 7)), int(rng.integers(2, 5))
+    m, layer = pp * int(rng.integers(1, 5)), 3.0
+    layers = [int(n) for n in rng.integers(v, 4 * v, pp)]
+    embedding, head = float(rng.uniform(0, 2)), float(rng.uniform(0, 12))
+    chunks = [[float(layer * n) for n in chunk_layers(n, v)] for n in layers]
+    chunks[0][0] += embedding
+    chunks[-1][-1] += head
+    forward = [[t / 3 for t in row] for row in chunks]
+    backward = [[2 * t / 3 for t in row] for row in chunks]
+    counts = [chunk_layers(n, v) for n in layers]
+    result = schedules.simulate(schedules.actions("interleaved", pp, m, v), forward, backward, counts)
+    rank = [v * max(row) for row in chunks]
+    closed = ((v * m - 1) * max(rank) + sum(rank)) / v
+    assert result.makespan <= closed + 1e-9
