@@ -45,15 +45,15 @@ def plan(
     precision: str = "bf16",
     engine: str = "bundled",
     pin: dict[str, Any] | None = None,
-    forbid: tuple[str, ...] = (),
+    forbid: str | tuple[str, ...] = (),
     max_memory_fraction: float = 0.92,
-    alternatives: int = 5,
+    alternatives: int = 6,
 ) -> Plan:
     """The proven best plan for a job on a cluster.
 
     `model` and `hardware` are names of shipped files, paths, or spec objects; `seq_len` in tokens, `global_batch` in
     sequences. `pin` restricts axes, as in {"tp": 8} or {"zero": [1, 2]}. Raises InputError, or InfeasibleError with the
-    binding constraint when nothing fits.
+    binding constraint when nothing fits. `alternatives` counts the plans to prove, the best one included.
     """
     from planner.planning import make
 
@@ -120,13 +120,18 @@ def load_plan(path: str) -> Plan:
 
 def _request(
     model: Any, hardware: Any, nodes: Any, gpus: Any, engine: str, seq_len: int, global_batch: int,
-    precision: str, fraction: float, pin: dict[str, Any] | None, forbid: tuple[str, ...],
+    precision: str, fraction: float, pin: dict[str, Any] | None, forbid: str | tuple[str, ...],
 ) -> Any:  # fmt: skip
+    from planner.errors import input_error
     from planner.planning.request import Request, build_spec
     from planner.specs.job import Job
     from planner.specs.policy import Policy
 
     job = build_spec(Job, {"seq_len": seq_len, "global_batch": global_batch, "precision": precision}, "job")
     policy = build_spec(Policy, {"max_memory_fraction": fraction}, "policy")
+    for name, value in (("nodes", nodes), ("gpus", gpus)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise input_error("PLN107", f"{name}: {value!r} is not a whole number", "", "")
+    forbid = (forbid,) if isinstance(forbid, str) else tuple(forbid)
     pins = {k: list(v) if isinstance(v, (list, tuple)) else [v] for k, v in (pin or {}).items()}
     return Request(model, hardware, job, nodes, gpus, engine, policy, pins, forbid)

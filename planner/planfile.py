@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from planner._version import __version__
 from planner.errors import Location, Problem, input_error
 from planner.specs import files
 from planner.specs.base import Spec
+from planner.specs.hardware import HardwareProfile
 from planner.specs.job import Job
 from planner.specs.layout import Layout
 from planner.specs.model import Model
@@ -31,14 +33,14 @@ class Cluster(Spec):
 
     hardware: str
     """Name of the hardware profile."""
-    nodes: int
-    gpus: int
+    nodes: int = Field(gt=0)
+    gpus: int = Field(gt=0)
     """Devices in all (processes, on a CPU)."""
-    node_size: int
+    node_size: int = Field(gt=0)
     """Devices of one node."""
     device: str
     device_kind: Literal["cuda", "rocm", "cpu"]
-    peak_flops: float
+    peak_flops: float = Field(gt=0)
     """Dense peak of one device at the job's precision, FLOP/s."""
 
 
@@ -179,6 +181,8 @@ class Plan(Spec):
     model: Model
     job: Job
     cluster: Cluster
+    hardware: HardwareProfile
+    """The profile that the estimate was made with, merged: the plan can be judged anywhere."""
     engine: str
     policy: Policy
     layout: Layout
@@ -211,15 +215,19 @@ def canonical(data: Any) -> str:
 
 
 def write(plan: Plan, path: str | Path) -> None:
-    """Write the plan so that a reader never sees half of it."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.tmp")
+    """Write the plan so that a reader never sees half of it (in place where the path is not a regular file)."""
+    target = Path(path).resolve()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        if target.exists() and not target.is_file():
+            target.write_text(plan.to_json(), encoding="utf-8")
+            return
         temporary.write_text(plan.to_json(), encoding="utf-8")
         temporary.replace(target)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         why = error.strerror or str(error)
-        raise input_error("PLN113", f"cannot write {target}", why, "give a writable path", Location(str(target))) from None
+        raise input_error("PLN113", f"cannot write {path}", why, "give a writable path", Location(str(path))) from None
 
 
 def is_plan(data: Any) -> bool:

@@ -6,6 +6,7 @@ Goes out: floats in base units (bytes, bytes/s, FLOP/s, seconds, 1/s, watts) and
 
 from __future__ import annotations
 
+import math
 import re
 
 GIB = 1 << 30
@@ -45,6 +46,8 @@ def parse(text: str, dimension: str) -> float:
     if not match:
         raise ValueError(f"'{text}' is not a number with a unit")
     number, unit = float(match[1]), match[2] or ""
+    if not math.isfinite(number):
+        raise ValueError(f"'{text}' is not a finite number")
     if dimension == "1":
         if unit:
             raise ValueError(f"'{text}' should be a plain number, without '{unit}'")

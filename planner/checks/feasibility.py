@@ -32,6 +32,7 @@ class CheckResult:
 
     @property
     def failed(self) -> bool:
+        """Whether an error was found (warnings do not fail a check)."""
         return any(p.severity == "error" for p in self.findings)
 
 
@@ -44,30 +45,25 @@ def check_file(path: str | Path) -> CheckResult:
 
 
 def _check_plan(document: files.Document) -> CheckResult:
+    """Rules and memory again, with the profile inside the plan; a note when the shipped profile has changed since."""
     plan = planfile.from_document(document)
-    hardware, digest = None, ""
-    try:
-        hardware, profile = files.load_hardware(plan.inputs.hardware, Path(document.path).parent)
-        digest = profile.digest
-    except InputError:
-        pass
     place = Location(document.path, 1, 1)
-    if hardware is None:
-        what = f"profile {plan.inputs.hardware} is not here: the plan's own estimate is checked"
-        note = Problem("PLN602", what, "memory cannot be predicted again", "", place, severity="warning")
-        findings, estimate = [note], plan.estimate
-        rules: tuple[str, ...] = ()
-        findings += [p.at(place) for p in planfile.refusals(plan)] if plan.engine == "bundled" else []
-    else:
-        task, engine = task_of_plan(plan, hardware)
-        findings = [p.at(place) for p in layout_problems(task, engine, plan.layout)]
-        rules = tuple(r.code for r in engine.all_rules)
-        estimate = plan.estimate if findings else estimate_layout(task, plan.layout)
-        if digest != plan.inputs.digests.get("hardware"):
-            what = f"profile {plan.inputs.hardware} changed since the plan was made"
-            findings.append(Problem("PLN601", what, "its digest differs", "plan again", place, severity="warning"))
+    task, engine = task_of_plan(plan)
+    findings = [p.at(place) for p in layout_problems(task, engine, plan.layout)]
+    estimate = plan.estimate if findings else estimate_layout(task, plan.layout)
+    if _profile_changed(plan):
+        what = f"profile {plan.inputs.hardware} changed since the plan was made"
+        findings.append(Problem("PLN601", what, "its digest differs", "plan again", place, severity="warning"))
     findings += _memory_findings(estimate, document, plan.policy.max_memory_fraction)
+    rules = tuple(r.code for r in engine.all_rules)
     return CheckResult(document.path, "plan", tuple(findings), (*rules, "PLN301"), estimate)
+
+
+def _profile_changed(plan: planfile.Plan) -> bool:
+    """Whether the shipped profile of the plan's name is another one now."""
+    if plan.inputs.hardware not in files.shipped("hardware_profiles"):
+        return False
+    return files.load_hardware(plan.inputs.hardware)[1].digest != plan.inputs.digests.get("hardware")
 
 
 def _check_configuration(document: files.Document) -> CheckResult:
@@ -108,7 +104,7 @@ def _memory_findings(estimate: Estimate, document: files.Document, fraction: flo
         if stage.headroom >= 0:
             continue
         located = located or files.with_positions(document)
-        parts = {n: getattr(stage, n) for n in ("params", "grads", "optimizer", "activations", "buffers", "transient")}
+        parts = {n: getattr(stage, n) for n in PARTS}
         largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
         limit = estimate.memory.limit_gib
         what = f"stage {stage.stage} needs {stage.total:.1f} GiB, limit {limit:.1f} GiB"
@@ -122,6 +118,10 @@ def _memory_findings(estimate: Estimate, document: files.Document, fraction: flo
     return found
 
 
+PARTS = ("params", "grads", "optimizer", "activations", "buffers", "transient", "outside")
+"""Parts of a rank's memory that findings name."""
+
+
 def _remedy(part: str) -> str:
     """The edit that usually shrinks a part."""
     return {
@@ -130,5 +130,6 @@ def _remedy(part: str) -> str:
         "optimizer": "raise zero to 1, or tp or pp",
         "activations": "recompute more (selective, full), lower micro_batch, or raise tp",
         "buffers": "use fewer micro-batches (larger micro_batch) or another schedule",
+        "outside": "use a device with more memory: the driver and communicators hold this much",
         "transient": "raise tp (it splits the logits), or lower micro_batch",
     }[part]

@@ -23,7 +23,7 @@ def check(
     from planner.checks.feasibility import check_file
     from planner.report import findings
 
-    common.checked_format(output_format, findings.FORMATS)
+    common.checked_format(output_format, findings.FORMATS, "--output-format")
     common.writable(output_file)
     results, unreadable = [], []
     for path in paths:

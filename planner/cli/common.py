@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -41,6 +43,7 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
+            _tolerant_output()
             result = command(*args, **kwargs)
             sys.stdout.flush()
             return result
@@ -49,12 +52,15 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(error.exit_code) from None
         except (typer.Exit, BrokenPipeError):
             raise
-        except KeyboardInterrupt:
-            print("planner: interrupted", file=sys.stderr)
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as interrupt:
+            print("planner: interrupted before there was a result", file=sys.stderr)
+            raise typer.Exit(getattr(interrupt, "code", 130)) from None
         except TimeoutError:
             print("planner: the time limit passed before any plan was found", file=sys.stderr)
             raise typer.Exit(4) from None
+        except OSError as error:
+            print(f"planner: {error.strerror or error}: the result could not be written", file=sys.stderr)
+            raise typer.Exit(2) from None
         except Exception as error:
             if os.environ.get("PLANNER_DEBUG"):
                 traceback.print_exc()
@@ -66,6 +72,36 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
+class Signals:
+    """SIGINT and SIGTERM as KeyboardInterrupt inside the block; `code` is the exit code that says which came."""
+
+    def __init__(self) -> None:
+        self.code = 0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self._received)
+        return self
+
+    def _received(self, number: int, frame: object) -> None:
+        self.code = 128 + number
+        raise KeyboardInterrupt
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def _tolerant_output() -> None:
+    """Characters that the terminal's encoding lacks are replaced; a closed standard output is an empty one."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def print_problems(problems: tuple[Problem, ...] | list[Problem]) -> None:
     """Problems on standard error, codes in colour when it is a terminal."""
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
@@ -74,10 +110,10 @@ def print_problems(problems: tuple[Problem, ...] | list[Problem]) -> None:
         print(text.replace(p.code, f"\033[1;31m{p.code}\033[0m", 1) if colour else text, file=sys.stderr)
 
 
-def checked_format(value: str, formats: tuple[str, ...] = FORMATS) -> str:
+def checked_format(value: str, formats: tuple[str, ...] = FORMATS, flag: str = "--format") -> str:
     """A known output format, or an input error."""
     if value not in formats:
-        raise input_error("PLN107", f"--format {value}: not a format", f"formats are {', '.join(formats)}", "")
+        raise input_error("PLN107", f"{flag} {value}: not a format", f"formats are {', '.join(formats)}", "")
     return value
 
 
@@ -88,8 +124,6 @@ def write_result(text: str) -> None:
 
 def to_yaml(data: Any) -> str:
     """Plain data as YAML 1.2."""
-    import io
-
     from ruamel.yaml import YAML
 
     yaml = YAML(typ="safe", pure=True)
@@ -115,6 +149,8 @@ def parse_assignments(items: list[str], flag: str) -> dict[str, list[object]]:
             problems.append(
                 Problem("PLN121", f"{flag} {item}: expected NAME=VALUE", "", f"write {flag} tp=8 or {flag} zero=0,1")
             )
+        elif name.strip() in result:
+            problems.append(Problem("PLN121", f"{flag} {name.strip()} is given twice", "", f"write {flag} {name.strip()}=A,B"))
         else:
             result[name.strip()] = [v.strip() for v in value.split(",")]
     if problems:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,6 +41,7 @@ def estimate(
     layers: Annotated[str | None, typer.Option(help="Layers of each stage: 7,8,8,7; even when left out.")] = None,
     recompute: Annotated[str, typer.Option(help="none, selective, full, or counts such as full:3,selective:2.")] = "none",
     max_memory_fraction: common.Fraction = 0.92,
+    as_type: common.AsType = None,
     output_format: common.Format = "table",
     output: Annotated[Path | None, typer.Option("-o", "--out", help="Write the plan file here.")] = None,
 ) -> None:
@@ -49,7 +52,7 @@ def estimate(
     common.checked_format(output_format)
     common.writable(output)
     flags = dict(locals())
-    made = _from_file(source) or _from_flags(flags)
+    made = _from_file(source, flags) or _from_flags(flags)
     if output is not None:
         planfile.write(made, output)
     print_plan(made, output_format)
@@ -57,7 +60,7 @@ def estimate(
         print("this layout does not fit: see headroom", file=sys.stderr)
 
 
-def _from_file(source: str) -> Plan | None:
+def _from_file(source: str, flags: dict[str, Any]) -> Plan | None:
     """The estimate of a plan or configuration file; None when the source is a model."""
     from planner import planfile
     from planner.planning import make
@@ -69,10 +72,12 @@ def _from_file(source: str) -> Plan | None:
         return None
     document = files.parse_document(source)
     data = document.data
+    if planfile.is_plan(data) or (isinstance(data, dict) and "layout" in data):
+        _no_flags(source, flags)
     if planfile.is_plan(data):
         plan = planfile.from_document(document)
         request = Request(
-            plan.model, plan.inputs.hardware, plan.job, gpus=plan.cluster.gpus, engine=plan.engine, policy=plan.policy,
+            plan.model, plan.hardware, plan.job, gpus=plan.cluster.gpus, engine=plan.engine, policy=plan.policy,
             relative_to=Path(source).parent,
         )  # fmt: skip
         return make.make_estimate(request, plan.layout)
@@ -80,6 +85,20 @@ def _from_file(source: str) -> Plan | None:
         configuration = files.build(Configuration, document)
         return make.make_estimate(request_of(configuration, Path(source).parent), configuration.layout)
     return None
+
+
+_BESIDE_FILES = ("source", "output", "output_format")
+
+
+def _no_flags(source: str, flags: dict[str, Any]) -> None:
+    """A plan or configuration says everything itself. Raises InputError when a flag contradicts."""
+    defaults = inspect.signature(estimate).parameters
+    given = [k for k, v in flags.items() if k in defaults and k not in _BESIDE_FILES and v != defaults[k].default]
+    if given:
+        names = ", ".join("--" + k.replace("_", "-") for k in given)
+        raise input_error(
+            "PLN107", f"{names} beside {source}", "the file says what is estimated", "edit the file, or name a model"
+        )
 
 
 def _from_flags(flags: dict[str, Any]) -> Plan:
@@ -93,13 +112,18 @@ def _from_flags(flags: dict[str, Any]) -> Plan:
     layout["recompute"] = flags["recompute"]
     if flags["layers"] is not None:
         parts = flags["layers"].split(",")
-        if not all(p.strip().isdigit() and int(p) > 0 for p in parts):
+        if not all(re.fullmatch(r"[1-9][0-9]{0,8}", p.strip()) for p in parts):
             raise input_error(
                 "PLN107", f"--layers {flags['layers']}: not whole numbers above zero", "", "write --layers 7,8,8,7"
             )
         layout["layers"] = [int(p) for p in parts]
+    source: Any = flags["source"]
+    if flags["as_type"]:
+        from planner.specs import files
+
+        source = files.load_model(source, as_type=flags["as_type"])[0]
     return planner.estimate(
-        flags["source"],
+        source,
         flags["hardware"],
         layout=layout,
         **{k: flags[k] for k in ("seq_len", "global_batch", "nodes", "gpus", "precision", "engine", "max_memory_fraction")},

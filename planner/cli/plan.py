@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.cli import common
+from planner.errors import input_error
 
 if TYPE_CHECKING:
     from planner.planfile import Plan
@@ -46,9 +47,15 @@ def plan(
     common.checked_format(output_format)
     common.writable(output)
     request = _request(locals())
+    if time_limit is not None and not (0 < time_limit < float("inf")):
+        raise input_error("PLN107", f"--time-limit {time_limit}: not a time above zero", "", "give seconds, such as 60")
+    signals = common.Signals()
     try:
-        with _progress() as report:
+        with signals, _progress() as report:
             made = make_plan(request, top_k, report, time_limit)
+    except KeyboardInterrupt as interrupt:
+        interrupt.code = signals.code  # type: ignore[attr-defined]
+        raise
     except NothingFits as error:
         if output_format == "json":
             certificate = error.certificate.model_dump(mode="json")
@@ -59,6 +66,9 @@ def plan(
     print_plan(made, output_format)
     if output is not None:
         print(f"plan written to {output}", file=sys.stderr)
+    if signals.code:
+        print("planner: interrupted: this is the best plan so far", file=sys.stderr)
+        raise typer.Exit(signals.code)
 
 
 def _request(flags: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,12 +43,14 @@ def run(
     if refused := planfile.refusals(plan):
         raise InputError(refused)
     _can_run_here(plan)
+    _readable_data(plan, data)
+    _usable_folder(out)
     settings = RunSettings(steps, str(out), str(data) if data else None, seed, learning_rate)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(plan.cluster.gpus)]
     code = _supervise([*words, *runtime_arguments(settings, str(plan_path))], {**environment(plan), **os.environ})
     if code:
         print(f"planner: the run ended with code {code}; the first failing rank's message is above", file=sys.stderr)
-        raise typer.Exit(code if code in (2, 130, 143) else 1)
+        raise typer.Exit(1)
     comparison = _comparison(plan, json.loads((out / "summary.json").read_text(encoding="utf-8")))
     if measure is not None:
         measure.write_text(common.to_json(comparison), encoding="utf-8")
@@ -74,15 +77,48 @@ def _can_run_here(plan: Plan) -> None:
         raise input_error("PLN503", what, "", fix)
 
 
-def _supervise(words: list[str], environment: dict[str, str]) -> int:
-    """Run the job with its output on standard error; pass an interrupt on and wait for it to end."""
-    process = subprocess.Popen(words, env=environment, stdout=sys.stderr.fileno() if _has_fileno() else None)
+def _readable_data(plan: Plan, data: Path | None) -> None:
+    """Whether the token file can feed a sequence. Raises InputError."""
+    if data is None:
+        return
+    width = 2 if plan.model.vocab <= 1 << 16 else 4
+    need = (plan.job.seq_len + 1) * width
+    if not data.is_file() or not os.access(data, os.R_OK):
+        raise input_error("PLN593", f"--data {data} is not a readable file", "", "give a flat binary file of token ids")
+    size = data.stat().st_size
+    if size < need or size % width:
+        why = f"it has {size:,} bytes; tokens of this vocabulary take {width}, one sequence {need:,}"
+        raise input_error("PLN593", f"--data {data} is not enough token ids", why, "give a longer file of whole tokens")
+
+
+def _usable_folder(out: Path) -> None:
+    """Whether the run can write there. Raises InputError."""
     try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.terminate()
-        process.wait(timeout=30)
-        raise
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise input_error(
+            "PLN113", f"--out {out} cannot be made", error.strerror or str(error), "give a writable folder"
+        ) from None
+    if not os.access(out, os.W_OK):
+        raise input_error("PLN113", f"--out {out} is not writable", "", "give a writable folder")
+
+
+def _supervise(words: list[str], environment: dict[str, str]) -> int:
+    """Run the job with its output on standard error; on a signal end all its processes and raise."""
+    signals = common.Signals()
+    output = sys.stderr.fileno() if _has_fileno() else None
+    with subprocess.Popen(words, env=environment, stdout=output, start_new_session=True) as process:
+        try:
+            with signals:
+                return process.wait()
+        except KeyboardInterrupt as interrupt:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+            interrupt.code = signals.code  # type: ignore[attr-defined]
+            raise
 
 
 def _has_fileno() -> bool:

@@ -175,7 +175,6 @@ class Accounting:
     """Fixed host time of one step."""
     reserved_ratio: float
     """Reserved over allocated memory."""
-    max_chunks: int = 64
     origin: dict[str, str] = field(default_factory=dict)
     """Where values come from, by field."""
 

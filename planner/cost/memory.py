@@ -21,7 +21,7 @@ PARTS = ("params", "grads", "optimizer")
 
 
 def ceil(values: Any) -> Ints:
-    """Round up to int64; 1e-9 relative slack keeps whole numbers whole."""
+    """Round up to int64; a relative slack of 1e-12 keeps whole numbers whole in spite of float rounding."""
     return np.ceil(values * (1.0 - 1e-12)).astype(np.int64)
 
 

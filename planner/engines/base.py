@@ -33,6 +33,8 @@ class Rule:
     what: str
     why: str
     fix: str
+    whole_job: bool = False
+    """It looks at the model and the job only: no layout can satisfy it."""
 
     def problem(self, values: dict[str, Any]) -> Problem:
         """The finding for one layout's values."""
@@ -182,6 +184,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "sequence length {seq_len} exceeds the {max_positions} learned positions",
         "the position embedding has no rows for the rest",
         "shorten the sequence, or raise max_positions in the model",
+        whole_job=True,
     ),
 )  # fmt: skip
 """True of every engine."""
@@ -226,6 +229,14 @@ def layout_problems(task: Subject | Task, engine: Engine, layout: Layout) -> lis
     values = values_of(task, layout)
     found = [rule.problem(values) for rule in engine.all_rules if bool(rule.violated(task, array)[0])]
     return found + stage_problems(task.model, layout)
+
+
+def job_problems(task: Subject | Task, engine: Engine) -> list[Problem]:
+    """Rules that no layout of this model and job can satisfy."""
+    layout = Layout.model_validate({"stages": [{"layers": task.model.n_layers}]})
+    array = LayoutArray.of([layout], task.job)
+    broken = [r for r in engine.all_rules if r.whole_job and bool(r.violated(task, array)[0])]
+    return [rule.problem(values_of(task, layout)) for rule in broken]
 
 
 def stage_problems(model: Model, layout: Layout) -> list[Problem]:

@@ -62,6 +62,7 @@ RULES: tuple[Rule, ...] = (
         "{model} has sliding-window attention",
         "this version of the runtime attends to all earlier tokens",
         "use another engine",
+        whole_job=True,
     ),
     Rule(
         "PLN516", "bundled: fp16",
@@ -69,6 +70,7 @@ RULES: tuple[Rule, ...] = (
         "precision fp16",
         "this version of the runtime has no loss scaling",
         "use bf16 or fp32",
+        whole_job=True,
     ),
 )  # fmt: skip
 

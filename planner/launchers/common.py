@@ -36,6 +36,8 @@ def environment(plan: Plan) -> dict[str, str]:
     """Environment variables that belong to the plan."""
     if plan.cluster.device_kind == "cpu":
         return {"OMP_NUM_THREADS": "1"}
+    if plan.cluster.device_kind == "rocm":
+        return {"OMP_NUM_THREADS": "8", "PYTORCH_HIP_ALLOC_CONF": "expandable_segments:True"}
     # With expandable segments reserved memory stays within a percent of allocated; without, up to 30 % above.
     return {"OMP_NUM_THREADS": "8", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
@@ -66,7 +68,7 @@ def write(files: list[Emitted], folder: Path, force: bool) -> list[Path]:
     changed = []
     for f in files:
         target = folder / f.name
-        if target.exists() and target.read_text(encoding="utf-8") != f.text:
+        if target.exists() and (not target.is_file() or target.read_bytes() != f.text.encode()):
             changed.append(target)
     if changed and not force:
         problems = [Problem("PLN504", f"{t} exists with other content", "", "use --force, or another folder") for t in changed]

@@ -23,6 +23,9 @@ OPTIONS: dict[str, str] = {
 
 def emit(plan: Plan, settings: RunSettings, options: Mapping[str, str]) -> list[Emitted]:
     """`plan.json` and `job.sbatch`. Raises InputError for an unknown option."""
+    broken = [k for k, v in options.items() if not re.fullmatch(r"[ -~]*", v)]
+    if broken:
+        raise input_error("PLN505", f"--set slurm.{broken[0]}: not one line of text", "", "give a plain value")
     unknown = [k for k in options if k not in OPTIONS]
     if unknown:
         raise input_error("PLN505", f"--set slurm.{unknown[0]}: no such option", f"options are {', '.join(OPTIONS)}", "")
@@ -50,7 +53,15 @@ def _script(plan: Plan, settings: RunSettings, options: Mapping[str, str]) -> st
 #SBATCH --requeue
 # {plan.model.name}: plan {plan.digest}, made by planner {plan.planner}.
 set -euo pipefail
-cd "${{SLURM_SUBMIT_DIR:-$(dirname "${{BASH_SOURCE[0]}}")}}"
+# Slurm runs a copy of this script: PLAN_DIR is where it was submitted from, or where it lies, whichever holds the plan.
+PLAN_DIR="${{PLAN_DIR:-${{SLURM_SUBMIT_DIR:-.}}}}"
+script=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/^ *Command=//p' | head -n 1) || script=""
+[ -f "$PLAN_DIR/{PLAN_FILE}" ] || PLAN_DIR=$(dirname "${{script:-$0}}")
+cd "$PLAN_DIR"
+grep -q '{plan.digest}' {PLAN_FILE} || {{
+  echo "job.sbatch: $PLAN_DIR/{PLAN_FILE} is missing or another plan; submit from its folder or set PLAN_DIR" >&2
+  exit 2
+}}
 
 {exports}
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -65,5 +76,9 @@ srun --kill-on-bad-exit=1 bash -c 'exec "${{PYTHON:-python3}}" -m torch.distribu
   --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \
   --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "$@"' bash \
   --nproc-per-node {per_node} \
-  {quoted(runtime_arguments(settings))} "$@"
+  {quoted(runtime_arguments(settings))} "$@" &
+
+# Two minutes before the time limit Slurm sends USR1 to this shell: put the job back into the queue.
+trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
+wait %1
 """

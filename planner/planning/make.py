@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.engines.base import layout_problems
-from planner.errors import InfeasibleError, InputError, Problem
+from planner.engines.base import job_problems, layout_problems
+from planner.errors import InfeasibleError, InputError, Problem, input_error
 from planner.planfile import Alternative, Certificate, Estimate, Plan
 from planner.planning.estimate import estimate_layout
 from planner.planning.request import Request, Setting, prepare
@@ -18,16 +18,23 @@ from planner.units import gib
 def make_plan(
     request: Request, alternatives: int = 5, progress: Progress | None = None, time_limit: float | None = None
 ) -> Plan:
-    """The proven best plan of the declared space. Raises InputError, or InfeasibleError when nothing fits."""
+    """The proven best plan of the declared space, with the best of the `alternatives` - 1 next (tp, cp, pp, ep).
+
+    Raises InputError, InfeasibleError when nothing fits, TimeoutError or KeyboardInterrupt when stopped before any plan.
+    """
     from planner.search.solve import search
 
+    if alternatives < 1:
+        raise input_error("PLN107", f"alternatives {alternatives}: at least 1, the plan itself", "", "")
     setting = prepare(request)
+    if problems := job_problems(setting.task, setting.engine):
+        raise InputError(problems)
     space = declared_space(setting.task, setting.engine, request.pins, request.forbid)
     outcome = search(setting.task, setting.engine, space, alternatives, progress, time_limit)
     certificate = _certificate(outcome)
     if not outcome.candidates:
         if outcome.status == "interrupted":
-            raise TimeoutError
+            raise TimeoutError if outcome.stopped_by == "limit" else KeyboardInterrupt
         raise explain_infeasible(setting, space, request, certificate)
     best = outcome.candidates[0]
     estimates = [estimate_layout(setting.task, c.layout) for c in outcome.candidates]
@@ -55,6 +62,7 @@ def _assemble(
         model=setting.task.model,
         job=setting.task.job,
         cluster=setting.cluster,
+        hardware=setting.task.hardware,
         engine=setting.engine.name,
         policy=setting.policy,
         layout=layout,
@@ -118,7 +126,7 @@ def explain_infeasible(setting: Setting, space: Space, request: Request, certifi
         worst = memory.stages[memory.peak_stage]
         parts = ", ".join(
             f"{name} {getattr(worst, name):.1f}"
-            for name in ("params", "grads", "optimizer", "activations", "buffers", "transient")
+            for name in ("params", "grads", "optimizer", "activations", "buffers", "transient", "outside")
             if getattr(worst, name) >= 0.05
         )
         what = (
@@ -134,7 +142,8 @@ def explain_infeasible(setting: Setting, space: Space, request: Request, certifi
 
 def _smallest_text(smallest: int | None, unit: int, asked: int) -> str:
     if smallest is None:
-        return "no cluster size tried works with these rules and pins: loosen pins, or change batch, sequence or precision"
+        tried = "none of the cluster sizes tried, up to a few hundred more nodes, works with these rules and pins"
+        return f"{tried}: loosen pins, or change batch, sequence or memory fraction"
     count = smallest // unit
     noun = ("node" if unit > 1 else "device") + ("s" if count > 1 else "")
     relation = (

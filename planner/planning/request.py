@@ -61,6 +61,7 @@ def prepare(request: Request) -> Setting:
         raise input_error("PLN130", f"{model.name} mixes several kinds of layers", why, "use a model with one layer group")
     engine = engine_named(request.engine)
     nodes, gpus = _devices(request, hardware)
+    _check_size(model, request.job, hardware, gpus)
     task = Task(model, request.job, hardware, gpus, engine.accounting, request.policy.max_memory_fraction)
     device = hardware.device
     cluster = Cluster(
@@ -79,9 +80,28 @@ def prepare(request: Request) -> Setting:
     return Setting(task, engine, cluster, inputs, request.policy)
 
 
+MAX_DEVICES = 1_000_000
+LONGEST_STEP_DAYS = 10
+"""Steps that take longer at the peak rate are refused: the search counts nanoseconds in 64 bits."""
+
+
+def _check_size(model: Model, job: Job, hardware: HardwareProfile, gpus: int) -> None:
+    """Refuse jobs whose single step is absurdly long. Raises InputError."""
+    peak = max(f.base for f in hardware.device.peak.values())
+    days = model.flops_per_token(job.seq_len) * job.tokens_per_step / (peak * gpus) / 86400
+    if not days < LONGEST_STEP_DAYS:
+        what = f"one step of this job takes {days:,.0f} days at the peak rate of {gpus} devices"
+        fix = "check seq_len (tokens) and global_batch (sequences)"
+        raise input_error("PLN133", what, f"steps of {LONGEST_STEP_DAYS} days or more are not planned", fix)
+
+
 def _load(reference: Any, folder: Path | None, loader: Any) -> tuple[Any, str, str]:
     """(object, name for the plan, digest) from a reference or an object."""
+    if isinstance(reference, Path):
+        reference = str(reference)
     if not isinstance(reference, str):
+        if not isinstance(reference, (Model, HardwareProfile)):
+            raise input_error("PLN107", f"{reference!r} is not a name, a path or a spec object", "", "")
         return reference, reference.name, _digest(planfile.canonical(reference.model_dump(mode="json")))
     loaded, document = loader(reference, folder)
     # A plan file must not depend on where its inputs lay: names only, the digest tells whether they changed.
@@ -106,6 +126,11 @@ def _devices(request: Request, hardware: HardwareProfile) -> tuple[int, int]:
     else:
         assert request.nodes is not None
         nodes, gpus = request.nodes, request.nodes * hardware.node_size
+    if gpus > MAX_DEVICES:
+        raise input_error("PLN131", f"{gpus:,} devices: at most {MAX_DEVICES:,} are planned", "", "check --nodes and --gpus")
+    if gpus > hardware.node_size and gpus % hardware.node_size:
+        why = f"{hardware.name} has {hardware.node_size} devices a node, and every node starts as many processes"
+        raise input_error("PLN131", f"{gpus} devices are not whole nodes", why, f"use a multiple of {hardware.node_size}")
     limit = hardware.max_devices
     if limit is not None and gpus > limit:
         raise input_error(
@@ -123,11 +148,11 @@ def request_of(configuration: Configuration, folder: Path) -> Request:
     return Request(c.model, c.hardware, c.job, c.nodes, c.gpus, c.engine, c.policy, relative_to=folder)
 
 
-def task_of_plan(plan: Plan, hardware: HardwareProfile | None = None) -> tuple[Task, Engine]:
-    """Task and engine of a plan file; the profile is looked up by the plan's name when not given. Raises InputError."""
+def task_of_plan(plan: Plan) -> tuple[Task, Engine]:
+    """Task and engine of a plan file. Raises InputError for an unknown engine."""
     engine = engine_named(plan.engine)
-    profile = hardware or files.load_hardware(plan.inputs.hardware)[0]
-    return Task(plan.model, plan.job, profile, plan.cluster.gpus, engine.accounting, plan.policy.max_memory_fraction), engine
+    task = Task(plan.model, plan.job, plan.hardware, plan.cluster.gpus, engine.accounting, plan.policy.max_memory_fraction)
+    return task, engine
 
 
 def build_spec(spec: Any, data: dict[str, Any], place: str) -> Any:

@@ -98,7 +98,7 @@ def _time_table(plan: Plan) -> Table:
         share = value / e.step_time_s
         if share >= 0.0005:
             table.add_row(label, seconds(value), f"{share:.1%}", Text("█" * max(1, round(40 * share)), style="cyan"))
-    table.add_row("step", seconds(e.step_time_s), "", Text(f"figures: {e.provenance}", style="dim"))
+    table.add_row("step", seconds(e.step_time_s), "", Text(f"least certain figure: {e.provenance}", style="dim"))
     return table
 
 

@@ -22,6 +22,9 @@ from planner.cost.task import Bools, Ints, LayoutArray
 
 BIG = np.int64(1) << 60
 """Stands for infinity; two of them never meet in a sum."""
+INFINITE = BIG >> 6
+"""The last target, ns (208 days): v times it still fits into int64. `planning` refuses jobs whose step could exceed it."""
+_CHUNK_RANKS = 65536
 _TABLE_ENTRIES = 1_500_000
 """Entries of a bound's table that are worked on at once, to stay inside the caches and the memory."""
 
@@ -49,6 +52,7 @@ class Group:
 
     @property
     def index(self) -> Ints:
+        """Pipeline ranks, shape (1, pp)."""
         return np.arange(self.pp, dtype=np.int64)[None, :]
 
     @property
@@ -174,7 +178,7 @@ def target_bound(g: Group, target: int) -> Ints:
     rows = len(g.layouts)
     result = np.full(rows, target, dtype=np.int64)
     least = int(g.least.min())
-    reach = _reach(g, target)
+    reach = reach_below(g, target)
     alive = np.nonzero(reach >= g.least[:, 0])[0]
     if not len(alive):
         return result
@@ -191,6 +195,17 @@ def target_bound(g: Group, target: int) -> Ints:
     return result
 
 
+def same_pipeline(x: LayoutArray, rows: Ints) -> list[Ints]:
+    """Rows in chunks that share pp and whether they have virtual stages: what a `Group` needs."""
+    key = x.pp[rows] * 2 + (x.virtual_stages[rows] > 1)
+    chunks = []
+    for value in np.unique(key):
+        same = rows[key == value]
+        size = max(64, _CHUNK_RANKS // int(value // 2))
+        chunks += [same[i : i + size] for i in range(0, len(same), size)]
+    return chunks
+
+
 def _rows_of(g: Group, rows: Ints) -> Group:
     return Group(g.p.take(rows), g.layouts.take(rows), g.pp, g.n_layers, g.modes, g.first, g.last, g.flight[rows])
 
@@ -203,7 +218,7 @@ def _allowed_bottleneck(g: Group, target: int) -> Ints:
     return np.where(budget < 0, -1, np.where(factor > 0, budget // np.maximum(factor, 1), BIG // 2))
 
 
-def _reach(g: Group, target: int) -> Ints:
+def reach_below(g: Group, target: int) -> Ints:
     """The most layers that one rank can hold in a plan below `target`, shape (rows,)."""
     room = _allowed_bottleneck(g, target) - g.extra_time().min(axis=1)
     by_time = np.where(room < 0, 0, room // np.maximum(_least_layer(g)[:, 0], 1))

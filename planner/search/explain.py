@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.cost import step
-from planner.cost.task import LayoutArray, StageArray, Task, even_runs
+from planner.cost.task import LayoutArray, Task, even_runs
 from planner.engines.base import Engine
 from planner.search import bounds
-from planner.search.solve import _by_pipeline
 from planner.search.space import Rows, Space, enumerate_rows
 from planner.specs.layout import RECOMPUTE_MODES, SCHEDULES, Layout, even_stages
 
 MAX_TRIES = 400
 """Cluster sizes that are tried before the search for the smallest one gives up."""
+MAX_DEVICES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def any_fits(task: Task, engine: Engine, space: Space) -> bool:
     if not len(x):
         return False
     p = step.primitives(task, x)
-    for chunk in _by_pipeline(x, np.arange(len(x))):
+    for chunk in bounds.same_pipeline(x, np.arange(len(x))):
         group = bounds.group_of(p.take(chunk), x.take(chunk), task.model.n_layers, space.modes)
         if bounds.memory_feasible(group).any():
             return True
@@ -79,14 +79,11 @@ def smallest_cluster(task: Task, engine: Engine, space_of: Callable[[Task], Spac
     Counts are tried in ascending order, because feasibility is not monotone: divisibility comes and goes.
     """
     limit = task.hardware.max_devices
-    states = min(
-        sum(
-            4.0 if h.part == "grads" and h.size == 4 else task.accounting.size(h.size, task.job.compute_bytes)
-            for h in rule.update
-        )
-        for rule in task.accounting.zero.values()
-    )
+    a, e = task.accounting, task.job.compute_bytes
+    states = min(sum(a.size(h.size, e) for h in rule.update) for rule in a.zero.values())
     least = int(states * task.model.total_params / max(task.limit, 1)) // unit * unit
+    if least > MAX_DEVICES:
+        return None
     for count in range(max(unit, least), max(unit, least) + MAX_TRIES * unit, unit):
         if limit is not None and count > limit:
             return None
@@ -94,8 +91,3 @@ def smallest_cluster(task: Task, engine: Engine, space_of: Callable[[Task], Spac
         if any_fits(candidate, engine, space_of(candidate)):
             return count
     return None
-
-
-def stage_array(layout: Layout) -> StageArray:
-    """One layout's stages."""
-    return StageArray.of([layout])

@@ -24,7 +24,6 @@ from planner.specs.layout import SCHEDULES, Layout, Stage, format_recompute
 
 GROWTH = (1.02, 1.02, 1.03, 1.04, 1.05, 1.06, 1.08, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0, 4.0, 16.0, 256.0)
 """Factors between targets; after the last the target is infinite."""
-_CHUNK_ROWS = 4096
 _MASTER_ROWS = 500
 Progress = Callable[[str, int, int], None]
 
@@ -66,6 +65,8 @@ class Outcome:
     counts: Counts
     seconds: float
     solver: str
+    stopped_by: str = ""
+    """signal or limit when the search ended early; the plan may be optimal all the same, the others unproven."""
 
 
 @dataclass
@@ -101,6 +102,7 @@ class _State:
 
     @property
     def optimum(self) -> int:
+        """The least value found, ns; BIG before any."""
         return min(self.best.values(), default=int(BIG))
 
 
@@ -123,21 +125,21 @@ def search(
     counts = Counts(rows.enumerated, rows.by_rule, rules=rows.rejected)
     state = _prepare(task, space, rows)
     counts.by_memory = int(np.count_nonzero(~state.fits))
-    interrupted = False
+    stopped_by = ""
     try:
         _raise_target(state, k, report, None if time_limit is None else started + time_limit)
-    except (KeyboardInterrupt, TimeoutError):
-        interrupted = True
-    chosen = _choose(state, k)
+    except (KeyboardInterrupt, TimeoutError) as reason:
+        stopped_by = "limit" if isinstance(reason, TimeoutError) else "signal"
+    chosen = _choose(state, k, bool(stopped_by))
     best = state.optimum
     left = state.fits & ~state.known & (state.bound <= best)
     counts.open = int(np.count_nonzero(left))
     counts.exact = int(np.count_nonzero(state.examined & ~left))
     counts.by_bound = int(np.count_nonzero(state.fits & ~state.examined & ~left))
-    status = "interrupted" if interrupted and counts.open else "optimal" if chosen else "infeasible"
+    status = "interrupted" if stopped_by and counts.open else "optimal" if chosen else "infeasible"
     lowest = int(state.bound[left].min(initial=best)) if counts.open else best
     bound = None if lowest >= BIG else lowest
-    return Outcome(status, chosen, bound, counts, time.perf_counter() - started, solver_name())
+    return Outcome(status, chosen, bound, counts, time.perf_counter() - started, solver_name(), stopped_by)
 
 
 def solver_name() -> str:
@@ -157,7 +159,7 @@ def _prepare(task: Task, space: Space, rows: Rows) -> _State:
     size = len(x)
     none = np.zeros(size, dtype=bool)
     state = _State(task, space, x, p, np.full(size, BIG), none.copy(), none.copy(), none.copy())
-    for chunk in _by_pipeline(x, np.arange(size)):
+    for chunk in bounds.same_pipeline(x, np.arange(size)):
         g = state.group(chunk)
         fits = bounds.memory_feasible(g)
         state.fits[chunk] = fits
@@ -165,17 +167,6 @@ def _prepare(task: Task, space: Space, rows: Rows) -> _State:
     key = np.stack([x.tp, x.cp, x.pp, x.ep], axis=1)
     state.groups = np.unique(key, axis=0, return_inverse=True)[1].ravel() if size else np.zeros(0, dtype=np.int64)
     return state
-
-
-def _by_pipeline(x: LayoutArray, rows: Ints) -> list[Ints]:
-    """Rows in chunks that share pp and whether they have virtual stages."""
-    key = x.pp[rows] * 2 + (x.virtual_stages[rows] > 1)
-    chunks = []
-    for value in np.unique(key):
-        same = rows[key == value]
-        size = max(64, _CHUNK_ROWS * 16 // int(value // 2 + 1))
-        chunks += [same[i : i + size] for i in range(0, len(same), size)]
-    return chunks
 
 
 # ---- the rising target ---------------------------------------------------------------------------------------------
@@ -187,7 +178,7 @@ def _raise_target(state: _State, k: int, report: Progress, deadline: float | Non
         return
     target = int(state.bound[state.fits].min())
     for growth in (*GROWTH, None):
-        target = int(target * growth) + 1 if growth is not None else int(BIG)
+        target = min(int(target * growth) + 1, int(bounds.INFINITE)) if growth is not None else int(bounds.INFINITE)
         _refine(state, target, k, deadline)
         todo = np.nonzero(state.fits & ~state.known & (state.bound < target))[0]
         todo = todo[np.lexsort((todo, state.bound[todo]))]
@@ -197,7 +188,7 @@ def _raise_target(state: _State, k: int, report: Progress, deadline: float | Non
             if state.bound[row] > max(state.kth(k), state.optimum):
                 break
             if state.bound[row] < state.best.get(int(state.groups[row]), BIG) or state.bound[row] <= state.optimum:
-                _solve(state, row, target, k)
+                _solve(state, row, target, k, deadline)
         report("target", int(np.count_nonzero(state.bound >= min(target, state.optimum))), len(state.layouts))
         if state.kth(k) < target or not np.any(state.fits & ~state.known & (state.bound <= state.kth(k))):
             return
@@ -211,27 +202,27 @@ def _check(deadline: float | None) -> None:
 def _refine(state: _State, target: int, k: int, deadline: float | None) -> None:
     """Raise the bounds of rows below the target, where they could still matter."""
     rows = np.nonzero(state.fits & ~state.known & (state.bound < min(target, state.kth(k) + 1)))[0]
-    for chunk in _by_pipeline(state.layouts, rows):
+    for chunk in bounds.same_pipeline(state.layouts, rows):
         _check(deadline)
-        better = bounds.target_bound(state.group(chunk), min(target, int(BIG) - 1))
+        better = bounds.target_bound(state.group(chunk), target)
         state.bound[chunk] = np.maximum(state.bound[chunk], np.minimum(better, target))
 
 
-def _solve(state: _State, row: int, target: int, k: int) -> None:
+def _solve(state: _State, row: int, target: int, k: int, deadline: float | None) -> None:
     """Solve one row exactly below what still matters; both methods must agree."""
     own = state.best.get(int(state.groups[row]), int(BIG))
     cutoff = min(target, max(min(own, state.kth(k)), state.optimum) + 1)
     g = state.group(np.array([row]))
-    reach = int(bounds._reach(g, cutoff)[0]) if cutoff < BIG else None
-    state.examined[row] = True
-    state.bound[row] = max(int(state.bound[row]), cutoff)
-    if reach is not None and reach < int(state.layouts.virtual_stages[row]):
+    reach = int(bounds.reach_below(g, cutoff)[0])
+    if reach < int(state.layouts.virtual_stages[row]):  # not even one layer a chunk stays below the cutoff
+        state.examined[row], state.bound[row] = True, max(int(state.bound[row]), cutoff)
         return
     t = stages.tables(g, reach)
     v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row])
-    below = (cutoff - constant - 1) * v + 1 if cutoff < BIG else int(BIG)
-    found = stages.best_split(t, below)
+    below = (cutoff - constant - 1) * v + 1
+    found = stages.best_split(t, below, lambda: _check(deadline))
     _agree(t, below, found)
+    state.examined[row], state.bound[row] = True, max(int(state.bound[row]), cutoff)
     if found is None:
         return
     value = -(-found[0] // v) + constant
@@ -256,11 +247,11 @@ def _agree(t: stages.Tables, below: int, found: tuple[int, list[int]] | None) ->
 # ---- the choice ----------------------------------------------------------------------------------------------------
 
 
-def _choose(state: _State, k: int) -> tuple[Candidate, ...]:
+def _choose(state: _State, k: int, stopped: bool) -> tuple[Candidate, ...]:
     """The plan (by the master), then the best of the other groups; each with its canonical split."""
     if not state.values:
         return ()
-    winner = _master(state)
+    winner = _master(state, stopped)
     rows = [winner]
     seen = {int(state.groups[winner])}
     for row in sorted(state.values, key=lambda r: (state.values[r][0], _preference(state.layouts, r))):
@@ -276,7 +267,7 @@ def _preference(x: LayoutArray, row: int) -> tuple[int, ...]:
     return tuple(int(getattr(x, name)[row]) for name in names)
 
 
-def _master(state: _State) -> int:
+def _master(state: _State, stopped: bool) -> int:
     """CP-SAT chooses among the rows with the least proven bounds: degrees, micro-batch, ZeRO stage, schedule and T.
 
     The proven bounds are the objective column (logic-based Benders; every exact solve is a cut); ties go by rank.
@@ -290,9 +281,9 @@ def _master(state: _State) -> int:
     order = sorted(rows.tolist(), key=lambda r: (r not in state.values, _preference(x, r)))
     rank = {row: i for i, row in enumerate(order)}
     names = ("tp", "cp", "pp", "dp", "ep", "micro_batch", "zero", "schedule", "virtual_stages", "sequence_parallel")
-    table = [
-        (*(int(getattr(x, n)[r]) for n in names), rank[r], min(int(state.bound[r]), int(BIG) // 1024)) for r in rows.tolist()
-    ]
+    levels = np.unique(state.bound[rows])  # ranks of the bounds instead of nanoseconds: small numbers
+    level = {row: int(np.searchsorted(levels, state.bound[row])) for row in rows.tolist()}
+    table = [(*(int(getattr(x, n)[r]) for n in names), rank[r], level[r]) for r in rows.tolist()]
     model: Any = cp_model.CpModel()
     columns = [
         model.new_int_var_from_domain(cp_model.Domain.from_values(sorted({t[i] for t in table})), n)
@@ -301,14 +292,13 @@ def _master(state: _State) -> int:
     model.add_allowed_assignments(columns, table)
     model.minimize(columns[-1] * (len(order) + 1) + columns[-2])
     solver: Any = stages.deterministic_solver()
-    if solver.solve(model) != cp_model.OPTIMAL:
-        raise SearchError("the master is not optimal")
-    chosen = order[solver.value(columns[-2])]
-    if chosen in state.values and solver.value(columns[-1]) == state.optimum:
+    found = solver.solve(model) == cp_model.OPTIMAL
+    chosen = order[solver.value(columns[-2])] if found else -1
+    if chosen in state.values and int(state.bound[chosen]) == state.optimum:
         return chosen
-    if np.any(state.fits & ~state.known & (state.bound < state.optimum)):  # interrupted: the best found so far
+    if stopped or np.any(state.fits & ~state.known & (state.bound < state.optimum)):  # the best found so far
         return min(state.values, key=lambda r: (state.values[r][0], _preference(x, r)))
-    raise SearchError(f"the master chose T = {solver.value(columns[-1])} ns, the search found {state.optimum}")
+    raise SearchError(f"the master chose row {chosen}, the search found {state.optimum} ns")
 
 
 def _candidate(state: _State, row: int) -> Candidate:

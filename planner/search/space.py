@@ -7,8 +7,11 @@ it breaks.
 from __future__ import annotations
 
 import itertools
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -54,6 +57,7 @@ class Rows:
 
     @property
     def by_rule(self) -> int:
+        """Rows that some rule excluded."""
         return sum(self.rejected.values())
 
 
@@ -64,7 +68,7 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
     Raises InputError for an unknown axis or value.
     """
     fast = task.hardware.network[0].size or task.hardware.node_size
-    divisors = [d for d in range(1, task.gpus + 1) if task.gpus % d == 0]
+    divisors = _divisors(task.gpus)
     layers = task.model.n_layers
     chunks = range(2, min(MAX_CHUNKS, layers) + 1)
     plain = [(code, 1) for code in schedule_codes(engine) if code != INTERLEAVED]
@@ -79,43 +83,71 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
     }  # fmt: skip
     modes: tuple[int, ...] = (0, 1, 2)
     sequence: tuple[int, ...] = tuple(sorted({0, *engine.sequence_parallel}))
-    for axis, wanted in _restrictions(pins, forbid):
+    for flag, axis, wanted in _restrictions(pins, forbid):
         if axis == "schedule":
             codes = _codes(axis, wanted, SCHEDULES)
-            schedules = [s for s in schedules if s[0] in codes]
+            schedules = _kept(flag, schedules, [s for s in schedules if s[0] in codes])
         elif axis == "virtual_stages":
-            schedules = [(c, v) for c, v in schedules if v in _integers(axis, wanted)]
+            chosen = _integers(axis, wanted)
+            schedules = _kept(flag, schedules, [(c, v) for c, v in schedules if v in chosen])
         elif axis == "recompute":
-            modes = tuple(sorted(_codes(axis, wanted, RECOMPUTE_MODES)))
+            codes = _codes(axis, wanted, RECOMPUTE_MODES)
+            modes = _kept(flag, modes, tuple(m for m in modes if m in codes))
         elif axis == "sequence_parallel":
-            sequence = tuple(sorted(_flags(axis, wanted)))
+            sequence = _kept(flag, sequence, tuple(v for v in sequence if v in _flags(axis, wanted)))
+        elif axis == "dp":
+            chosen = _integers(axis, wanted)
+            before = values["dp"] or tuple(divisors)
+            values["dp"] = _kept(flag, before, tuple(v for v in before if v in chosen))
+        elif axis == "micro_batch":
+            values[axis] = _integers(axis, wanted)  # any size may be pinned, powers of two are only the default
         else:
-            values[axis] = _integers(axis, wanted)
+            chosen = _integers(axis, wanted)
+            values[axis] = _kept(flag, values[axis], tuple(v for v in values[axis] if v in chosen))
     return Space(
         **values, schedules=tuple(schedules), sequence_parallel=sequence, modes=modes,
     )  # fmt: skip
 
 
-def _restrictions(pins: Mapping[str, Sequence[object]], forbid: Sequence[str]) -> list[tuple[str, Sequence[object]]]:
-    """Pins and forbids as (axis, allowed values)."""
+def _divisors(n: int) -> list[int]:
+    """All divisors, ascending."""
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return low + [n // d for d in reversed(low) if d * d != n]
+
+
+C = TypeVar("C", bound=Sequence[object])
+
+
+def _kept(flag: str, before: C, after: C) -> C:
+    """The values that a flag leaves. Raises InputError when it leaves none: no cluster or job could change that."""
+    if not after:
+        shown = ", ".join(str(v) for v in before[:12])
+        raise input_error(
+            "PLN123", f"{flag} leaves no choice", f"the values for this task and engine are {shown}", "change the flag"
+        )
+    return after
+
+
+def _restrictions(pins: Mapping[str, Sequence[object]], forbid: Sequence[str]) -> list[tuple[str, str, Sequence[object]]]:
+    """Pins and forbids as (flag, axis, allowed values)."""
     short = {"mbs": "micro_batch", "sp": "sequence_parallel", "vpp": "virtual_stages", "v": "virtual_stages"}
     known = (*AXES, "schedule", "recompute", "sequence_parallel")
-    result: list[tuple[str, Sequence[object]]] = []
+    result: list[tuple[str, str, Sequence[object]]] = []
     for name, wanted in pins.items():
         axis = short.get(name, name)
         if axis not in known:
             raise input_error("PLN121", f"--pin {name}: no such axis", f"axes are {', '.join(known)}", "")
-        result.append((axis, wanted))
+        result.append((f"--pin {name}={','.join(map(str, wanted))}", axis, wanted))
     neutral: dict[str, Sequence[object]] = {a: [1] for a in AXES} | {"zero": [0], "recompute": ["none"]}
     neutral["sequence_parallel"] = ["false"]
     for name in forbid:
-        axis = short.get(name, name)
+        axis, flag = short.get(name, name), f"--forbid {name}"
         if axis in SCHEDULES and axis != "none":
-            result.append(("schedule", [s for s in SCHEDULES if s != axis]))
+            result.append((flag, "schedule", [s for s in SCHEDULES if s != axis]))
         elif axis in RECOMPUTE_MODES and axis != "none":
-            result.append(("recompute", [m for m in RECOMPUTE_MODES if m != axis]))
+            result.append((flag, "recompute", [m for m in RECOMPUTE_MODES if m != axis]))
         elif axis in neutral:
-            result.append((axis, neutral[axis]))
+            result.append((flag, axis, neutral[axis]))
         else:
             choices = ", ".join([*neutral, *SCHEDULES[1:], *RECOMPUTE_MODES[1:]])
             raise input_error("PLN121", f"--forbid {name}: no such axis or choice", f"one of {choices}", "")
@@ -127,7 +159,7 @@ def _integers(axis: str, wanted: Sequence[object]) -> tuple[int, ...]:
     for item in wanted:
         text = str(item)
         low = 0 if axis == "zero" else 1
-        if not text.isdigit() or int(text) < low:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < low:
             raise input_error(
                 "PLN122", f"--pin {axis}={text}: not a whole number >= {low}", "", f"write --pin {axis}=8 or {axis}=4,8"
             )

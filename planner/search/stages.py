@@ -10,6 +10,7 @@ which `best_split` solves by dynamic programming over bottleneck thresholds, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,8 +126,8 @@ def _selective_needed(short: Ints, saved: Ints, layers: Ints, n2: int, strongest
 # ---- dynamic programming -------------------------------------------------------------------------------------------
 
 
-def best_split(t: Tables, below: int) -> tuple[int, list[int]] | None:
-    """The least objective under `below` and its split, or None. Exact.
+def best_split(t: Tables, below: int, check: Callable[[], None] = lambda: None) -> tuple[int, list[int]] | None:
+    """The least objective under `below` and its split, or None. Exact. `check` may raise to end the search early.
 
     For each limit on D and each bottleneck threshold, from the least possible one upwards, the least sum by a min-plus
     recursion; a threshold is worth trying only while it leaves room under the best value found.
@@ -145,6 +146,7 @@ def best_split(t: Tables, below: int) -> tuple[int, list[int]] | None:
         # A plan not seen under a lower limit has a max D of at least this one.
         if t.factor * floor_time + least_sum[0] + t.chunks * limit >= best:
             break
+        check()
         mask = allowed & (t.once <= limit)
         start = _least_bottleneck(t, mask)
         if start is None:
@@ -152,6 +154,7 @@ def best_split(t: Tables, below: int) -> tuple[int, list[int]] | None:
         for threshold in np.unique(t.time[mask & (t.time >= start)]).tolist():
             if t.factor * threshold + least_sum[0] + t.chunks * floor_once >= best:
                 break
+            check()
             found = _least_sum(t, mask & (t.time <= threshold))
             if found is not None and (value := t.value(found[1])) < best:
                 best, chosen = value, found[1]
@@ -282,6 +285,7 @@ def deterministic_solver() -> Any:
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 1
     solver.parameters.max_deterministic_time = DETERMINISTIC_TIME
+    solver.parameters.catch_sigint_signal = False  # Ctrl-C is ours: a model takes milliseconds, then Python raises
     return solver
 
 

@@ -81,14 +81,23 @@ def parse_document(path: str | Path) -> Document:
         except json.JSONDecodeError as error:
             place = Location(str(path), error.lineno, error.colno)
             raise input_error("PLN102", "not valid JSON", error.msg, "correct the syntax at this place", place) from None
+        except RecursionError:
+            raise input_error("PLN102", "nested too deeply", "", "", Location(str(path), 1, 1)) from None
         except _DuplicateKey as error:
-            place = Location(str(path), 1, 1)
+            place = Location(str(path), *_second_place(text, str(error)))
             raise input_error("PLN102", f"key '{error}' appears twice", "", "keep one of them", place) from None
     return _parse_yaml(str(path), text)
 
 
 class _DuplicateKey(ValueError):
     pass
+
+
+def _second_place(text: str, key: str) -> tuple[int, int]:
+    """Line and column of the second occurrence of a JSON key, as well as text alone tells."""
+    word = json.dumps(key)
+    at = text.find(word, text.find(word) + 1)
+    return text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -105,8 +114,15 @@ def _parse_yaml(path: str, text: str) -> Document:
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     yaml = YAML(typ="rt")
+    if any(line.startswith("%") for line in text.splitlines()[:3]):
+        raise input_error(
+            "PLN102", "YAML directives are not read", "files are YAML 1.2", "remove the line", Location(path, 1, 1)
+        )
     try:
         tree = yaml.load(text)
+    except (RecursionError, ValueError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise input_error("PLN102", "not valid YAML", why, "", Location(path, 1, 1)) from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = Location(path, mark.line + 1, mark.column + 1) if mark else Location(path, 1, 1)
@@ -116,7 +132,18 @@ def _parse_yaml(path: str, text: str) -> Document:
     except YAMLError as error:
         raise input_error("PLN102", "not valid YAML", str(error).splitlines()[0], "", Location(path, 1, 1)) from None
     positions: dict[Loc, tuple[int, int]] = {(): (1, 1)}
+    if "*" in text and _weight(tree, {}) > 100_000:
+        raise input_error("PLN102", "aliases multiply to a huge document", "", "write it out", Location(path, 1, 1))
     return Document(path, _plain(tree, (), positions), text, positions)
+
+
+def _weight(node: Any, known: dict[int, int]) -> int:
+    """Values that a tree has when its aliases are written out."""
+    if id(node) not in known:
+        known[id(node)] = 1
+        items = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        known[id(node)] = 1 + sum(_weight(item, known) for item in items)
+    return known[id(node)]
 
 
 def _plain(node: Any, loc: Loc, positions: dict[Loc, tuple[int, int]]) -> Any:
@@ -158,7 +185,8 @@ def build(spec: type[S], document: Document, data: Any = None) -> S:
     data = document.data if data is None else data
     if not isinstance(data, dict):
         place = Location(document.path, 1, 1)
-        raise input_error("PLN103", "expected keys and values", f"found {type(data).__name__}", "", place)
+        found = "the file is empty" if data is None else f"found {type(data).__name__}"
+        raise input_error("PLN103", "expected keys and values", found, "", place)
     try:
         return spec.model_validate(data)
     except ValidationError as error:
@@ -181,6 +209,8 @@ def _problem(spec: type[BaseModel], document: Document, error: Any) -> Problem:
     name = ".".join(str(p) for p in loc) or "file"
     place = document.location(loc)
     kind, shown = error["type"], _shown(error.get("input"))
+    if kind == "invalid_key":
+        return Problem("PLN106", f"{name}: keys are text", f"found {shown}", "quote it", place)
     if kind == "extra_forbidden":
         known = sorted(_fields_at(spec, loc[:-1]))
         near = difflib.get_close_matches(str(loc[-1]), known, n=1)

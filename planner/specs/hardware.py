@@ -42,30 +42,44 @@ class Figure(Spec):
 
 
 class Bytes(Figure):
+    """A size."""
+
     dimension = "bytes"
 
 
 class Bandwidth(Figure):
+    """Bytes a second."""
+
     dimension = "bytes/s"
 
 
 class FlopRate(Figure):
+    """Floating-point operations a second."""
+
     dimension = "flop/s"
 
 
 class Seconds(Figure):
+    """A time."""
+
     dimension = "seconds"
 
 
 class Ratio(Figure):
+    """A plain number."""
+
     dimension = "1"
 
 
 class UsdPerHour(Figure):
+    """A price."""
+
     dimension = "usd/h"
 
 
 class Watts(Figure):
+    """A power."""
+
     dimension = "watts"
 
 
@@ -79,10 +93,9 @@ class Curve(Spec):
 
     @model_validator(mode="after")
     def _ascending(self) -> Curve:
-        sizes = [p[0] for p in self.points]
-        if any(len(p) != 2 or p[0] <= 0 or not 0 < p[1] <= 1.5 for p in self.points):
+        if any(len(p) != 2 for p in self.points) or any(p[0] <= 0 or not 0 < p[1] <= 1.5 for p in self.points):
             raise ValueError("every point is [size in bytes > 0, share in (0, 1.5]]")
-        if any(a >= b for a, b in itertools.pairwise(sizes)):
+        if any(a[0] >= b[0] for a, b in itertools.pairwise(self.points)):
             raise ValueError("sizes must ascend")
         return self
 
@@ -119,10 +132,12 @@ class GemmTiles(Spec):
 
     @cached_property
     def latency_s(self) -> float:
+        """`latency` in seconds."""
         return units.parse(self.latency, "seconds")
 
     @cached_property
     def tile_overhead_s(self) -> float:
+        """`tile_overhead` in seconds."""
         return units.parse(self.tile_overhead, "seconds")
 
 
@@ -170,6 +185,8 @@ class Device(Spec):
     def _sustained_is_a_slowdown(self) -> Device:
         if not 1 <= self.sustained.base <= 3:
             raise ValueError("sustained is a factor on compute time, from 1 to 3")
+        if self.context.base + self.workspace.base >= self.memory.base:
+            raise ValueError("context and workspace leave no memory")
         if self.memory_efficiency.base > 1:
             raise ValueError("memory_efficiency is a share of the bandwidth, at most 1")
         return self

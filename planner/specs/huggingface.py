@@ -24,6 +24,10 @@ def to_model_data(config: Config, name: str, place: Location, as_type: str | Non
     Raises InputError for an unknown family, for missing fields, and for features that the spec cannot express.
     """
     family = as_type or config.get("model_type")
+    if family is None:
+        raise input_error(
+            "PLN111", "model_type is missing", "the family decides what the fields mean", "add it, or use --as llama", place
+        )
     if not isinstance(family, str) or family not in FAMILIES:
         fix = f"use one of {', '.join(FAMILIES)}; or, if the network is one of them under another name, --as llama"
         raise input_error("PLN111", f"model_type '{family}' is not known", "its fields cannot be mapped safely", fix, place)
@@ -34,6 +38,7 @@ def to_model_data(config: Config, name: str, place: Location, as_type: str | Non
     if wrong:
         shown = ", ".join(f"{f} = {config[f]!r}" for f in wrong)
         raise input_error("PLN112", f"{family} configuration: {shown}", "sizes are whole numbers above zero", "", place)
+    _refuse_features(config, str(family), place)
     try:
         data = FAMILIES[family](config)
     except (TypeError, ValueError, AttributeError) as error:
@@ -61,7 +66,7 @@ def _llama(config: Config, qkv_bias: bool | None = None, qk_norm: bool = False) 
         "hidden": config["hidden_size"],
         "vocab": config["vocab_size"],
         "norm": "rmsnorm",
-        "norm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
+        "norm_epsilon": float(config.get("rms_norm_eps") or 1e-6),
         "positions": "rotary",
         "max_positions": config.get("max_position_embeddings"),
         "rope_theta": float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
@@ -78,7 +83,7 @@ def _gpt2(config: Config) -> dict[str, Any]:
         "hidden": hidden,
         "vocab": config["vocab_size"],
         "norm": "layernorm",
-        "norm_epsilon": float(config.get("layer_norm_epsilon", 1e-5)),
+        "norm_epsilon": float(config.get("layer_norm_epsilon") or 1e-5),
         "positions": "learned",
         "max_positions": config.get("n_positions") or config.get("n_ctx"),
         "tied_embeddings": bool(config.get("tie_word_embeddings", True)),
@@ -94,6 +99,32 @@ FAMILIES: dict[str, Callable[[Config], dict[str, Any]]] = {
     "gpt2": _gpt2,
 }
 """Families that import exactly, by `model_type`."""
+
+_ACTIVATIONS = {"gpt2": ("hidden_act", "activation_function", ("gelu_new", "gelu", "gelu_pytorch_tanh", "gelu_fast"))}
+_LLAMA_ACTIVATIONS = ("hidden_act", "hidden_activation", ("silu", "swish"))
+_ABSENT = (
+    "num_local_experts", "num_experts", "n_routed_experts", "kv_lora_rank", "quantization_config", "vision_config",
+    "add_cross_attention", "is_encoder_decoder", "partial_rotary_factor", "layer_types",
+)  # fmt: skip
+"""Features that the spec cannot express: refused unless absent, empty, false, one, or full attention throughout."""
+
+
+def _refuse_features(config: Config, family: str, place: Location) -> None:
+    """Raise InputError for what would silently become another network."""
+    *names, allowed = _ACTIVATIONS.get(family, _LLAMA_ACTIVATIONS)
+    found = [f"{n} = {config[n]!r}" for n in names if config.get(n) not in (None, *allowed)]
+    for name in _ABSENT:
+        value = config.get(name)
+        plain = value in (None, False, 0, 1, 1.0, {}, []) or (name == "layer_types" and set(value) == {"full_attention"})
+        if not plain:
+            found.append(f"{name} = {value!r}"[:80])
+    tied = config.get("tie_word_embeddings")
+    if tied is not None and not isinstance(tied, bool):
+        found.append(f"tie_word_embeddings = {tied!r}")
+    if found:
+        why = "the network would be another one without it"
+        raise input_error("PLN112", f"{family} configuration: {', '.join(found)} is not supported", why, "", place)
+
 
 _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",

@@ -16,9 +16,9 @@ COMPUTE_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 class Job(Spec):
     """One training job. Master weights, optimizer states and gradient reduction are fp32 at every precision."""
 
-    seq_len: int = Field(gt=0)
+    seq_len: int = Field(gt=0, lt=2**31)
     """Tokens of one sequence."""
-    global_batch: int = Field(gt=0)
+    global_batch: int = Field(gt=0, lt=2**31)
     """Sequences of one optimizer step, over the whole cluster."""
     precision: Precision = "bf16"
     """Type of matrix products and activations."""

@@ -18,7 +18,7 @@ Schedule = Literal["none", "gpipe", "1f1b", "interleaved"]
 SCHEDULES: tuple[str, ...] = ("none", "gpipe", "1f1b", "interleaved")
 """Names in the order of their codes. `none` is gradient accumulation without a pipeline (pp = 1)."""
 RECOMPUTE_MODES: tuple[str, ...] = ("none", "selective", "full")
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
 
 _PART = re.compile(r"^(selective|full):(\d+)$")
 
@@ -56,7 +56,7 @@ def format_recompute(layers: int, selective: int, full: int) -> str:
 class Stage(Spec):
     """What one pipeline rank holds. With virtual stages, `layers` counts all its chunks."""
 
-    layers: int = Field(gt=0)
+    layers: int = Field(gt=0, lt=2**31)
     recompute: str = "none"
     """`none`, `selective`, `full`, or the counts of the first layers, such as `full:3,selective:2`."""
 
@@ -140,8 +140,8 @@ class Configuration(Spec):
     """Name of a shipped model, or the path of a model file, relative to this file."""
     hardware: str
     """Name of a shipped profile, or the path of a profile, relative to this file."""
-    nodes: int | None = Field(default=None, gt=0)
-    gpus: int | None = Field(default=None, gt=0)
+    nodes: int | None = Field(default=None, gt=0, lt=2**31)
+    gpus: int | None = Field(default=None, gt=0, lt=2**31)
     engine: str = "bundled"
     job: Job
     layout: Layout

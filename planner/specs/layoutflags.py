@@ -15,9 +15,17 @@ def complete_layout(named: dict[str, Any], model: Model, gpus: int) -> Layout:
     `named` may hold any field of a layout, `recompute` for all stages, and `layers` (a list, one entry a stage).
     Raises InputError when a value does not make sense.
     """
+    if not isinstance(named, dict):
+        raise input_error("PLN107", f"layout {named!r}: not named values", "", "give a dict such as {'tp': 8}")
     values = dict(named)
+    for name in ("tp", "cp", "pp", "virtual_stages"):
+        value = values.get(name, 1)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise input_error("PLN107", f"{name}: {value!r} is not a whole number", "", "")
     recompute = str(values.pop("recompute", "none"))
     layers = values.pop("layers", None)
+    if layers is not None and not isinstance(layers, (list, tuple)):
+        raise input_error("PLN107", f"layers: {layers!r} is not a list", "", "give one entry a stage, such as [7, 8, 8, 7]")
     tp, cp, pp = (int(values.get(k, 1)) for k in ("tp", "cp", "pp"))
     if min(tp, cp, pp) < 1:
         raise input_error("PLN107", "degrees are at least 1", f"tp {tp}, cp {cp}, pp {pp}", "")

@@ -19,11 +19,11 @@ class Attention(Spec):
 
     kind: Literal["softmax"] = "softmax"
     """The attention family; latent attention will be a second one."""
-    heads: int = Field(gt=0)
+    heads: int = Field(gt=0, lt=2**31)
     """Query heads."""
-    kv_heads: int | None = Field(default=None, gt=0)
+    kv_heads: int | None = Field(default=None, gt=0, lt=2**31)
     """Key and value heads; as many as `heads` when left out."""
-    head_dim: int | None = Field(default=None, gt=0)
+    head_dim: int | None = Field(default=None, gt=0, lt=2**31)
     """Width of one head; hidden / heads when left out. It may differ from that (Qwen3-32B: 128, not 5120 / 64)."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections (gpt2, qwen2)."""
@@ -31,7 +31,7 @@ class Attention(Spec):
     """Bias on the output projection (gpt2)."""
     qk_norm: bool = False
     """RMS norm over each query and key head (qwen3): 2 * head_dim parameters a layer."""
-    sliding_window: int | None = Field(default=None, gt=0)
+    sliding_window: int | None = Field(default=None, gt=0, lt=2**31)
     """Tokens that a query attends to; all earlier ones when left out."""
 
 
@@ -39,7 +39,7 @@ class Mlp(Spec):
     """A dense MLP: `gelu` is up-activation-down (2 matrices), `gated` is SwiGLU-like (3 matrices)."""
 
     kind: Literal["gelu", "gated"]
-    width: int = Field(gt=0)
+    width: int = Field(gt=0, lt=2**31)
     """Inner width f."""
     bias: bool = False
     """Biases on every projection of the MLP."""
@@ -48,7 +48,7 @@ class Mlp(Spec):
 class LayerGroup(Spec):
     """`count` identical transformer layers in a row: norm, attention, norm, MLP, each with a residual."""
 
-    count: int = Field(gt=0)
+    count: int = Field(gt=0, le=10_000)
     attention: Attention
     mlp: Mlp
 
@@ -56,16 +56,17 @@ class LayerGroup(Spec):
 class Model(Spec):
     """A decoder-only language model."""
 
-    name: str
-    hidden: int = Field(gt=0)
-    vocab: int = Field(gt=0)
+    name: str = Field(min_length=1, max_length=200, pattern=r"^[ -~]+$")
+    """Printable: it ends up in file names and scripts."""
+    hidden: int = Field(gt=0, lt=2**31)
+    vocab: int = Field(gt=0, lt=2**31)
     """Rows of the embedding as built, padding included."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_bias: bool | None = None
     """Bias of the norms; layernorm has one unless told otherwise, rmsnorm never."""
     norm_epsilon: float = Field(default=1e-5, gt=0)
     positions: Literal["rotary", "learned", "none"] = "rotary"
-    max_positions: int | None = Field(default=None, gt=0)
+    max_positions: int | None = Field(default=None, gt=0, lt=2**31)
     """Rows of a learned position embedding: required with `positions: learned`, the longest sequence otherwise."""
     rope_theta: float = Field(default=10000.0, gt=0)
     tied_embeddings: bool = False

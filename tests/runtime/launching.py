@@ -23,7 +23,7 @@ def free_port() -> int:
 
 def launch(command: list[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
     """Run a Python command line in the project with one thread a process; kills all its processes at the time-out."""
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port()), "PYTHONPATH": paths}
     process = subprocess.Popen(
         [sys.executable, *command],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from machines import profile
+
 from planner.planfile import Breakdown, Cluster, Estimate, Inputs, Memory, Plan
 from planner.specs.job import Job
 from planner.specs.layout import Layout, Stage, even_stages
@@ -74,6 +76,7 @@ def plan(
         model=model,
         job=Job(seq_len=seq_len, global_batch=global_batch, precision=precision),
         cluster=cluster,
+        hardware=profile(),
         engine="bundled",
         policy=Policy(),
         layout=Layout(sequence_parallel=tp > 1, stages=stages, **layout),

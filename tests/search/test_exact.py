@@ -7,7 +7,7 @@ import pytest
 
 from planner.cost import step
 from planner.search import bounds
-from planner.search.solve import _by_pipeline, search
+from planner.search.solve import search
 from planner.search.space import enumerate_rows
 from search.brute import all_rows
 from search.instances import instance
@@ -61,7 +61,7 @@ def test_bounds_never_exceed_exact_values(seed):
     task, engine, space = instance(1000 + seed)
     x, values = all_rows(task, engine, space)
     p = step.primitives(task, x)
-    for rows in _by_pipeline(x, np.arange(len(x))):
+    for rows in bounds.same_pipeline(x, np.arange(len(x))):
         group = bounds.group_of(p.take(rows), x.take(rows), task.model.n_layers, space.modes)
         fits, simple = bounds.memory_feasible(group), bounds.simple_bound(group)
         exact = np.array([-1 if values[r] is None else values[r] for r in rows])
