@@ -51,13 +51,6 @@ def collective_seconds(op: str, n: Floats, stride: Floats, n_bytes: Floats, hard
     return total + latency
 
 
-def neighbour_seconds(span: Floats, n_bytes: Floats, hardware: HardwareProfile) -> Floats:
-    """Time to send `n_bytes` to the next rank of a group that spans `span` devices: on the outermost tier it crosses."""
-    span, n_bytes = np.broadcast_arrays(np.asarray(span, float), n_bytes)
-    result = np.zeros(span.shape)
-    inner = 1.0
-    for tier in hardware.network:
-        seconds = tier.latency.base + n_bytes / (tier.bandwidth.base * _efficiency(tier, n_bytes))
-        result = np.where(span > inner, seconds, result)
-        inner = float(tier.size) if tier.size is not None else np.inf
-    return result
+def neighbour_seconds(n_bytes: Floats, hardware: HardwareProfile) -> tuple[Floats, ...]:
+    """Time to send `n_bytes` to a neighbour over each tier; a pipeline pays for the outermost tier that it crosses."""
+    return tuple(tier.latency.base + n_bytes / (tier.bandwidth.base * _efficiency(tier, n_bytes)) for tier in hardware.network)

@@ -48,7 +48,12 @@ def in_flight_layers(schedule: Ints, pp: Ints, virtual_stages: Ints, microbatche
     if not np.any(v > 1):
         return flight * layers
     base, extra = layers // v, layers % v
-    return flight * base + np.where(extra > 0, _first_chunks(pp, v, microbatches, flight, extra), 0)
+    result = flight * base
+    uneven = np.nonzero(np.broadcast_to(extra > 0, result.shape))
+    if len(uneven[0]):
+        parts = (np.broadcast_to(a, result.shape)[uneven] for a in (pp, v, microbatches, flight, extra))
+        result[uneven] += _first_chunks(*parts)
+    return result
 
 
 def _first_chunks(pp: Ints, v: Ints, m: Ints, flight: Ints, r: Ints) -> Ints:

@@ -23,7 +23,7 @@ from planner.cost.collectives import collective_seconds, neighbour_seconds
 from planner.cost.compute import overlapped, streaming_seconds
 from planner.cost.memory import ceil
 from planner.cost.schedules import in_flight, in_flight_layers
-from planner.cost.task import GPIPE, Bools, Floats, Ints, LayoutArray, StageArray, Task
+from planner.cost.task import GPIPE, Bools, Floats, Ints, LayoutArray, StageArray, Task, even_runs
 from planner.specs.layout import SCHEDULES
 
 
@@ -108,7 +108,9 @@ class Primitives:
 
     def take(self, rows: Ints | Bools) -> Primitives:
         """The primitives at `rows`."""
-        return Primitives(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        if rows.dtype == bool:
+            rows = np.nonzero(rows)[0]
+        return Primitives(**{f.name: getattr(self, f.name).take(rows, axis=0) for f in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -126,57 +128,122 @@ class TimeParts:
 
 def primitives(task: Task, layouts: LayoutArray) -> Primitives:
     """The integers of each layout."""
-    return primitives_with_parts(task, layouts)[0]
+    return primitive_table(task, layouts).of(slice(None))
 
 
 def primitives_with_parts(task: Task, layouts: LayoutArray) -> tuple[Primitives, TimeParts]:
     """The integers, and the float times that they were made of."""
-    block, spread = _combinations(layouts, ("tp", "cp", "micro_batch", "sequence_parallel"))
-    seconds = operators.layer_seconds(task, block)
+    table = primitive_table(task, layouts)
+    return table.of(slice(None)), table.parts()
+
+
+@dataclass(frozen=True)
+class PrimitiveTable:
+    """Primitives of the distinct combinations among layouts, spread over layouts when asked for.
+
+    Nearly all of them depend on (tp, cp, micro_batch, sequence_parallel, dp, zero) only: a few thousand combinations at
+    most, however many layouts there are.
+    """
+
+    task: Task
+    layouts: LayoutArray
+    share: Ints
+    """Combination of each layout."""
+    columns: dict[str, Ints]
+    """Fields of `Primitives` by combination."""
+    boundary: Ints
+    waiting: Ints
+    output: Ints
+    hops: tuple[Ints, ...]
+    """ns of one neighbour's send by network tier."""
+    times: dict[str, Floats]
+
+    def of(self, rows: slice) -> Primitives:
+        """The primitives of some layouts."""
+        a, d = self.task.accounting, self.task.hardware.device
+        x = LayoutArray(**{f.name: getattr(self.layouts, f.name)[rows] for f in fields(LayoutArray)})
+        share = self.share[rows]
+        boundary = self.boundary.take(share)
+        many = x.pp > 1
+        buffers = np.where(a.receive_all_microbatches, x.microbatches, a.receive_count)
+        outside = ceil(d.context.base + d.communicator.base * memory.communicators(x))
+        waiting = np.where(x.schedule == GPIPE, x.microbatches - 1, 0) * self.waiting.take(share)
+        return Primitives(
+            **{k: v.take(share) for k, v in self.columns.items()},
+            p2p=self._p2p(x, share),
+            constant=np.full(len(x), int(a.step_seconds * 1e9), dtype=np.int64),
+            waiting=waiting + np.where(many, self.output.take(share), 0),
+            boundary=np.where(many & a.keeps_stage_output, boundary, 0),
+            receive=np.where(many, boundary * buffers, 0),
+            chunks=x.virtual_stages,
+            capacity=np.floor((self.task.limit - outside) / a.reserved_ratio).astype(np.int64),
+            outside=outside,
+        )
+
+    def _p2p(self, x: LayoutArray, share: Ints) -> Ints:
+        """Exposed neighbour traffic of one micro-batch: both directions through each of the v chunks."""
+        span = x.tp * x.cp * x.dp * x.pp
+        exposed = [self.task.accounting.pp_exposed.get(name, 1.0) for name in SCHEDULES]
+        once = self.hops[0].take(share)
+        for tier, hop in zip(self.task.hardware.network, self.hops[1:], strict=False):
+            once = np.where(span > (tier.size or np.inf), hop.take(share), once)
+        both = ceil(2.0 * np.array(exposed)[x.schedule] * once)
+        return np.where(x.pp > 1, x.virtual_stages * both, 0)
+
+    def parts(self) -> TimeParts:
+        """The float times behind the primitives, for each layout."""
+        t = {k: v[self.share] for k, v in self.times.items()}
+        again = (t.pop("recompute_tp1"), t.pop("recompute_tp2"))
+        return TimeParts(**t, recompute_tp=again)
+
+
+def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
+    """Price the distinct combinations among layouts."""
     shared, share = _combinations(layouts, ("tp", "cp", "micro_batch", "sequence_parallel", "dp", "zero"), accumulate=True)
-    to_block = _locate(block, shared)
-    compute = _compute(task, shared, seconds, to_block)
+    block, spread = _combinations(shared, ("tp", "cp", "micro_batch", "sequence_parallel"))
+    seconds = operators.layer_seconds(task, block)
+    compute = _compute(task, shared, seconds, spread)
     traffic = _dp_traffic(task, shared, compute)
     states = _states(task, shared)
     acts = memory.activation_bytes(task, block)
-    times = _layer_ns(seconds, compute, traffic, to_block)
-    unit, head_unit = states.pop("unit")[share], states.pop("head_unit")[share]
-    waiting = np.where(layouts.schedule == GPIPE, layouts.microbatches - 1, 0) * acts.waiting[spread]
-    waiting = waiting + np.where(layouts.pp > 1, acts.output[spread], 0)
     blocks = {
         "embedding": _ns(seconds.embedding), "head": _ns(seconds.head + seconds.head_tp),
         "recompute1": _ns(seconds.recompute[0] + seconds.tp_recompute[0]),
         "recompute2": _ns(seconds.recompute[1] + seconds.tp_recompute[1]),
         "act0": acts.layer[0], "act1": acts.layer[1], "act2": acts.layer[2],
     }  # fmt: skip
-    a, d = task.accounting, task.hardware.device
+    columns = {k: v[spread] for k, v in blocks.items()} | _layer_ns(seconds, compute, traffic, spread) | traffic.ns | states
+    columns["transient"] = acts.backward[spread] + columns.pop("unit")
+    columns["head_transient"] = acts.head[spread] + columns.pop("head_unit")
+    times = {
+        "compute": compute[0] + compute[1],
+        "tp": (seconds.tp_forward + seconds.tp_backward)[spread],
+        "cp": (seconds.cp_forward + seconds.cp_backward)[spread],
+        "zero": traffic.forward + traffic.backward,
+        "head_tp": seconds.head_tp[spread],
+        "recompute_tp1": seconds.tp_recompute[0][spread],
+        "recompute_tp2": seconds.tp_recompute[1][spread],
+    }
     boundary = acts.boundary[spread]
-    buffers = np.where(a.receive_all_microbatches, layouts.microbatches, a.receive_count)
-    outside = ceil(d.context.base + d.communicator.base * memory.communicators(layouts))
-    many = layouts.pp > 1
-    result = Primitives(
-        **{k: v[spread] for k, v in blocks.items()},
-        **{k: v[share] for k, v in (times | traffic.ns | states).items()},
-        p2p=_p2p(task, layouts, boundary),
-        constant=np.full(len(layouts), int(a.step_seconds * 1e9), dtype=np.int64),
-        transient=acts.backward[spread] + unit,
-        head_transient=acts.head[spread] + head_unit,
-        waiting=waiting,
-        boundary=np.where(many & a.keeps_stage_output, boundary, 0),
-        receive=np.where(many, boundary * buffers, 0),
-        chunks=layouts.virtual_stages,
-        capacity=np.floor((task.limit - outside) / a.reserved_ratio).astype(np.int64),
-        outside=outside,
-    )
-    parts = TimeParts(
-        compute=(compute[0] + compute[1])[share],
-        tp=(seconds.tp_forward + seconds.tp_backward)[spread],
-        cp=(seconds.cp_forward + seconds.cp_backward)[spread],
-        zero=(traffic.forward + traffic.backward)[share],
-        head_tp=seconds.head_tp[spread],
-        recompute_tp=(seconds.tp_recompute[0][spread], seconds.tp_recompute[1][spread]),
-    )
-    return result, parts
+    hops = tuple(_ns(seconds) for seconds in neighbour_seconds(boundary.astype(float), task.hardware))
+    return PrimitiveTable(
+        task, layouts, share, columns, boundary, acts.waiting[spread], acts.output[spread], hops, times
+    )  # fmt: skip
+
+
+def even_step_cost(task: Task, layouts: LayoutArray, recompute: int) -> StepCost:
+    """Time and memory of layouts with an even split and one recompute mode (0 none, 1 selective, 2 full) for all layers.
+
+    Priced in pieces that stay inside the processor's caches.
+    """
+    table, piece = primitive_table(task, layouts), 4096
+    done = []
+    for start in range(0, len(layouts), piece):
+        rows = slice(start, min(start + piece, len(layouts)))
+        part = LayoutArray(**{f.name: getattr(layouts, f.name)[rows] for f in fields(LayoutArray)})
+        done.append(step_cost(table.of(rows), part, even_runs(part, task.model.n_layers, recompute)))
+    joined = [np.concatenate([getattr(d, f.name) for d in done]) for f in fields(StepCost)]
+    return StepCost(*joined)
 
 
 def _ns(seconds: Floats) -> Ints:
@@ -193,18 +260,6 @@ def _combinations(layouts: LayoutArray, names: tuple[str, ...], accumulate: bool
         key = (key * 2 + (layouts.microbatches > 1)) * 2 + (layouts.pp == 1)
     _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
     return layouts.take(first), inverse.ravel()
-
-
-def _locate(block: LayoutArray, layouts: LayoutArray) -> Ints:
-    """For each of `layouts`, the entry of `block` with the same (tp, cp, micro_batch, sequence_parallel)."""
-    index = {
-        k: i
-        for i, k in enumerate(
-            zip(*(c.tolist() for c in (block.tp, block.cp, block.micro_batch, block.sequence_parallel)), strict=True)
-        )
-    }
-    keys = zip(*(c.tolist() for c in (layouts.tp, layouts.cp, layouts.micro_batch, layouts.sequence_parallel)), strict=True)
-    return np.array([index[k] for k in keys], dtype=np.int64)
 
 
 # ---- data-parallel traffic -------------------------------------------------------------------------------------
@@ -294,14 +349,6 @@ def _layer_ns(
     }
 
 
-def _p2p(task: Task, layouts: LayoutArray, boundary: Ints) -> Ints:
-    """Exposed neighbour traffic of one micro-batch: both directions through each of the v chunks."""
-    span = (layouts.tp * layouts.cp * layouts.dp * layouts.pp).astype(float)
-    once = neighbour_seconds(span, boundary.astype(float), task.hardware)
-    share = np.array([task.accounting.pp_exposed.get(name, 1.0) for name in SCHEDULES])[layouts.schedule]
-    return np.where(layouts.pp > 1, layouts.virtual_stages * _ns(2.0 * share * once), 0)
-
-
 # ---- states ------------------------------------------------------------------------------------------------------
 
 
@@ -354,6 +401,7 @@ class StageCost:
 
     @property
     def allocated(self) -> Ints:
+        """Peak allocated bytes."""
         return np.maximum(self.backward_bytes, self.update_bytes)
 
 
@@ -427,8 +475,8 @@ def stage_cost(p: Primitives, layouts: LayoutArray, stages: StageArray) -> Stage
     first = (stages.index == 0).astype(np.int64)
     last = (stages.index + stages.count == x.pp).astype(np.int64)
     n, n1, n2 = stages.layers, stages.selective, stages.full
-    flight = in_flight(x.schedule, x.pp, x.virtual_stages, x.microbatches, stages.index)
-    weight = in_flight_layers(x.schedule, x.pp, x.virtual_stages, x.microbatches, stages.index, n)
+    place = (x.schedule, x.pp, x.virtual_stages, x.microbatches, stages.index)
+    flight, weight = in_flight(*place), in_flight_layers(*place, n)
     # With chunks a rank is recomputed as a whole or not at all, so its saved layers weigh all or nothing.
     whole = x.virtual_stages > 1
     weight1 = np.where(whole, np.where(n1 > 0, weight, 0), flight * n1)
@@ -455,7 +503,13 @@ class StepCost:
     """T, ns."""
     allocated: Ints
     """Peak allocated bytes of the worst rank."""
-    fits: Bools
+    excess: Ints
+    """Those beyond what the allocator may hold; negative when there is room."""
+
+    @property
+    def fits(self) -> Bools:
+        """Whether each layout fits."""
+        return self.excess <= 0
 
 
 def combine(p: Primitives, layouts: LayoutArray, slowest: Ints, total: Ints, once: Ints) -> Ints:
@@ -479,4 +533,4 @@ def step_cost(p: Primitives, layouts: LayoutArray, stages: StageArray) -> StepCo
     total = np.add.reduceat((cost.time * stages.count)[order], starts)
     allocated = worst(cost.allocated)
     step = combine(p, layouts, worst(cost.time), total, worst(cost.once))
-    return StepCost(step, allocated, allocated <= p.capacity)
+    return StepCost(step, allocated, allocated - p.capacity)

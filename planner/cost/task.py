@@ -86,7 +86,9 @@ class LayoutArray:
 
     def take(self, rows: Ints | Bools) -> LayoutArray:
         """The layouts at `rows`."""
-        return LayoutArray(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        if rows.dtype == bool:
+            rows = np.nonzero(rows)[0]
+        return LayoutArray(**{f.name: getattr(self, f.name).take(rows, axis=0) for f in fields(self)})
 
     @property
     def shard(self) -> Ints:
@@ -144,16 +146,12 @@ def even_runs(layouts: LayoutArray, n_layers: int, recompute: int) -> StageArray
     base, extra = n_layers // pp, n_layers % pp
     middle = np.minimum(extra, np.maximum(pp - 2, 0))
     first_heavy = (extra > middle).astype(np.int64)
-    rows = np.arange(len(layouts))
-    zero = np.zeros_like(pp)
-    parts = [
-        (rows, zero, np.ones_like(pp), base + first_heavy),
-        (rows, zero + 1, middle, base + 1),
-        (rows, 1 + middle, np.maximum(pp - 2, 0) - middle, base),
-        (rows, pp - 1, (pp > 1).astype(np.int64), base),
-    ]
-    row, index, count, layers = (np.concatenate([p[i] for p in parts]) for i in range(4))
-    keep = count > 0
-    row, index, count, layers = row[keep], index[keep], count[keep], layers[keep]
+    zero, one = np.zeros_like(pp), np.ones_like(pp)
+    index = np.stack([zero, one, 1 + middle, pp - 1], axis=1)
+    count = np.stack([one, middle, np.maximum(pp - 2, 0) - middle, (pp > 1).astype(np.int64)], axis=1)
+    held = np.stack([base + first_heavy, base + 1, base, base], axis=1)
+    keep = count.ravel() > 0
+    row = np.repeat(np.arange(len(layouts)), 4)[keep]
+    index, count, layers = index.ravel()[keep], count.ravel()[keep], held.ravel()[keep]
     none = np.zeros_like(layers)
     return StageArray(row, index, count, layers, layers if recompute == 1 else none, layers if recompute == 2 else none)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.cost import step
-from planner.cost.task import LayoutArray, Task, even_runs
+from planner.cost.task import LayoutArray, Task
 from planner.engines.base import Engine
 from planner.search import bounds
 from planner.search.space import Rows, Space, enumerate_rows
@@ -32,15 +32,11 @@ def nearest_layout(task: Task, space: Space, rows: Rows) -> Nearest | None:
     """The row that needs the least extra memory when split evenly, under its best uniform recompute; None without rows."""
     x = rows.layouts
     best: tuple[int, int, int] | None = None
-    for mode in space.modes:
-        for start in range(0, len(x), 65536):
-            part = x.take(np.arange(start, min(start + 65536, len(x))))
-            p = step.primitives(task, part)
-            cost = step.step_cost(p, part, even_runs(part, task.model.n_layers, mode))
-            excess = cost.allocated - p.capacity
-            row = int(np.argmin(excess))
-            if best is None or int(excess[row]) < best[0]:
-                best = (int(excess[row]), start + row, mode)
+    for mode in space.modes if len(x) else ():
+        excess = step.even_step_cost(task, x, mode).excess
+        row = int(np.argmin(excess))
+        if best is None or int(excess[row]) < best[0]:
+            best = (int(excess[row]), row, mode)
     if best is None:
         return None
     return Nearest(even_layout(task, x, best[1], best[2]), best[0])

@@ -34,7 +34,7 @@ def complete_layout(named: dict[str, Any], model: Model, gpus: int) -> Layout:
     chunks = int(values.get("virtual_stages", 1))
     values.setdefault("schedule", "none" if pp == 1 else "interleaved" if chunks > 1 else "1f1b")
     if "stages" not in values:
-        values["stages"] = _stages(model, pp, layers, recompute)
+        values["stages"] = _stages(model, pp, None if layers is None else list(layers), recompute)
     from pydantic import ValidationError
 
     try:

@@ -105,7 +105,8 @@ def test_collectives_follow_their_tiers():
     assert inside < mixed < outside
     assert collective_seconds("all_gather", one, one, big, h) == 0
     assert collective_seconds("all_reduce", 8 * one, one, big, h) == pytest.approx(2 * inside, rel=0.01)
-    assert neighbour_seconds(2 * one, big, h) < neighbour_seconds(16 * one, big, h)
+    near, far = neighbour_seconds(big, h)
+    assert near < far
 
 
 def test_gemm_time_is_near_the_roofline_for_large_products():
