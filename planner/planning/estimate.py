@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.cost import memory, step
+from planner.cost import memory, primitives, step
+from planner.cost.primitives import Primitives, TimeParts
 from planner.cost.schedules import in_flight
-from planner.cost.step import Primitives, StageCost, TimeParts
+from planner.cost.step import StageCost
 from planner.cost.task import Floats, LayoutArray, StageArray, Task
 from planner.planfile import Breakdown, Estimate, Memory, StageMemory
 from planner.specs.hardware import Provenance
@@ -34,7 +35,7 @@ class _Priced:
 def estimate_layout(task: Task, layout: Layout) -> Estimate:
     """What the cost model predicts for one layout (which must obey the rules)."""
     x, stages = LayoutArray.of([layout], task.job), StageArray.of([layout])
-    p, parts = step.primitives_with_parts(task, x)
+    p, parts = primitives.price_with_parts(task, x)
     states = memory.state_bytes(task, x.zero, x.shard, x.microbatches)
     cost = step.stage_cost(p, x, stages)
     priced = _Priced(task, layout, x, stages, p, parts, cost, states, memory.rank_params(task, x))

@@ -16,8 +16,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from planner.cost import step
+from planner.cost.primitives import Primitives
 from planner.cost.schedules import in_flight, in_flight_layers
-from planner.cost.step import Primitives
 from planner.cost.task import Bools, Ints, LayoutArray
 
 BIG = np.int64(1) << 60

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.cost import step
+from planner.cost import primitives, step
 from planner.cost.task import LayoutArray, Task
 from planner.engines.base import Engine
 from planner.search import bounds
@@ -61,7 +61,7 @@ def any_fits(task: Task, engine: Engine, space: Space) -> bool:
     x = enumerate_rows(task, engine, space).layouts
     if not len(x):
         return False
-    p = step.primitives(task, x)
+    p = primitives.price(task, x)
     for chunk in bounds.same_pipeline(x, np.arange(len(x))):
         group = bounds.group_of(p.take(chunk), x.take(chunk), task.model.n_layers, space.modes)
         if bounds.memory_feasible(group).any():

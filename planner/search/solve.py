@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from planner.cost import step
-from planner.cost.step import Primitives
+from planner.cost import primitives, step
+from planner.cost.primitives import Primitives
 from planner.cost.task import Bools, Ints, LayoutArray, StageArray, Task
 from planner.engines.base import Engine
 from planner.search import bounds, stages
@@ -155,7 +155,7 @@ def solver_name() -> str:
 def _prepare(task: Task, space: Space, rows: Rows) -> _State:
     """Primitives, the exact memory test, and the first bound of every row."""
     x = rows.layouts
-    p = step.primitives(task, x)
+    p = primitives.price(task, x)
     size = len(x)
     none = np.zeros(size, dtype=bool)
     state = _State(task, space, x, p, np.full(size, BIG), none.copy(), none.copy(), none.copy())

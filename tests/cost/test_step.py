@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from machines import gpt, llama, llama_70b, profile, task
 
-from planner.cost import memory, step
+from planner.cost import memory, primitives, step
 from planner.cost.collectives import collective_seconds, neighbour_seconds
 from planner.cost.compute import gemm_seconds
 from planner.cost.task import LayoutArray, StageArray, even_runs
@@ -21,7 +21,7 @@ from planner.specs.layoutflags import complete_layout
 def price(t, **named):
     layout = complete_layout(named, t.model, t.gpus)
     x, s = LayoutArray.of([layout], t.job), StageArray.of([layout])
-    return step.step_cost(step.primitives(t, x), x, s)
+    return step.step_cost(primitives.price(t, x), x, s)
 
 
 @pytest.mark.parametrize("engine", ["bundled", "megatron"])
@@ -29,11 +29,11 @@ def test_an_array_equals_its_entries(engine):
     t = task(llama_70b(), 64, 4096, 256, engine)
     x = enumerate_rows(t, engine_named(engine), declared_space(t, engine_named(engine), {}, [])).layouts
     chosen = x.take(np.random.default_rng(0).choice(len(x), 60, replace=False))
-    p, runs = step.primitives(t, chosen), even_runs(chosen, 80, 2)
+    p, runs = primitives.price(t, chosen), even_runs(chosen, 80, 2)
     together = step.step_cost(p, chosen, runs)
     for row in range(len(chosen)):
         alone = chosen.take(np.array([row]))
-        q = step.primitives(t, alone)
+        q = primitives.price(t, alone)
         for f in dataclasses.fields(q):
             assert getattr(q, f.name)[0] == getattr(p, f.name)[row], f.name
         single = step.step_cost(q, alone, even_runs(alone, 80, 2))
@@ -46,7 +46,7 @@ def test_runs_equal_explicit_stages():
     for pp, mode in ((1, 0), (2, 1), (4, 2), (8, 0), (16, 2), (32, 1)):
         layout = complete_layout({"pp": pp, "tp": 2, "recompute": ("none", "selective", "full")[mode]}, t.model, 64)
         x = LayoutArray.of([layout], t.job)
-        p = step.primitives(t, x)
+        p = primitives.price(t, x)
         explicit, folded = step.step_cost(p, x, StageArray.of([layout])), step.step_cost(p, x, even_runs(x, 80, mode))
         assert (explicit.step[0], explicit.allocated[0]) == (folded.step[0], folded.allocated[0])
 

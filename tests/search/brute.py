@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from planner.cost import step
+from planner.cost import primitives, step
 from planner.cost.task import LayoutArray, StageArray, Task
 from planner.engines.base import Engine
 from planner.search.space import Space, enumerate_rows
@@ -40,7 +40,7 @@ def mixes(layers: int, modes: tuple[int, ...], uniform: bool) -> list[tuple[int,
 def row_values(task: Task, x: LayoutArray, row: int, modes: tuple[int, ...]) -> int | None:
     """The least step time (ns) of an outer row over all its feasible layouts, None when none fits."""
     one = x.take(np.array([row]))
-    p = step.primitives(task, one)
+    p = primitives.price(task, one)
     pp, v, n_layers = int(one.pp[0]), int(one.virtual_stages[0]), task.model.n_layers
     best: int | None = None
     for split in splits(n_layers, pp, v):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from machines import llama, profile, task
 
-from planner.cost import step
+from planner.cost import primitives
+from planner.engines.registry import engine_named
 from planner.search import bounds
 from planner.search.solve import search
-from planner.search.space import enumerate_rows
+from planner.search.space import declared_space, enumerate_rows
 from search.brute import all_rows
 from search.instances import instance
 
@@ -60,7 +62,7 @@ def test_search_equals_brute_force_on_many():
 def test_bounds_never_exceed_exact_values(seed):
     task, engine, space = instance(1000 + seed)
     x, values = all_rows(task, engine, space)
-    p = step.primitives(task, x)
+    p = primitives.price(task, x)
     for rows in bounds.same_pipeline(x, np.arange(len(x))):
         group = bounds.group_of(p.take(rows), x.take(rows), task.model.n_layers, space.modes)
         fits, simple = bounds.memory_feasible(group), bounds.simple_bound(group)
@@ -82,3 +84,22 @@ def test_the_last_target_is_infinite(seed):
     rows = enumerate_rows(task, engine, space)
     assert outcome.counts.by_rule == rows.by_rule
     assert outcome.counts.open == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_deep_interleaved_rows_equal_brute_force(seed):
+    """Many chunks a rank: up to 16, where the last target times v is largest."""
+    rng = np.random.default_rng(seed)
+    layers, memory = int(rng.integers(9, 21)), float(rng.uniform(2.3, 8.0))
+    t = task(llama(layers, 1024, 8, 4, 2048), 4, 1024, 8, "bundled", profile(memory=f"{memory} GiB", node_size=4))
+    e = engine_named("bundled")
+    space = declared_space(t, e, {"schedule": ["interleaved"], "pp": [2], "micro_batch": [1], "zero": [0, 3]}, [])
+    x, values = all_rows(t, e, space)
+    assert int(x.virtual_stages.max()) >= 4
+    outcome = search(t, e, space, k=3)
+    finite = [v for v in values if v is not None]
+    assert [c.step_ns for c in outcome.candidates[:1]] == ([min(finite)] if finite else [])
+    group = bounds.group_of(primitives.price(t, x), x, layers, space.modes)
+    exact = np.array([bounds.BIG if v is None else v for v in values])
+    for target in (min(finite, default=1) * 2, int(bounds.INFINITE)):
+        assert np.all(bounds.target_bound(group, target) <= np.minimum(exact, target))

@@ -1,0 +1,359 @@
+"""The integers of the cost model: what one layer, the ends of the pipeline and the states cost, for each layout.
+
+Every primitive is rounded up to whole nanoseconds and bytes; `step` puts them together. Nearly all depend on a few
+columns only, so they are computed for the distinct combinations and spread over the layouts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from planner.cost import memory, operators
+from planner.cost.collectives import collective_seconds, neighbour_seconds
+from planner.cost.compute import overlapped, streaming_seconds
+from planner.cost.memory import ceil
+from planner.cost.task import GPIPE, Bools, Floats, Ints, LayoutArray, Task
+from planner.specs.layout import SCHEDULES
+
+
+@dataclass(frozen=True)
+class Primitives:
+    """Integers of each layout: ns for one micro-batch, bytes for one rank. int64 arrays of equal length."""
+
+    # time of one layer and micro-batch
+    forward: Ints
+    backward: Ints
+    recompute1: Ints
+    """Extra time of one selectively recomputed layer."""
+    recompute2: Ints
+    """Extra time of one fully recomputed layer."""
+    # time of a rank
+    embedding: Ints
+    head: Ints
+    p2p: Ints
+    """Exposed send and receive of one micro-batch, forward and backward, all chunks."""
+    # once a step
+    comm: Ints
+    """Step-wise dp traffic of one layer."""
+    comm_first: Ints
+    comm_last: Ints
+    hide: Ints
+    """dp traffic that one layer's compute hides."""
+    floor: Ints
+    """Part of `comm` that stays exposed in any case."""
+    floor_first: Ints
+    floor_last: Ints
+    update: Ints
+    """Optimizer time of one layer."""
+    update_first: Ints
+    update_last: Ints
+    constant: Ints
+    # bytes
+    state: Ints
+    """States of one layer while micro-batches run."""
+    state_first: Ints
+    state_last: Ints
+    carried: Ints
+    """Reduction buffer of a micro-batch's last layer, kept into the next micro-batch (ranks but the first)."""
+    carried_first: Ints
+    """The same of the embedding (first rank)."""
+    updating: Ints
+    """States of one layer while the optimizer runs."""
+    updating_first: Ints
+    updating_last: Ints
+    last_reduction: Ints
+    """Reduction buffer of the layer before the last unit when backward ends."""
+    last_layer: Ints
+    """Gradients and reduction of the last unit when it is a layer."""
+    last_embedding: Ints
+    """The same when it is the embedding (first rank)."""
+    act0: Ints
+    """Saved activations of one layer and micro-batch without recompute."""
+    act1: Ints
+    """... with selective recompute."""
+    act2: Ints
+    """... with full recompute."""
+    transient: Ints
+    """Temporaries of one layer's backward, gathered copies included."""
+    reduction: Ints
+    """Reduction buffers beside them, once the layer's own activations are gone."""
+    head_transient: Ints
+    head_reduction: Ints
+    """Reduction buffers of the head's unit, beside the last layer's backward."""
+    waiting: Ints
+    """Kept on a pipeline's last rank by losses that wait for their backward (GPipe), and as the stage's output."""
+    boundary: Ints
+    """Stage output kept for each chunk-micro-batch in flight."""
+    receive: Ints
+    """Receive buffers of one chunk and direction."""
+    chunks: Ints
+    """v."""
+    fixed: Ints
+    """Library workspaces, and buffers that an engine keeps for one layer."""
+    capacity: Ints
+    """What the allocator may hold: the limit less what lies outside, over the reserved ratio."""
+    outside: Ints
+    """Driver context and communicators."""
+
+    def take(self, rows: Ints | Bools) -> Primitives:
+        """The primitives at `rows`."""
+        if rows.dtype == bool:
+            rows = np.nonzero(rows)[0]
+        return Primitives(**{f.name: getattr(self, f.name).take(rows, axis=0) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class TimeParts:
+    """Float seconds behind `Primitives.forward` and its like, for the breakdown. Arrays over layouts."""
+
+    compute: Floats
+    tp: Floats
+    cp: Floats
+    zero: Floats
+    """Exposed gathers and reductions of every micro-batch."""
+    head_tp: Floats
+    recompute_tp: tuple[Floats, Floats]
+
+
+def price(task: Task, layouts: LayoutArray) -> Primitives:
+    """The integers of each layout."""
+    return primitive_table(task, layouts).of(slice(None))
+
+
+def price_with_parts(task: Task, layouts: LayoutArray) -> tuple[Primitives, TimeParts]:
+    """The integers, and the float times that they were made of."""
+    table = primitive_table(task, layouts)
+    return table.of(slice(None)), table.parts()
+
+
+@dataclass(frozen=True)
+class PrimitiveTable:
+    """Primitives of the distinct combinations among layouts, spread over layouts when asked for.
+
+    Nearly all of them depend on (tp, cp, micro_batch, sequence_parallel, dp, zero) only: a few thousand combinations at
+    most, however many layouts there are.
+    """
+
+    task: Task
+    layouts: LayoutArray
+    share: Ints
+    """Combination of each layout."""
+    columns: dict[str, Ints]
+    """Fields of `Primitives` by combination."""
+    boundary: Ints
+    waiting: Ints
+    output: Ints
+    hops: tuple[Ints, ...]
+    """ns of one neighbour's send by network tier."""
+    times: dict[str, Floats]
+
+    def of(self, rows: slice) -> Primitives:
+        """The primitives of some layouts."""
+        a, d = self.task.accounting, self.task.hardware.device
+        x = LayoutArray(**{f.name: getattr(self.layouts, f.name)[rows] for f in fields(LayoutArray)})
+        share = self.share[rows]
+        boundary = self.boundary.take(share)
+        many = x.pp > 1
+        buffers = np.where(a.receive_all_microbatches, x.microbatches, a.receive_count)
+        outside = ceil(d.context.base + d.communicator.base * memory.communicators(x))
+        waiting = np.where(x.schedule == GPIPE, x.microbatches - 1, 0) * self.waiting.take(share)
+        return Primitives(
+            **{k: v.take(share) for k, v in self.columns.items()},
+            p2p=self._p2p(x, share),
+            constant=np.full(len(x), int(a.step_seconds * 1e9), dtype=np.int64),
+            waiting=waiting + np.where(many, self.output.take(share), 0),
+            boundary=np.where(many & a.keeps_stage_output, boundary, 0),
+            receive=np.where(many, boundary * buffers, 0),
+            chunks=x.virtual_stages,
+            capacity=np.floor((self.task.limit - outside) / a.reserved_ratio).astype(np.int64),
+            outside=outside,
+        )
+
+    def _p2p(self, x: LayoutArray, share: Ints) -> Ints:
+        """Exposed neighbour traffic of one micro-batch: both directions through each of the v chunks."""
+        span = x.tp * x.cp * x.dp * x.pp
+        exposed = [self.task.accounting.pp_exposed.get(name, 1.0) for name in SCHEDULES]
+        once = self.hops[0].take(share)
+        for tier, hop in zip(self.task.hardware.network, self.hops[1:], strict=False):
+            once = np.where(span > (tier.size or np.inf), hop.take(share), once)
+        both = ceil(2.0 * np.array(exposed)[x.schedule] * once)
+        return np.where(x.pp > 1, x.virtual_stages * both, 0)
+
+    def parts(self) -> TimeParts:
+        """The float times behind the primitives, for each layout."""
+        t = {k: v[self.share] for k, v in self.times.items()}
+        again = (t.pop("recompute_tp1"), t.pop("recompute_tp2"))
+        return TimeParts(**t, recompute_tp=again)
+
+
+def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
+    """Price the distinct combinations among layouts."""
+    shared, share = _combinations(layouts, ("tp", "cp", "micro_batch", "sequence_parallel", "dp", "zero"), accumulate=True)
+    block, spread = _combinations(shared, ("tp", "cp", "micro_batch", "sequence_parallel"))
+    seconds = operators.layer_seconds(task, block)
+    compute = _compute(task, shared, seconds, spread)
+    traffic = _dp_traffic(task, shared, compute)
+    states = _states(task, shared)
+    acts = memory.activation_bytes(task, block)
+    blocks = {
+        "embedding": _ns(seconds.embedding), "head": _ns(seconds.head + seconds.head_tp),
+        "recompute1": _ns(seconds.recompute[0] + seconds.tp_recompute[0]),
+        "recompute2": _ns(seconds.recompute[1] + seconds.tp_recompute[1]),
+        "act0": acts.layer[0], "act1": acts.layer[1], "act2": acts.layer[2],
+    }  # fmt: skip
+    columns = {k: v[spread] for k, v in blocks.items()} | _layer_ns(seconds, compute, traffic, spread) | traffic.ns | states
+    columns["transient"] = acts.backward[spread] + columns.pop("unit")
+    columns["head_transient"] = acts.head[spread] + columns.pop("head_unit")
+    times = {
+        "compute": compute[0] + compute[1],
+        "tp": (seconds.tp_forward + seconds.tp_backward)[spread],
+        "cp": (seconds.cp_forward + seconds.cp_backward)[spread],
+        "zero": traffic.forward + traffic.backward,
+        "head_tp": seconds.head_tp[spread],
+        "recompute_tp1": seconds.tp_recompute[0][spread],
+        "recompute_tp2": seconds.tp_recompute[1][spread],
+    }
+    boundary = acts.boundary[spread]
+    hops = tuple(_ns(seconds) for seconds in neighbour_seconds(boundary.astype(float), task.hardware))
+    return PrimitiveTable(
+        task, layouts, share, columns, boundary, acts.waiting[spread], acts.output[spread], hops, times
+    )  # fmt: skip
+
+
+def _ns(seconds: Floats) -> Ints:
+    return ceil(seconds * 1e9)
+
+
+def _combinations(layouts: LayoutArray, names: tuple[str, ...], accumulate: bool = False) -> tuple[LayoutArray, Ints]:
+    """Distinct combinations of some columns as layouts, and which of them each layout has."""
+    key = np.zeros(len(layouts), dtype=np.int64)
+    for name in names:
+        column = getattr(layouts, name)
+        key = key * (int(column.max(initial=0)) + 1) + column
+    if accumulate:
+        key = (key * 2 + (layouts.microbatches > 1)) * 2 + (layouts.pp == 1)
+    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+    return layouts.take(first), inverse.ravel()
+
+
+# ---- data-parallel traffic -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _DpTraffic:
+    forward: Floats
+    """Exposed seconds of a layer's per-micro-batch traffic under forward."""
+    backward: Floats
+    ns: dict[str, Ints]
+    """Step-wise primitives."""
+
+
+def _compute(task: Task, layouts: LayoutArray, seconds: operators.LayerSeconds, to_block: Ints) -> tuple[Floats, Floats]:
+    """(forward, backward) compute of one layer with the host's floor, which grows where every micro-batch gathers."""
+    a = task.accounting
+    gathering = [z for z, rule in a.zero.items() if any(t.op == "all_gather" and t.per == "microbatch" for t in rule.traffic)]
+    gathers = np.isin(layouts.zero, gathering)
+    result = []
+    for i, (device, host, tp, cp) in enumerate((
+        (seconds.forward, seconds.host_forward, seconds.tp_forward, seconds.cp_forward),
+        (seconds.backward, seconds.host_backward, seconds.tp_backward, seconds.cp_backward),
+    )):  # fmt: skip
+        more = np.where(gathers, a.kernels_gather[i] * task.hardware.device.launch.base, 0.0)
+        result.append(operators.bound_by_host(task, device[to_block], (tp + cp)[to_block], host[to_block] + more))
+    return result[0], result[1]
+
+
+def _dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats]) -> _DpTraffic:
+    """Traffic over the D ranks that share parameters: what each micro-batch exposes, and what a step does once."""
+    a, slow = task.accounting, task.hardware.overlap_slowdown.base
+    params = memory.rank_params(task, layouts)
+    size = len(layouts)
+    step = {place: np.zeros(size) for place in ("layer", "first", "last")}
+    each = {"forward": np.zeros(size), "backward": np.zeros(size)}
+    for zero, rule in a.zero.items():
+        rows = np.nonzero(layouts.zero == zero)[0]
+        for item in rule.traffic:
+            n_bytes = a.size(item.size, task.job.compute_bytes)
+            cost = {
+                place: collective_seconds(
+                    item.op,
+                    layouts.shard[rows].astype(float),
+                    layouts.tp[rows].astype(float),
+                    n_bytes * count[rows],
+                    task.hardware,
+                )
+                for place, count in _places(params).items()
+            }
+            if item.per == "microbatch":
+                each[item.under][rows] += cost["layer"]
+            else:
+                for place in step:
+                    step[place][rows] += cost[place]
+    forward, backward = compute
+    exposed = [overlapped(c, each[k], slow, a.dp_floor) for k, c in (("forward", forward), ("backward", backward))]
+    own = {place: _places(params)[place] for place in step}
+    update = {
+        place: streaming_seconds(
+            a.optimizer_bytes * count / np.where(layouts.zero > 0, layouts.shard, 1) + a.optimizer_whole_bytes * count,
+            task.hardware.device,
+        )
+        for place, count in own.items()
+    }
+    suffix = {"layer": "", "first": "_first", "last": "_last"}
+    ns = {f"comm{suffix[p]}": _ns(step[p]) for p in step}
+    ns |= {f"floor{suffix[p]}": _ns(a.dp_floor * step[p]) for p in step}
+    ns |= {f"update{suffix[p]}": _ns(update[p]) for p in step}
+    ns["hide"] = np.floor(a.dp_window * (forward + backward) * 1e9).astype(np.int64)
+    return _DpTraffic(exposed[0], exposed[1], ns)
+
+
+def _places(params: dict[str, Floats]) -> dict[str, Floats]:
+    """Parameters by place: of a layer, of the first rank's extras, of the last rank's."""
+    return {"layer": params["layer"], "first": params["embedding"], "last": params["own_head"] + params["norm"]}
+
+
+def _layer_ns(
+    seconds: operators.LayerSeconds, compute: tuple[Floats, Floats], traffic: _DpTraffic, to_block: Ints
+) -> dict[str, Ints]:
+    forward = (seconds.tp_forward + seconds.cp_forward)[to_block]
+    backward = (seconds.tp_backward + seconds.cp_backward)[to_block]
+    return {
+        "forward": _ns(compute[0] + forward + traffic.forward),
+        "backward": _ns(compute[1] + backward + traffic.backward),
+    }
+
+
+# ---- states ------------------------------------------------------------------------------------------------------
+
+
+def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
+    """Bytes of parameters, gradients and optimizer states of a layer and of the first and last rank's extras."""
+    a, params = task.accounting, memory.rank_params(task, layouts)
+    per = memory.state_bytes(task, layouts.zero, layouts.shard, layouts.microbatches)
+    backward = sum(per.backward.values(), np.zeros(len(layouts)))
+    update = sum(per.update.values(), np.zeros(len(layouts)))
+    place = _places(params)
+    result = {}
+    for name, suffix in (("layer", ""), ("first", "_first"), ("last", "_last")):
+        result[f"state{suffix}"] = ceil(backward * place[name])
+        result[f"updating{suffix}"] = ceil(update * place[name])
+    beside_head = ceil(per.resident * params["head"])
+    result["state_last"] += beside_head
+    result["updating_last"] += beside_head
+    rest = task.model.embedding_params - task.model.embedding_params / layouts.tp
+    rest = rest if a.embedding_gradient_whole else np.zeros(len(layouts))
+    result["state_first"] += ceil(per.whole_gradients * rest)
+    return result | {
+        "fixed": ceil(per.resident * params["layer"] + task.hardware.device.workspace.base),
+        "unit": ceil(per.unit * params["layer"]),
+        "reduction": ceil(per.unit_reduction * params["layer"]),
+        "head_unit": ceil(per.head * params["head"]),
+        "head_reduction": ceil(per.head_reduction * params["head"]),
+        "last_reduction": ceil(per.last_reduction * params["layer"]),
+        "last_layer": ceil(per.last_unit * params["layer"]),
+        "last_embedding": ceil(per.last_unit * params["embedding"] + task.job.compute_bytes * rest),
+        "carried": ceil(per.carried * params["layer"]),
+        "carried_first": ceil(per.carried * params["embedding"]),
+    }
