@@ -10,11 +10,11 @@ from pathlib import Path
 
 from planner import planfile
 from planner.engines.base import layout_problems
-from planner.errors import InputError, Location, Problem
+from planner.errors import InputError, Location, Problem, input_error
 from planner.planfile import Estimate
 from planner.planning.estimate import estimate_layout
 from planner.planning.request import Setting, prepare, request_of, task_of_plan
-from planner.specs import files
+from planner.specs import files, huggingface
 from planner.specs.layout import Configuration, Layout
 
 
@@ -24,7 +24,7 @@ class CheckResult:
 
     file: str
     kind: str
-    """plan or configuration."""
+    """plan, configuration, or unreadable."""
     findings: tuple[Problem, ...]
     rules: tuple[str, ...] = field(default=())
     """Codes that were checked."""
@@ -67,6 +67,7 @@ def _profile_changed(plan: planfile.Plan) -> bool:
 
 
 def _check_configuration(document: files.Document) -> CheckResult:
+    _is_configuration(document)
     configuration = files.build(Configuration, document)
     setting = _prepare(configuration, document)
     problems = layout_problems(setting.task, setting.engine, configuration.layout)
@@ -79,14 +80,38 @@ def _check_configuration(document: files.Document) -> CheckResult:
     return CheckResult(document.path, "configuration", tuple(findings), (*rules, "PLN301"), estimate)
 
 
+def _is_configuration(document: files.Document) -> None:
+    """Say it once when a file is another kind altogether. Raises InputError."""
+    data = document.data
+    if not isinstance(data, dict) or {"layout", "job", "hardware"} & data.keys():
+        return
+    kind = (
+        "a model" if "layers" in data or huggingface.is_config(data) else "a profile" if "device" in data else "neither of them"
+    )
+    what = f"check reads plans and configurations, this is {kind}"
+    fix = "give a file with model, hardware, nodes, job and layout, or a plan made with planner plan -o"
+    raise input_error("PLN117", what, "it has no layout, job or hardware", fix, Location(document.path, 1, 1))
+
+
 def _prepare(configuration: Configuration, document: files.Document) -> Setting:
     """The configuration's task; problems of what it names point to the key that names it."""
     try:
         return prepare(request_of(configuration, Path(document.path).parent))
     except InputError as error:
-        keys = {"PLN110": "hardware" if "profile" in str(error) else "model", "PLN501": "engine", "PLN131": "nodes"}
-        placed = [p if p.location.file else p.at(document.location((keys.get(p.code, "model"),))) for p in error.problems]
-        raise InputError(placed) from None
+        raise InputError([_at_its_key(configuration, document, p) for p in error.problems]) from None
+
+
+def _at_its_key(configuration: Configuration, document: files.Document, problem: Problem) -> Problem:
+    """A problem of a named file or value, at the key that names it unless it lies inside a file that was read."""
+    missing = problem.code == "PLN101"
+    if problem.location.file and not missing:
+        return problem
+    keys = {"PLN501": "engine", "PLN131": "nodes", "PLN133": "job"}
+    about_hardware = "profile" in problem.what or (
+        missing and problem.location.file.endswith(configuration.hardware.lstrip("./"))
+    )
+    key = keys.get(problem.code, "hardware" if about_hardware else "model")
+    return problem.at(files.with_positions(document).location((key,)))
 
 
 def _place(document: files.Document, name: str) -> Location:

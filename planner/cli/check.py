@@ -20,7 +20,7 @@ def check(
     ] = None,
 ) -> None:
     """Check that configurations are feasible. Exit 0 when they are, 1 with findings, 2 when a file cannot be read."""
-    from planner.checks.feasibility import check_file
+    from planner.checks.feasibility import CheckResult, check_file
     from planner.report import findings
 
     common.checked_format(output_format, findings.FORMATS, "--output-format")
@@ -31,6 +31,8 @@ def check(
             results.append(check_file(path))
         except InputError as error:
             unreadable += list(error.problems)
+            if output_format != "full":  # machine formats name every file
+                results.append(CheckResult(str(path), "unreadable", error.problems))
     if not results:
         raise InputError(unreadable)
     text = findings.render(results, output_format)

@@ -21,7 +21,9 @@ def emit(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 100,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="A token file (.bin of uint16 or uint32) on the cluster; synthetic when left out."),
+        typer.Option(
+            "--data", help="A token file (.bin of uint16 or uint32) on the cluster, absolute or relative to the launch files."
+        ),
     ] = None,
     run_out: Annotated[str, typer.Option("--run-out", help="Where the run writes its metrics.")] = "runs/latest",
     seed: Annotated[int, typer.Option("--seed")] = 0,

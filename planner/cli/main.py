@@ -50,6 +50,9 @@ def main() -> None:
         # The reader went away (planner ... | head): not an error. Keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except KeyboardInterrupt:
+        print("planner: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

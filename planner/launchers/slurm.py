@@ -72,10 +72,10 @@ export MASTER_ADDR MASTER_PORT
 
 # Static rendezvous: SLURM_NODEID is the node's rank, so that the plan's groups stay inside their nodes.
 # shellcheck disable=SC2016  # the task's own shell expands the variables
-srun --kill-on-bad-exit=1 bash -c 'exec "${{PYTHON:-python3}}" -m torch.distributed.run \
-  --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \
-  --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "$@"' bash \
-  --nproc-per-node {per_node} \
+srun --kill-on-bad-exit=1 bash -c 'exec "${{PYTHON:-python3}}" -m torch.distributed.run \\
+  --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \\
+  --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "$@"' bash \\
+  --nproc-per-node {per_node} \\
   {quoted(runtime_arguments(settings))} "$@" &
 
 # Two minutes before the time limit Slurm sends USR1 to this shell: put the job back into the queue.

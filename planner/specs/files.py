@@ -332,16 +332,18 @@ def _extended(document: Document, seen: tuple[str, ...]) -> tuple[Any, list[str]
     if base_name is None:
         return document.data, [document.text]
     place = document.location(("extends",))
-    if not isinstance(base_name, str) or base_name in seen:
-        raise input_error(
-            "PLN109", f"extends: '{base_name}' cannot be extended", "it is not a name, or extends itself", "", place
-        )
+    if not isinstance(base_name, str):
+        raise input_error("PLN109", "extends: not a name", f"found {base_name!r}", "name a shipped profile or a file", place)
     try:
         path = _resolve(base_name, "hardware_profiles", "hardware profile", Path(document.path).parent)
     except InputError as error:
         raise InputError([p.at(place) for p in error.problems]) from None
+    chain = (*seen, str(Path(document.path).resolve()))
+    if str(path.resolve()) in chain:
+        why = " extends ".join(Path(p).name for p in (*chain, str(path)))
+        raise input_error("PLN109", "extends: a circle", why, "let one of them stand alone", place)
     base = parse_document(path)
-    data, texts = _extended(base, (*seen, base_name))
+    data, texts = _extended(base, chain)
     return _merge(data, document.data), [*texts, document.text]
 
 

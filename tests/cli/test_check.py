@@ -121,3 +121,27 @@ def test_a_configuration_of_unknown_things(tmp_path):
         result = findings(configuration(tmp_path, (old, new)))
         assert result.returncode == 2
         assert result.stderr.startswith(f"job.yaml:{place}: {code} "), result.stderr
+
+
+def test_another_kind_of_file_is_named(tmp_path):
+    (tmp_path / "model.yaml").write_text("name: x\nhidden: 8\nvocab: 8\nlayers: []\n")
+    result = planner("check", "model.yaml", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("model.yaml:1:1: PLN117 check reads plans and configurations, this is a model")
+    as_json = planner("check", "model.yaml", "--output-format", "json", cwd=tmp_path)
+    assert json.loads(as_json.stdout)["files"][0]["kind"] == "unreadable"
+    assert as_json.returncode == 2
+
+
+def test_a_missing_profile_is_reported_where_it_is_named(tmp_path):
+    result = findings(configuration(tmp_path, ("hardware: h100-sxm", "hardware: ./mine.yaml")))
+    assert result.returncode == 2
+    assert result.stderr.startswith("job.yaml:2:1: PLN101 "), result.stderr
+
+
+def test_profiles_that_extend_each_other(tmp_path):
+    (tmp_path / "a.yaml").write_text("name: a\nextends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("name: b\nextends: a.yaml\n")
+    result = planner("hardware", "validate", "a.yaml", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "a.yaml extends b.yaml extends a.yaml" in result.stderr

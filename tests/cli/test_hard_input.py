@@ -191,7 +191,7 @@ def test_signals(tmp_path, number, code):
     process = subprocess.Popen(
         [sys.executable, "-m", "planner.cli.main", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    time.sleep(3.0)
+    time.sleep(4.0)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     if process.returncode == 0:
