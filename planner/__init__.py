@@ -47,7 +47,7 @@ def plan(
     pin: dict[str, Any] | None = None,
     forbid: str | tuple[str, ...] = (),
     max_memory_fraction: float = 0.92,
-    alternatives: int = 6,
+    alternatives: int = 4,
 ) -> Plan:
     """The proven best plan for a job on a cluster.
 

@@ -34,7 +34,7 @@ def plan(
         list[str] | None, typer.Option("--forbid", help="Leave out an axis or choice: cp, interleaved, full; repeatable.")
     ] = None,
     max_memory_fraction: common.Fraction = 0.92,
-    top_k: Annotated[int, typer.Option("--top-k", min=1, max=50, help="Plans to prove, the best included.")] = 6,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, max=50, help="Plans to prove, the best included.")] = 4,
     time_limit: Annotated[float | None, typer.Option("--time-limit", help="Seconds; then the best plan so far.")] = None,
     output_format: common.Format = "table",
     output: Annotated[Path | None, typer.Option("-o", "--out", help="Write the plan file here.")] = None,
