@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from planner.cost.accounting import Accounting
 from planner.errors import input_error
 from planner.specs.hardware import HardwareProfile
 from planner.specs.job import Job
-from planner.specs.layout import SCHEDULES, Layout
+from planner.specs.layout import SCHEDULES, Layout, Stage
 from planner.specs.model import Model
 
 Ints = npt.NDArray[np.int64]
@@ -21,6 +22,10 @@ Bools = npt.NDArray[np.bool_]
 
 NONE, GPIPE, ONE_F_ONE_B, INTERLEAVED = range(len(SCHEDULES))
 """Codes of the schedules, in the order of their names."""
+
+
+MAX_DEVICES = 1_000_000
+"""Larger clusters are neither planned nor tried."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,17 @@ class LayoutArray:
     def shard(self) -> Ints:
         """D, the ranks over which ZeRO shards."""
         return self.dp * self.cp
+
+    def layout(self, row: int, stages: Sequence[Stage]) -> Layout:
+        """The spec layout of one entry with its stages: the inverse of `of`."""
+        names = ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "virtual_stages")
+        degrees: dict[str, Any] = {name: int(getattr(self, name)[row]) for name in names}
+        return Layout(
+            **degrees,
+            schedule=SCHEDULES[int(self.schedule[row])],  # type: ignore[arg-type]
+            sequence_parallel=bool(self.sequence_parallel[row]),
+            stages=list(stages),
+        )
 
     @classmethod
     def of(cls, layouts: Sequence[Layout], job: Job) -> LayoutArray:

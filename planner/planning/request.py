@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from planner import planfile
-from planner.cost.task import Task
+from planner.cost.task import MAX_DEVICES, Task
 from planner.engines.base import Engine
 from planner.engines.registry import engine_named
 from planner.errors import InputError, Problem, input_error
@@ -80,7 +80,6 @@ def prepare(request: Request) -> Setting:
     return Setting(task, engine, cluster, inputs, request.policy)
 
 
-MAX_DEVICES = 1_000_000
 LONGEST_STEP_DAYS = 10
 """Steps that take longer at the peak rate are refused: the search counts nanoseconds in 64 bits."""
 

@@ -8,15 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.cost import primitives, step
-from planner.cost.task import LayoutArray, Task
+from planner.cost.task import MAX_DEVICES, Task
 from planner.engines.base import Engine
 from planner.search import bounds
 from planner.search.space import Rows, Space, enumerate_rows
-from planner.specs.layout import RECOMPUTE_MODES, SCHEDULES, Layout, even_stages
+from planner.specs.layout import RECOMPUTE_MODES, Layout, even_stages
 
 MAX_TRIES = 400
 """Cluster sizes that are tried before the search for the smallest one gives up."""
-MAX_DEVICES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -39,21 +38,8 @@ def nearest_layout(task: Task, space: Space, rows: Rows) -> Nearest | None:
             best = (int(excess[row]), row, mode)
     if best is None:
         return None
-    return Nearest(even_layout(task, x, best[1], best[2]), best[0])
-
-
-def even_layout(task: Task, x: LayoutArray, row: int, mode: int) -> Layout:
-    """A row of the space as a layout with an even split."""
-    names = ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "virtual_stages")
-    stages = even_stages(task.model.n_layers, int(x.pp[row]), RECOMPUTE_MODES[mode])
-    return Layout.model_validate(
-        {
-            **{name: int(getattr(x, name)[row]) for name in names},
-            "schedule": SCHEDULES[int(x.schedule[row])],
-            "sequence_parallel": bool(x.sequence_parallel[row]),
-            "stages": [s.model_dump() for s in stages],
-        }
-    )
+    stages = even_stages(task.model.n_layers, int(x.pp[best[1]]), RECOMPUTE_MODES[best[2]])
+    return Nearest(x.layout(best[1], stages), best[0])
 
 
 def any_fits(task: Task, engine: Engine, space: Space) -> bool:

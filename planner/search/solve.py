@@ -20,7 +20,7 @@ from planner.engines.base import Engine
 from planner.search import bounds, stages
 from planner.search.bounds import BIG, Group
 from planner.search.space import Rows, Space, enumerate_rows
-from planner.specs.layout import SCHEDULES, Layout, Stage, format_recompute
+from planner.specs.layout import Layout, Stage, format_recompute
 
 GROWTH = (1.02, 1.02, 1.03, 1.04, 1.05, 1.06, 1.08, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0, 4.0, 16.0, 256.0)
 """Factors between targets; after the last the target is infinite."""
@@ -324,15 +324,4 @@ def layout_of(x: LayoutArray, row: int, t: stages.Tables, split: list[int]) -> L
     for s, n in enumerate(split):
         selective, full = int(t.selective[s, n - t.least]), int(t.full[s, n - t.least])
         listed.append(Stage(layers=n, recompute=format_recompute(n, selective, full)))
-    degrees = {
-        name: int(getattr(x, name)[row])
-        for name in ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "virtual_stages")
-    }
-    return Layout.model_validate(
-        {
-            **degrees,
-            "schedule": SCHEDULES[int(x.schedule[row])],
-            "sequence_parallel": bool(x.sequence_parallel[row]),
-            "stages": [s.model_dump() for s in listed],
-        }
-    )
+    return x.layout(row, listed)
