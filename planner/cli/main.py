@@ -8,7 +8,7 @@ import sys
 import typer
 
 from planner._version import __version__
-from planner.cli import check, emit, estimate, hardware, model, plan, run, schema
+from planner.cli import check, emit, estimate, hardware, model, plan, run, schema, validate
 
 app = typer.Typer(
     name="planner",
@@ -24,6 +24,7 @@ app.command("estimate")(estimate.estimate)
 app.command("check")(check.check)
 app.command("emit")(emit.emit)
 app.command("run")(run.run)
+app.command("validate")(validate.validate)
 app.add_typer(model.app, name="model")
 app.add_typer(hardware.app, name="hardware")
 app.command("schema")(schema.schema)

@@ -13,7 +13,11 @@ from typing import Literal
 COMPUTE: Literal["compute"] = "compute"
 """Stands for the bytes of one element of the job's compute type."""
 Size = float | Literal["compute"]
-Width = Literal["hidden", "q", "kv", "mlp", "heads", "one"]
+Width = Literal[
+    "hidden", "q", "kv", "v", "mlp", "heads", "one", "scores", "q_latent", "kv_latent", "routed", "routed_mlp", "experts"
+]
+"""Widths of a token's row. `mlp` is the dense or shared width. Rows `routed` (h wide) and `routed_mlp` (expert width)
+come once for every expert that a token visits; `scores` is one head's row of attention scores, for all its heads."""
 Split = Literal["sequence", "tensor", "none"]
 Part = Literal["params", "grads", "optimizer"]
 When = Literal["always", "accumulating", "single", "sharded", "copied"]
@@ -94,8 +98,13 @@ class Elementwise:
 
     hidden: float
     mlp: float
+    """Rows of the dense or shared width, and of the expert width of routed tokens."""
     q: float
     kv: float
+    routed: float = 8.0
+    """Rows of h for each expert that a token visits: permutation, its inverse, and the weighted sum."""
+    norm: float = 0.0
+    """Rows of h more where norms are not fused, split like `hidden`."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,8 @@ class TpTraffic:
 class Accounting:
     """One engine's memory and traffic."""
 
+    name: str
+    """Engine, and its recipe where it has several: `megatron`, `megatron+2021`."""
     saved: tuple[Saved, ...]
     zero: dict[int, ZeroRule]
     tp_sequence: TpTraffic
@@ -121,8 +132,8 @@ class Accounting:
     elementwise_forward: dict[str, Elementwise]
     """By MLP kind, `gelu` or `gated`."""
     elementwise_backward: dict[str, Elementwise]
-    recomputed: dict[str, tuple[str, ...]]
-    """Operators repeated in backward by recompute mode: of `gemm`, `attention`, `elementwise`."""
+    recomputed: dict[str, dict[str, float]]
+    """Share of each operator that backward repeats, by recompute mode; of `gemm`, `attention`, `elementwise`, `experts`."""
     logit_bytes: float
     """Peak bytes of the loss for each token and vocabulary entry, at e = 2."""
     logit_bytes_fp32: float
@@ -152,6 +163,8 @@ class Accounting:
     receive_count: int
     keeps_stage_output: bool
     """Each micro-batch in flight holds its stage's output too."""
+    boundary_copies: float = field(default=1.0, kw_only=True)
+    """Boundary tensors kept for each micro-batch in flight where `keeps_stage_output`."""
     pp_exposed: dict[str, float]
     """Share of the pipeline's point-to-point time that is not hidden, by schedule."""
     tp_overlap: float
@@ -175,6 +188,24 @@ class Accounting:
     """Fixed host time of one step."""
     reserved_ratio: float
     """Reserved over allocated memory."""
+    attention: Literal["fused", "unfused"] = "fused"
+    """Whether attention keeps its scores on chip (FlashAttention) or writes them."""
+    attention_rate: float = 1.0
+    """Rate of its attention kernels over those of the device's profile."""
+    wgrad: float = 1.05
+    """Time of a weight gradient's product over that of an input gradient's of the same size: it also accumulates."""
+    pp_split: bool = False
+    """Boundary tensors are split over tp on the wire even without sequence parallelism (scatter-gather)."""
+    pp_slot: float = 0.0
+    """Fixed seconds of a stage for each micro-batch of a pipeline: host and synchronisation."""
+    ep_overlap: float = 0.0
+    """Share of expert-parallel exchanges that hides under compute."""
+    kernels_routed: tuple[float, float] = (40.0, 60.0)
+    """More kernels where tokens are routed, forward and backward."""
+    balanced_stages: bool = False
+    """Layers are spread over stages by cost, the head counted in."""
+    outside_bytes: float = 0.0
+    """Held outside the allocator besides context and communicators."""
     origin: dict[str, str] = field(default_factory=dict)
     """Where values come from, by field."""
 

@@ -22,6 +22,17 @@ def _efficiency(tier: Tier, n_bytes: Floats) -> Floats:
     return np.interp(np.log(np.maximum(n_bytes, 1.0)), sizes, [p[1] for p in points])
 
 
+def _measured_rate(tier: Tier, domains: Floats) -> Floats:
+    """Bus bandwidth of a whole domain as measured over `domains` of them; groups that share it are not slowed further.
+
+    The measured curve falls with the number of domains for reasons other than the adapters' line rate, so a group that uses
+    an eighth of the adapters does not get an eighth of it (fitted on 1 to 64 nodes of an EFA cluster).
+    """
+    assert tier.by_domains is not None
+    points = tier.by_domains.points
+    return np.interp(np.log(np.maximum(domains, 1.0)), np.log([p[0] for p in points]), [p[1] for p in points])
+
+
 def collective_seconds(op: str, n: Floats, stride: Floats, n_bytes: Floats, hardware: HardwareProfile) -> Floats:
     """Time of `op` over groups of `n` ranks at `stride`; `n_bytes` is the full tensor (the gathered one).
 
@@ -44,6 +55,8 @@ def collective_seconds(op: str, n: Floats, stride: Floats, n_bytes: Floats, hard
         factor = tier.all_reduce.base if op == "all_reduce" and tier.all_reduce else _MOVED[op]
         share = moved if op != "all_to_all" or depth == 0 else n_bytes * np.maximum(n - ranks, 0.0) / np.maximum(n, 1.0)
         rate = tier.bandwidth.base * (ranks if depth else 1.0) * _efficiency(tier, n_bytes / np.maximum(n, 1.0))
+        if tier.by_domains is not None:
+            rate = np.minimum(rate, _measured_rate(tier, domains))
         total = np.where(crosses, np.maximum(total, factor * share / rate), total)
         steps = np.minimum(domains - 1.0, 2.0 * np.ceil(np.log2(np.maximum(domains, 1.0))))
         latency = np.where(crosses, latency + factor * tier.latency.base * steps, latency)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from planner.cost.task import Floats
@@ -10,40 +12,76 @@ from planner.specs.hardware import Device, GemmTiles
 _TILES = ((256, 128, "large"), (128, 256, "large"), (128, 128, "medium"), (64, 64, "small"))
 
 
-def gemm_seconds(m: Floats, n: Floats, k: Floats, device: Device, peak: float, element_bytes: int) -> Floats:
-    """Time of C[m, n] = A[m, k] B[k, n].
+def gemm_seconds(
+    m: Floats, n: Floats, k: Floats, device: Device, peak: float, element_bytes: float, groups: Floats | float = 1.0
+) -> Floats:
+    """Time of `groups` products C[m, n] = A[m, k] B[k, n] in one launch.
 
     The best tile of a few sizes, its waves over the compute units, under a memory roofline; see `GemmTiles`. A constant
     efficiency misses measured products by 12 to 18 %, this form by 5 to 8 % (fits to published kernel tables).
     """
     g: GemmTiles = device.gemm
     bandwidth = device.memory_bandwidth.base * g.memory_efficiency
-    memory = element_bytes * (m * k + k * n + m * n) / bandwidth
-    best = np.full(np.broadcast(m, n, k).shape, np.inf)
+    memory = groups * element_bytes * (m * k + k * n + m * n) / bandwidth
+    best = np.full(np.broadcast(m, n, k, groups).shape, np.inf)
     for rows, columns, size in _TILES:
-        waves = np.ceil(m / rows) * np.ceil(n / columns) / device.compute_units
+        waves = groups * np.ceil(m / rows) * np.ceil(n / columns) / device.compute_units
         waves = np.maximum(1.0, g.wave_rounding * waves + (1 - g.wave_rounding) * np.ceil(waves))
         rate = peak / device.compute_units * getattr(g, size)
         best = np.minimum(best, waves * (2.0 * rows * columns * k / rate + g.tile_overhead_s))
     return g.latency_s + np.maximum(best, memory)
 
 
-def attention_seconds(
-    sequences: Floats, length: Floats, queries: Floats, heads: Floats, head_dim: int, device: Device, peak: float
-) -> tuple[Floats, Floats]:
-    """(forward, backward) time of fused causal attention: `queries` positions against up to `length` keys each.
+@dataclass(frozen=True)
+class AttentionWork:
+    """What one call of attention computes; arrays broadcast."""
 
-    Forward is 0.5 * 4 * b * queries * length * heads * head_dim FLOPs, backward 2.5 times as many (Dao 2023,
+    sequences: Floats
+    queries: Floats
+    """Query positions of a sequence on this rank."""
+    length: float
+    """Keys of a sequence."""
+    visible: float
+    """Twice the mean number of keys that a causal query sees: `length` without a window."""
+    heads: Floats
+    head_dim: float
+    """Mean width of the two products: of a query or key head, and of a value head."""
+
+
+def fused_attention_seconds(w: AttentionWork, device: Device, peak: float) -> tuple[Floats, Floats]:
+    """(forward, backward) time of fused causal attention.
+
+    Forward is 0.5 * 4 * b * queries * keys * heads * head_dim FLOPs, backward 2.5 times as many (Dao 2023,
     arXiv 2307.08691). The reached share of the peak grows with length and falls when there is too little work to
     fill the device.
     """
     a = device.attention
-    flops = 0.5 * 4.0 * sequences * queries * length * heads * head_dim
-    tiles = sequences * heads * np.ceil(queries / 128.0)
+    flops = 0.5 * 4.0 * w.sequences * w.queries * w.visible * w.heads * w.head_dim
+    tiles = w.sequences * w.heads * np.ceil(w.queries / 128.0)
     occupied = np.minimum(1.0, np.sqrt(tiles / (2.0 * device.compute_units)))
-    share = length / (length + a.half_length) * occupied * (1.0 if head_dim >= 128 else 0.8)
+    share = w.visible / (w.visible + a.half_length) * occupied * (1.0 if w.head_dim >= 128 else 0.8)
     rate = peak * np.maximum(share, 1e-4)
     return flops / (rate * a.forward), 2.5 * flops / (rate * a.backward)
+
+
+UNFUSED_RATE = 0.55
+"""Share of the peak of the batched products of unfused attention."""
+UNALIGNED_RATE = 0.08
+"""The same where head_dim is no multiple of 8: no tensor cores."""
+UNFUSED_PASSES = (9.0, 11.0)
+"""Bytes that scale, mask, softmax and dropout move for each score, forward and backward, in half precision."""
+
+
+def unfused_attention_seconds(w: AttentionWork, device: Device, peak: float) -> tuple[Floats, Floats]:
+    """(forward, backward) time of attention that writes all scores: two batched products and passes over the scores.
+
+    Before FlashAttention (2022): the whole square is computed, b * heads * queries * keys scores of 2 bytes.
+    """
+    scores = w.sequences * w.heads * w.queries * w.length
+    rate = peak * (UNFUSED_RATE if w.head_dim % 8 == 0 else UNALIGNED_RATE)
+    product = np.maximum(2.0 * scores * w.head_dim / rate, streaming_seconds(2.0 * scores, device))
+    forward, backward = (streaming_seconds(n * scores, device) for n in UNFUSED_PASSES)
+    return 2.0 * product + forward, 4.0 * product + backward
 
 
 def streaming_seconds(n_bytes: Floats, device: Device) -> Floats:

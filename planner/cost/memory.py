@@ -50,7 +50,11 @@ def activation_bytes(task: Task, combos: LayoutArray) -> ActivationBytes:
     split = np.where(combos.sequence_parallel == 1, tp, 1.0)
     tokens = combos.micro_batch * (task.job.seq_len / combos.cp)
     layers = tuple(ceil(tokens * _saved(task, a.saved, mode, combos)) for mode in RECOMPUTE_MODES)
-    temporaries = e * (a.backward_mlp * model.mlp_width / tp + a.backward_hidden * model.hidden)
+    mlp = model.layer.mlp
+    temporaries = e * (a.backward_mlp * mlp.dense_width / tp + a.backward_hidden * model.hidden)
+    if mlp.routed:
+        rows = e * mlp.top_k * (mlp.capacity or 1.0) / split
+        temporaries = np.maximum(temporaries, rows * (a.backward_mlp * mlp.width + 2.0 * model.hidden * combos.etp))
     logit = (a.logit_bytes if e == 2 else a.logit_bytes_fp32) + np.where(tp > 1, a.logit_bytes_split, 0.0)
     vocabulary = model.vocab / (tp if a.logits_split else np.ones_like(tp))
     head_rows = a.head_hidden / split + np.where(tp > 1, a.head_gathered, 0.0)
@@ -67,23 +71,36 @@ def activation_bytes(task: Task, combos: LayoutArray) -> ActivationBytes:
 def _saved(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArray) -> Floats:
     """Bytes that one layer saves for a token under a recompute mode."""
     model = task.model
+    attention, mlp = model.layer.attention, model.layer.mlp
+    routed = mlp.top_k * (mlp.capacity or 1.0) if mlp.routed else 0.0
     widths = {
         "hidden": model.hidden,
         "q": model.q_width,
         "kv": model.kv_width,
-        "mlp": model.mlp_width,
+        "v": model.heads * model.v_dim_of(model.layer),
+        "mlp": mlp.dense_width,
         "heads": model.heads,
         "one": 1,
+        "scores": model.heads * task.job.seq_len,
+        "q_latent": attention.q_lora_rank or 0,
+        "kv_latent": (attention.kv_lora_rank or 0) + attention.rope_dim / 2,
+        "routed": routed * model.hidden * combos.etp,
+        "routed_mlp": routed * mlp.width,
+        "experts": mlp.experts if mlp.routed else 0,
     }
     tp = combos.tp.astype(float)
     sequence = combos.sequence_parallel == 1
     divisors = {"tensor": tp, "sequence": np.where(sequence, tp, 1.0), "none": np.ones_like(tp)}
     conditions = {
-        "gated": model.layer.mlp.kind == "gated",
-        "gelu": model.layer.mlp.kind == "gelu",
+        "gated": mlp.kind == "gated",
+        "gelu": mlp.kind == "gelu",
+        "softmax": attention.kind == "softmax",
+        "latent": attention.kind == "latent",
+        "narrow": task.job.linears != "same",
+        "wide": task.job.linears == "same",
         "rmsnorm": model.norm == "rmsnorm",
         "layernorm": model.norm == "layernorm",
-        "qk_norm": model.layer.attention.qk_norm,
+        "qk_norm": attention.qk_norm,
         "gathered": sequence & (tp > 1),
         "not_gathered": ~(sequence & (tp > 1)),
     }
@@ -151,7 +168,8 @@ def state_bytes(task: Task, zero: Ints, shard: Ints, microbatches: Ints) -> Stat
 
 
 def rank_params(task: Task, layouts: LayoutArray) -> dict[str, Floats]:
-    """Parameters that one tp rank holds: of a layer, the embedding (with positions), the head, the final norm.
+    """Parameters that one rank holds: of a layer (without routed experts), its local experts, one expert, the embedding
+    (with positions), the head, the final norm.
 
     `own_head` is the head as parameters of its own: a tied head on the embedding's own rank has none, on another rank
     it is a copy.
@@ -161,6 +179,8 @@ def rank_params(task: Task, layouts: LayoutArray) -> dict[str, Floats]:
     split = model.matmul_params_of(group) + model.split_bias_params_of(group)
     return {
         "layer": split / tp + model.whole_params_of(group),
+        "experts": model.expert_params_of(group) / (layouts.ep * layouts.etp),
+        "expert": model.expert_params_of(group) / (group.mlp.experts * layouts.etp),
         "embedding": model.embedding_params / tp + model.position_params,
         "head": model.embedding_params / tp,
         "own_head": np.where((layouts.pp == 1) & model.tied_embeddings, 0.0, model.embedding_params / tp),

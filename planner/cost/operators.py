@@ -1,6 +1,6 @@
 """The operators of one layer, the embedding and the head: shapes after tp and cp, their compute and their traffic.
 
-Everything here depends on (tp, cp, micro_batch, sequence_parallel) only, a few hundred combinations at most; `step`
+Everything here depends on (tp, cp, ep, etp, micro_batch, sequence_parallel) only, a few hundred combinations at most; `step`
 evaluates those once and spreads the result over all layouts.
 """
 
@@ -12,7 +12,14 @@ import numpy as np
 
 from planner.cost.accounting import TpTraffic
 from planner.cost.collectives import collective_seconds
-from planner.cost.compute import attention_seconds, gemm_seconds, overlapped, streaming_seconds
+from planner.cost.compute import (
+    AttentionWork,
+    fused_attention_seconds,
+    gemm_seconds,
+    overlapped,
+    streaming_seconds,
+    unfused_attention_seconds,
+)
 from planner.cost.task import Floats, LayoutArray, Task
 
 
@@ -32,6 +39,10 @@ class LayerSeconds:
     tp_recompute: tuple[Floats, Floats]
     cp_forward: Floats
     cp_backward: Floats
+    ep_forward: Floats
+    """Exposed exchanges of routed tokens."""
+    ep_backward: Floats
+    ep_recompute: tuple[Floats, Floats]
     embedding: Floats
     head: Floats
     """Output head and loss, forward and backward."""
@@ -45,32 +56,45 @@ class _Shapes:
     tokens: Floats
     tp: Floats
     cp: Floats
+    ep: Floats
+    etp: Floats
     micro_batch: Floats
     split: Floats
     """What sequence parallelism divides by: tp with it, 1 without."""
+    routed: Floats
+    """Rows that the experts of one rank process: tokens times top_k (and capacity), over all its experts."""
 
 
 def layer_seconds(task: Task, combos: LayoutArray) -> LayerSeconds:
-    """Costs of one layer for each combination."""
+    """Costs of one layer for each combination; the model's layers are of one kind."""
     s = _shapes(task, combos)
-    gemm_f, gemm_b = _gemms(task, s)
-    attention_f, attention_b = _attention(task, s)
-    streams_f = _elementwise(task, s, forward=True)
-    streams_b = _elementwise(task, s, forward=False)
-    slow = task.hardware.device.sustained.base
+    parts_f, parts_b = _parts(task, s, 0), _parts(task, s, 1)
     traffic = combos.sequence_parallel == 1
     head, head_tp = _head(task, s, traffic)
     tp_f, tp_b, tp_r = _tp_traffic(task, s, traffic)
-    cp_f, cp_b = _cp_traffic(task, s, attention_f, attention_b)
+    ep_f, ep_b = _ep_traffic(task, s)
+    cp_f, cp_b = _cp_traffic(task, s, parts_f["attention"], parts_b["attention"])
     host_f, host_b = _host(task, s, 0), _host(task, s, 1)
-    parts = {"gemm": gemm_f, "attention": attention_f, "elementwise": streams_f}
-    again = [_recompute(task, parts, mode, host_f, tp) for mode, tp in zip(("selective", "full"), tp_r, strict=True)]
+    again = [_recompute(task, parts_f, mode, host_f, tp) for mode, tp in zip(("selective", "full"), tp_r, strict=True)]
+    ep_r = [ep_f * task.accounting.recomputed[mode].get("experts", 0.0) for mode in ("selective", "full")]
     moved = 3.0 * s.tokens * task.model.hidden * task.job.compute_bytes / s.split
+    zero = np.zeros_like(s.tp)
     return LayerSeconds(
-        slow * (gemm_f + attention_f + streams_f), slow * (gemm_b + attention_b + streams_b), host_f, host_b,
-        (again[0], again[1]), tp_f, tp_b, tp_r, cp_f, cp_b,
+        sum(parts_f.values(), zero), sum(parts_b.values(), zero), host_f, host_b,
+        (again[0], again[1]), tp_f, tp_b, tp_r, cp_f, cp_b, ep_f, ep_b, (ep_r[0], ep_r[1]),
         streaming_seconds(moved, task.hardware.device), head, head_tp,
     )  # fmt: skip
+
+
+def _parts(task: Task, s: _Shapes, direction: int) -> dict[str, Floats]:
+    """Device time of one layer by kind of operator, forward (0) or backward (1)."""
+    slow = task.hardware.device.sustained.base * task.constant("compute")
+    return {
+        "gemm": slow * _gemms(task, s)[direction],
+        "attention": slow * _attention(task, s)[direction],
+        "elementwise": task.constant("elementwise") * _elementwise(task, s, forward=direction == 0),
+        "experts": slow * _experts(task, s)[direction],
+    }
 
 
 def bound_by_host(task: Task, seconds: Floats, beside: Floats, host: Floats) -> Floats:
@@ -87,41 +111,82 @@ def _host(task: Task, s: _Shapes, direction: int) -> Floats:
     """Host time of one layer, forward (0) or backward (1)."""
     a = task.accounting
     kernels = (a.kernels_forward, a.kernels_backward)[direction] + np.where(s.tp > 1, a.kernels_tp[direction], 0.0)
-    return kernels * task.hardware.device.launch.base
+    kernels = kernels + (a.kernels_routed[direction] if task.model.layer.mlp.routed else 0.0)
+    return kernels * task.hardware.device.launch.base * task.constant("host")
 
 
 def _shapes(task: Task, combos: LayoutArray) -> _Shapes:
-    tp, cp, micro = (getattr(combos, name).astype(float) for name in ("tp", "cp", "micro_batch"))
+    tp, cp, ep, etp, micro = (getattr(combos, name).astype(float) for name in ("tp", "cp", "ep", "etp", "micro_batch"))
     split = np.where(combos.sequence_parallel == 1, tp, 1.0)
-    return _Shapes(micro * task.job.seq_len / cp, tp, cp, micro, split)
+    tokens = micro * task.job.seq_len / cp
+    mlp = task.model.layer.mlp
+    routed = tokens / split * etp * mlp.top_k * (mlp.capacity or 1.0)
+    return _Shapes(tokens, tp, cp, ep, etp, micro, split, routed)
 
 
 def _recompute(task: Task, parts: dict[str, Floats], mode: str, host: Floats, tp: Floats) -> Floats:
     """Compute time of what a recompute mode repeats."""
-    names = task.accounting.recomputed[mode]
-    if not names:
+    shares = task.accounting.recomputed[mode]
+    if not shares:
         return np.zeros_like(host)
-    device = task.hardware.device.sustained.base * sum((parts[n] for n in names), np.zeros_like(host))
-    return bound_by_host(task, device, tp, host * len(names) / len(parts))
+    device = sum((share * parts[n] for n, share in shares.items()), np.zeros_like(host))
+    present = [n for n in ("gemm", "attention", "elementwise")]
+    return bound_by_host(task, device, tp, host * sum(shares.get(n, 0.0) for n in present) / len(present))
 
 
 def _gemms(task: Task, s: _Shapes) -> tuple[Floats, Floats]:
-    """(forward, backward) time of the four projections; backward is one product for inputs and one for weights."""
+    """(forward, backward) time of the projections; backward is one product for inputs and one for weights."""
     model = task.model
-    kv = np.maximum(model.kv_heads / s.tp, 1.0) * model.head_dim  # kv heads are replicated when tp exceeds them
-    up = (2.0 if model.layer.mlp.kind == "gated" else 1.0) * model.mlp_width / s.tp
-    q = model.q_width / s.tp
-    h = np.full_like(q, float(model.hidden))
-    shapes = [(q + 2.0 * kv, h), (h, q), (up, h), (h, np.full_like(q, float(model.mlp_width)) / s.tp)]
-    forward, backward = np.zeros_like(q), np.zeros_like(q)
-    for n, k in shapes:
-        forward = forward + _gemm(task, s.tokens, n, k)
-        backward = backward + _gemm(task, s.tokens, k, n) + _gemm(task, k, n, s.tokens)
+    mlp, h = model.layer.mlp, np.full_like(s.tp, float(model.hidden))
+    shapes = _attention_shapes(task, s)
+    if mlp.dense_width:
+        inner = np.full_like(s.tp, float(mlp.dense_width)) / s.tp
+        shapes += [(s.tokens, (mlp.matrices - 1.0) * inner, h), (s.tokens, h, inner)]
+    if mlp.routed:
+        shapes.append((s.tokens / s.split, np.full_like(h, float(mlp.experts)), h))
+    forward, backward = np.zeros_like(h), np.zeros_like(h)
+    for m, n, k in shapes:
+        forward = forward + _linear(task, m, n, k)
+        backward = backward + _linear(task, m, k, n) + task.accounting.wgrad * _linear(task, k, n, m)
     return forward, backward
 
 
-def _gemm(task: Task, m: Floats, n: Floats, k: Floats) -> Floats:
-    return gemm_seconds(m, n, k, task.hardware.device, task.peak, task.job.compute_bytes)
+def _attention_shapes(task: Task, s: _Shapes) -> list[tuple[Floats, Floats, Floats]]:
+    """(M, N, K) of the products around attention."""
+    model = task.model
+    a, h = model.layer.attention, np.full_like(s.tp, float(model.hidden))
+    if a.kind == "latent":
+        # Down-projections are not split over tp; under sequence parallelism each rank computes them for its tokens.
+        own, q, kv = s.tokens / s.split, float(a.q_lora_rank or 0), float(a.kv_lora_rank or 0)
+        query = a.heads * float(model.head_dim) / s.tp
+        v = float(model.v_dim_of(model.layer))
+        up = a.heads * (model.head_dim - a.rope_dim + v) / s.tp
+        shapes = [(own, np.full_like(h, kv + a.rope_dim), h), (s.tokens, up, np.full_like(h, kv))]
+        direct = [(own, np.full_like(h, q), h), (s.tokens, query, np.full_like(h, q))] if q else [(s.tokens, query, h)]
+        return shapes + direct + [(s.tokens, h, a.heads * v / s.tp)]
+    kv_rank = np.maximum(model.kv_heads / s.tp, 1.0) * model.head_dim  # kv heads are replicated when tp exceeds them
+    q_rank = model.q_width / s.tp
+    return [(s.tokens, q_rank + 2.0 * kv_rank, h), (s.tokens, h, q_rank)]
+
+
+def _experts(task: Task, s: _Shapes) -> tuple[Floats, Floats]:
+    """(forward, backward) time of the routed experts: one grouped product for each projection, tokens spread evenly."""
+    mlp, zero = task.model.layer.mlp, np.zeros_like(s.tp)
+    if not mlp.routed:
+        return zero, zero
+    groups = np.maximum(mlp.experts / s.ep, 1.0)
+    m, h, inner = s.routed / groups, zero + task.model.hidden, mlp.width / s.etp
+    forward, backward = zero, zero
+    for n, k in (((mlp.matrices - 1.0) * inner, h), (h, inner)):
+        forward = forward + _linear(task, m, n, k, groups)
+        backward = backward + _linear(task, m, k, n, groups) + task.accounting.wgrad * _linear(task, k, n, m, groups)
+    return forward, backward
+
+
+def _linear(task: Task, m: Floats, n: Floats, k: Floats, groups: Floats | float = 1.0) -> Floats:
+    """A product of the layers, in the narrow type where the job has one."""
+    size = {"same": float(task.job.compute_bytes), "fp8": 1.0, "fp4": 0.5}[task.job.linears]
+    return gemm_seconds(m, n, k, task.hardware.device, task.linear_peak, size, groups)
 
 
 def _attention(task: Task, s: _Shapes) -> tuple[Floats, Floats]:
@@ -129,31 +194,45 @@ def _attention(task: Task, s: _Shapes) -> tuple[Floats, Floats]:
     window = float(min(model.layer.attention.sliding_window or length, length))
     # A window w of a sequence s sees w (1 - w / 2s) keys on average, a full causal one s / 2.
     visible = 2.0 * window * (1.0 - window / (2.0 * length))
-    return attention_seconds(
-        s.micro_batch,
-        np.full_like(s.tp, visible),
-        length / s.cp,
-        model.heads / s.tp,
-        model.head_dim,
-        task.hardware.device,
-        task.peak,
-    )
+    width = model.attention_dim_of(model.layer)
+    work = AttentionWork(s.micro_batch, length / s.cp, length, visible, model.heads / s.tp, width)
+    kernel = fused_attention_seconds if task.accounting.attention == "fused" else unfused_attention_seconds
+    forward, backward = kernel(work, task.hardware.device, task.peak)
+    return forward / task.accounting.attention_rate, backward / task.accounting.attention_rate
 
 
 def _elementwise(task: Task, s: _Shapes, forward: bool) -> Floats:
     a, model = task.accounting, task.model
-    e = (a.elementwise_forward if forward else a.elementwise_backward)[model.layer.mlp.kind]
-    split = e.mlp * model.mlp_width + e.q * model.q_width + e.kv * model.kv_width
-    per_token = e.hidden * model.hidden / s.split + split / s.tp
-    return streaming_seconds(s.tokens * per_token * task.job.compute_bytes / 2.0, task.hardware.device)
+    mlp = model.layer.mlp
+    e = (a.elementwise_forward if forward else a.elementwise_backward)[mlp.kind]
+    split = e.mlp * mlp.dense_width + e.q * model.q_width + e.kv * model.kv_width
+    moved = s.tokens * ((e.hidden + e.norm) * model.hidden / s.split + split / s.tp)
+    if mlp.routed:
+        moved = moved + s.routed * (e.routed * model.hidden + e.mlp * mlp.width / s.etp)
+    seconds = streaming_seconds(moved * task.job.compute_bytes / 2.0, task.hardware.device)
+    return seconds + _casts(task, s) * (1.0 if forward else 2.0)
+
+
+def _casts(task: Task, s: _Shapes) -> Floats:
+    """Time of quantising the inputs of narrow products: read two bytes, write one, for each of them."""
+    if task.job.linears == "same":
+        return np.zeros_like(s.tp)
+    model, mlp = task.model, task.model.layer.mlp
+    split = s.tokens * (2.0 * model.hidden / s.split + (model.q_width + mlp.dense_width) / s.tp)
+    routed = s.routed * (model.hidden + mlp.width / s.etp) if mlp.routed else 0.0
+    return streaming_seconds(3.0 * (split + routed), task.hardware.device)
 
 
 def _tp_traffic(task: Task, s: _Shapes, sequence: np.ndarray) -> tuple[Floats, Floats, tuple[Floats, Floats]]:
-    """Exposed time of one layer's tensor-parallel collectives: forward, backward, (selective, full) recompute."""
+    """Exposed time of one layer's tensor-parallel collectives: forward, backward, (selective, full) recompute.
+
+    A layer of routed experts without shared ones needs those around attention only: half of them.
+    """
     a = task.accounting
     n_bytes = s.tokens * task.model.hidden * task.job.compute_bytes
+    share = (1.0 - a.tp_overlap) * task.constant("tp") * (1.0 if task.model.layer.mlp.dense_width else 0.5)
     cost = {
-        op: (1.0 - a.tp_overlap) * collective_seconds(op, s.tp, np.ones_like(s.tp), n_bytes, task.hardware)
+        op: share * collective_seconds(op, s.tp, np.ones_like(s.tp), n_bytes, task.hardware)
         for op in ("all_reduce", "all_gather", "reduce_scatter")
     }
 
@@ -171,6 +250,22 @@ def _tp_traffic(task: Task, s: _Shapes, sequence: np.ndarray) -> tuple[Floats, F
     return values[0], values[1], (values[2], values[3])
 
 
+def _ep_traffic(task: Task, s: _Shapes) -> tuple[Floats, Floats]:
+    """Exposed time of sending tokens to their experts and back, forward and backward.
+
+    Two all-to-alls each way over ep; inside the experts' own tensor parallelism tokens are gathered and summed.
+    """
+    zero = np.zeros_like(s.tp)
+    if not task.model.layer.mlp.routed:
+        return zero, zero
+    e, device = task.job.compute_bytes, task.hardware
+    sent = s.routed / s.etp * task.model.hidden * e
+    exchange = collective_seconds("all_to_all", s.ep, s.etp, sent, device)
+    inside = collective_seconds("all_gather", s.etp, np.ones_like(s.tp), sent * s.etp, device)
+    once = (1.0 - task.accounting.ep_overlap) * task.constant("ep") * 2.0 * (exchange + inside)
+    return once, once
+
+
 def _cp_traffic(task: Task, s: _Shapes, forward: Floats, backward: Floats) -> tuple[Floats, Floats]:
     """Exposed time of exchanging keys and values around the cp ring under the attention that they feed.
 
@@ -185,13 +280,15 @@ def _cp_traffic(task: Task, s: _Shapes, forward: Floats, backward: Floats) -> tu
 
 def _head(task: Task, s: _Shapes, sequence: np.ndarray) -> tuple[Floats, Floats]:
     """(compute, tp traffic) of the final projection and the loss, forward and backward."""
-    model, a = task.model, task.accounting
+    model, a, device, e = task.model, task.accounting, task.hardware.device, task.job.compute_bytes
     vocab = model.vocab / s.tp if a.logits_split else np.full_like(s.tp, float(model.vocab))
     h = np.full_like(vocab, float(model.hidden))
-    gemms = _gemm(task, s.tokens, vocab, h) + _gemm(task, s.tokens, h, vocab) + _gemm(task, h, vocab, s.tokens)
-    loss = streaming_seconds(a.loss_traffic * s.tokens * vocab * task.job.compute_bytes / 2.0, task.hardware.device)
-    n_bytes = s.tokens * model.hidden * task.job.compute_bytes
+    shapes = ((s.tokens, vocab, h), (s.tokens, h, vocab), (h, vocab, s.tokens))
+    gemms = sum((gemm_seconds(*shape, device, task.peak, e) for shape in shapes), np.zeros_like(h))
+    loss = streaming_seconds(a.loss_traffic * s.tokens * vocab * e / 2.0, device) * task.constant("elementwise")
+    n_bytes = s.tokens * model.hidden * e
     one = np.ones_like(s.tp)
     gather = collective_seconds("all_gather", s.tp, one, n_bytes, task.hardware)
     reduce = collective_seconds("all_reduce", s.tp, one, n_bytes, task.hardware)
-    return (gemms + loss) * task.hardware.device.sustained.base, np.where(sequence, 2.0 * gather, reduce)
+    slow = device.sustained.base * task.constant("compute")
+    return gemms * slow + loss, task.constant("tp") * np.where(sequence, 2.0 * gather, reduce)

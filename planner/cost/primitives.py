@@ -111,6 +111,7 @@ class TimeParts:
     compute: Floats
     tp: Floats
     cp: Floats
+    ep: Floats
     zero: Floats
     """Exposed gathers and reductions of every micro-batch."""
     head_tp: Floats
@@ -142,6 +143,8 @@ class PrimitiveTable:
     """Combination of each layout."""
     columns: dict[str, Ints]
     """Fields of `Primitives` by combination."""
+    window: Ints
+    """ns of step-wise traffic that one layer's compute hides without chunks."""
     boundary: Ints
     waiting: Ints
     output: Ints
@@ -157,19 +160,31 @@ class PrimitiveTable:
         boundary = self.boundary.take(share)
         many = x.pp > 1
         buffers = np.where(a.receive_all_microbatches, x.microbatches, a.receive_count)
-        outside = ceil(d.context.base + d.communicator.base * memory.communicators(x))
+        outside = d.context.base + d.communicator.base * memory.communicators(x) + a.outside_bytes
+        outside = ceil(self.task.constant("outside") * outside)
         waiting = np.where(x.schedule == GPIPE, x.microbatches - 1, 0) * self.waiting.take(share)
         return Primitives(
             **{k: v.take(share) for k, v in self.columns.items()},
             p2p=self._p2p(x, share),
-            constant=np.full(len(x), int(a.step_seconds * 1e9), dtype=np.int64),
+            hide=self._hide(x, share),
+            constant=np.full(len(x), int(a.step_seconds * self.task.growth * 1e9), dtype=np.int64),
             waiting=waiting + np.where(many, self.output.take(share), 0),
-            boundary=np.where(many & a.keeps_stage_output, boundary, 0),
+            boundary=np.where(many & a.keeps_stage_output, ceil(a.boundary_copies * boundary), 0),
             receive=np.where(many, boundary * buffers, 0),
             chunks=x.virtual_stages,
-            capacity=np.floor((self.task.limit - outside) / a.reserved_ratio).astype(np.int64),
+            capacity=np.floor((self.task.limit - outside) / self.task.reserved_ratio).astype(np.int64),
             outside=outside,
         )
+
+    def _hide(self, x: LayoutArray, share: Ints) -> Ints:
+        """Step-wise traffic that one layer's compute hides.
+
+        A share of one micro-batch's compute: gradients are reduced beside the last backward. With chunks a chunk's
+        gradients are ready while pp micro-batches still pass back through each of the others.
+        """
+        window = self.window.take(share)
+        v, others = x.virtual_stages, np.minimum(x.microbatches, x.pp)
+        return np.where(v > 1, np.maximum(window, window * others * (v - 1) // v), window)
 
     def _p2p(self, x: LayoutArray, share: Ints) -> Ints:
         """Exposed neighbour traffic of one micro-batch: both directions through each of the v chunks."""
@@ -188,37 +203,51 @@ class PrimitiveTable:
         return TimeParts(**t, recompute_tp=again)
 
 
+_BLOCK = ("tp", "cp", "ep", "etp", "micro_batch", "sequence_parallel")
+"""What a layer's operators depend on."""
+_OUTER = (*_BLOCK, "dp", "zero")
+"""What everything but the pipeline's own terms depends on."""
+
+
 def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
     """Price the distinct combinations among layouts."""
-    shared, share = _combinations(layouts, ("tp", "cp", "micro_batch", "sequence_parallel", "dp", "zero"), accumulate=True)
-    block, spread = _combinations(shared, ("tp", "cp", "micro_batch", "sequence_parallel"))
+    shared, share = _combinations(layouts, _OUTER, accumulate=True)
+    block, spread = _combinations(shared, _BLOCK)
     seconds = operators.layer_seconds(task, block)
+    def ns(value: Floats) -> Ints:
+        return _ns(value * task.growth)
+
     compute = _compute(task, shared, seconds, spread)
     traffic = _dp_traffic(task, shared, compute)
     states = _states(task, shared)
     acts = memory.activation_bytes(task, block)
     blocks = {
-        "embedding": _ns(seconds.embedding), "head": _ns(seconds.head + seconds.head_tp),
-        "recompute1": _ns(seconds.recompute[0] + seconds.tp_recompute[0]),
-        "recompute2": _ns(seconds.recompute[1] + seconds.tp_recompute[1]),
+        "embedding": ns(seconds.embedding), "head": ns(seconds.head + seconds.head_tp),
+        "recompute1": ns(seconds.recompute[0] + seconds.tp_recompute[0] + seconds.ep_recompute[0]),
+        "recompute2": ns(seconds.recompute[1] + seconds.tp_recompute[1] + seconds.ep_recompute[1]),
         "act0": acts.layer[0], "act1": acts.layer[1], "act2": acts.layer[2],
     }  # fmt: skip
-    columns = {k: v[spread] for k, v in blocks.items()} | _layer_ns(seconds, compute, traffic, spread) | traffic.ns | states
+    columns = {k: v[spread] for k, v in blocks.items()} | _layer_ns(task, seconds, compute, traffic, spread) | traffic.ns | states
     columns["transient"] = acts.backward[spread] + columns.pop("unit")
     columns["head_transient"] = acts.head[spread] + columns.pop("head_unit")
     times = {
         "compute": compute[0] + compute[1],
         "tp": (seconds.tp_forward + seconds.tp_backward)[spread],
         "cp": (seconds.cp_forward + seconds.cp_backward)[spread],
+        "ep": (seconds.ep_forward + seconds.ep_backward)[spread],
         "zero": traffic.forward + traffic.backward,
         "head_tp": seconds.head_tp[spread],
         "recompute_tp1": seconds.tp_recompute[0][spread],
         "recompute_tp2": seconds.tp_recompute[1][spread],
     }
+    times = {k: v * task.growth for k, v in times.items()}
     boundary = acts.boundary[spread]
-    hops = tuple(_ns(seconds) for seconds in neighbour_seconds(boundary.astype(float), task.hardware))
+    sent = np.where(task.accounting.pp_split & (shared.sequence_parallel == 0), boundary / shared.tp, boundary)
+    hops = tuple(
+        ns(task.constant("pp") * (seconds + task.accounting.pp_slot)) for seconds in neighbour_seconds(sent, task.hardware)
+    )
     return PrimitiveTable(
-        task, layouts, share, columns, boundary, acts.waiting[spread], acts.output[spread], hops, times
+        task, layouts, share, columns, columns.pop("hide"), boundary, acts.waiting[spread], acts.output[spread], hops, times
     )  # fmt: skip
 
 
@@ -260,7 +289,7 @@ def _compute(task: Task, layouts: LayoutArray, seconds: operators.LayerSeconds, 
         (seconds.forward, seconds.host_forward, seconds.tp_forward, seconds.cp_forward),
         (seconds.backward, seconds.host_backward, seconds.tp_backward, seconds.cp_backward),
     )):  # fmt: skip
-        more = np.where(gathers, a.kernels_gather[i] * task.hardware.device.launch.base, 0.0)
+        more = np.where(gathers, a.kernels_gather[i] * task.hardware.device.launch.base * task.constant("host"), 0.0)
         result.append(operators.bound_by_host(task, device[to_block], (tp + cp)[to_block], host[to_block] + more))
     return result[0], result[1]
 
@@ -276,16 +305,15 @@ def _dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats]
         rows = np.nonzero(layouts.zero == zero)[0]
         for item in rule.traffic:
             n_bytes = a.size(item.size, task.job.compute_bytes)
+            x = layouts.take(rows)
+            groups = {place: (x.shard, x.tp, count[rows]) for place, count in _places(params).items()}
+            groups["experts"] = (x.expert_shard, x.ep * x.etp, params["experts"][rows])
             cost = {
-                place: collective_seconds(
-                    item.op,
-                    layouts.shard[rows].astype(float),
-                    layouts.tp[rows].astype(float),
-                    n_bytes * count[rows],
-                    task.hardware,
-                )
-                for place, count in _places(params).items()
+                place: task.constant("dp")
+                * collective_seconds(item.op, n.astype(float), stride.astype(float), n_bytes * count, task.hardware)
+                for place, (n, stride, count) in groups.items()
             }
+            cost["layer"] = cost["layer"] + cost.pop("experts")
             if item.per == "microbatch":
                 each[item.under][rows] += cost["layer"]
             else:
@@ -293,19 +321,20 @@ def _dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats]
                     step[place][rows] += cost[place]
     forward, backward = compute
     exposed = [overlapped(c, each[k], slow, a.dp_floor) for k, c in (("forward", forward), ("backward", backward))]
-    own = {place: _places(params)[place] for place in step}
-    update = {
-        place: streaming_seconds(
-            a.optimizer_bytes * count / np.where(layouts.zero > 0, layouts.shard, 1) + a.optimizer_whole_bytes * count,
-            task.hardware.device,
-        )
-        for place, count in own.items()
-    }
+    sharded = layouts.zero > 0
+
+    def optimizer(count: Floats, shard: Ints) -> Floats:
+        owned = count / np.where(sharded, shard, 1)
+        return streaming_seconds(a.optimizer_bytes * owned + a.optimizer_whole_bytes * count, task.hardware.device)
+
+    update = {place: optimizer(count, layouts.shard) for place, count in _places(params).items()}
+    update["layer"] = update["layer"] + optimizer(params["experts"], layouts.expert_shard)
     suffix = {"layer": "", "first": "_first", "last": "_last"}
-    ns = {f"comm{suffix[p]}": _ns(step[p]) for p in step}
-    ns |= {f"floor{suffix[p]}": _ns(a.dp_floor * step[p]) for p in step}
-    ns |= {f"update{suffix[p]}": _ns(update[p]) for p in step}
-    ns["hide"] = np.floor(a.dp_window * (forward + backward) * 1e9).astype(np.int64)
+    grow = task.growth
+    ns = {f"comm{suffix[p]}": _ns(grow * step[p]) for p in step}
+    ns |= {f"floor{suffix[p]}": _ns(grow * a.dp_floor * step[p]) for p in step}
+    ns |= {f"update{suffix[p]}": _ns(grow * update[p]) for p in step}
+    ns["hide"] = np.floor(grow * a.dp_window * (forward + backward) * 1e9).astype(np.int64)
     return _DpTraffic(exposed[0], exposed[1], ns)
 
 
@@ -315,13 +344,13 @@ def _places(params: dict[str, Floats]) -> dict[str, Floats]:
 
 
 def _layer_ns(
-    seconds: operators.LayerSeconds, compute: tuple[Floats, Floats], traffic: _DpTraffic, to_block: Ints
+    task: Task, seconds: operators.LayerSeconds, compute: tuple[Floats, Floats], traffic: _DpTraffic, to_block: Ints
 ) -> dict[str, Ints]:
-    forward = (seconds.tp_forward + seconds.cp_forward)[to_block]
-    backward = (seconds.tp_backward + seconds.cp_backward)[to_block]
+    forward = (seconds.tp_forward + seconds.cp_forward + seconds.ep_forward)[to_block]
+    backward = (seconds.tp_backward + seconds.cp_backward + seconds.ep_backward)[to_block]
     return {
-        "forward": _ns(compute[0] + forward + traffic.forward),
-        "backward": _ns(compute[1] + backward + traffic.backward),
+        "forward": _ns(task.growth * (compute[0] + forward + traffic.forward)),
+        "backward": _ns(task.growth * (compute[1] + backward + traffic.backward)),
     }
 
 
@@ -332,13 +361,15 @@ def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
     """Bytes of parameters, gradients and optimizer states of a layer and of the first and last rank's extras."""
     a, params = task.accounting, memory.rank_params(task, layouts)
     per = memory.state_bytes(task, layouts.zero, layouts.shard, layouts.microbatches)
-    backward = sum(per.backward.values(), np.zeros(len(layouts)))
-    update = sum(per.update.values(), np.zeros(len(layouts)))
-    place = _places(params)
+    routed = memory.state_bytes(task, layouts.zero, layouts.expert_shard, layouts.microbatches)
+    zeros = np.zeros(len(layouts))
+    backward, update = sum(per.backward.values(), zeros), sum(per.update.values(), zeros)
+    place, experts = _places(params), params["experts"]
+    more = {"state": sum(routed.backward.values(), zeros) * experts, "updating": sum(routed.update.values(), zeros) * experts}
     result = {}
     for name, suffix in (("layer", ""), ("first", "_first"), ("last", "_last")):
-        result[f"state{suffix}"] = ceil(backward * place[name])
-        result[f"updating{suffix}"] = ceil(update * place[name])
+        result[f"state{suffix}"] = ceil(backward * place[name] + (0 if suffix else more["state"]))
+        result[f"updating{suffix}"] = ceil(update * place[name] + (0 if suffix else more["updating"]))
     beside_head = ceil(per.resident * params["head"])
     result["state_last"] += beside_head
     result["updating_last"] += beside_head
@@ -346,14 +377,15 @@ def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
     rest = rest if a.embedding_gradient_whole else np.zeros(len(layouts))
     result["state_first"] += ceil(per.whole_gradients * rest)
     return result | {
-        "fixed": ceil(per.resident * params["layer"] + task.hardware.device.workspace.base),
-        "unit": ceil(per.unit * params["layer"]),
-        "reduction": ceil(per.unit_reduction * params["layer"]),
+        # Weight-gradient buffers exist once for each shape: one expert stands for all.
+        "fixed": ceil(per.resident * (params["layer"] + params["expert"]) + task.hardware.device.workspace.base),
+        "unit": ceil(per.unit * params["layer"] + routed.unit * experts),
+        "reduction": ceil(per.unit_reduction * params["layer"] + routed.unit_reduction * experts),
         "head_unit": ceil(per.head * params["head"]),
         "head_reduction": ceil(per.head_reduction * params["head"]),
-        "last_reduction": ceil(per.last_reduction * params["layer"]),
-        "last_layer": ceil(per.last_unit * params["layer"]),
+        "last_reduction": ceil(per.last_reduction * params["layer"] + routed.last_reduction * experts),
+        "last_layer": ceil(per.last_unit * params["layer"] + routed.last_unit * experts),
         "last_embedding": ceil(per.last_unit * params["embedding"] + task.job.compute_bytes * rest),
-        "carried": ceil(per.carried * params["layer"]),
+        "carried": ceil(per.carried * params["layer"] + routed.carried * experts),
         "carried_first": ceil(per.carried * params["embedding"]),
     }

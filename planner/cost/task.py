@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy.typing as npt
 
 from planner.cost.accounting import Accounting
 from planner.errors import input_error
+from planner.specs.calibration import Calibration
 from planner.specs.hardware import HardwareProfile
 from planner.specs.job import Job
 from planner.specs.layout import SCHEDULES, Layout, Stage
@@ -23,6 +26,10 @@ Bools = npt.NDArray[np.bool_]
 NONE, GPIPE, ONE_F_ONE_B, INTERLEAVED = range(len(SCHEDULES))
 """Codes of the schedules, in the order of their names."""
 
+
+NARROW_SHARE = {"fp8": 0.91, "fp4": 0.80}
+"""What fp8 and fp4 products gain in training over what their peak rates promise: fitted on published runs of the
+Transformer Engine stack (1.82 and 3.2 times bf16)."""
 
 MAX_DEVICES = 1_000_000
 """Larger clusters are neither planned nor tried."""
@@ -59,6 +66,44 @@ class Task:
                 "PLN120", what, f"it has {known}", f"add device.peak.{self.job.precision}, or choose another precision"
             )
         return figure.base
+
+    @property
+    def linear_peak(self) -> float:
+        """Peak of the layers' matrix products, FLOP/s: more than `peak` with narrow types (`Job.linears`).
+
+        Raises InputError when the profile lacks that type.
+        """
+        kind = self.job.linears
+        if kind == "same":
+            return self.peak
+        figure = self.hardware.device.peak.get(kind)
+        if figure is None:
+            what = f"profile {self.hardware.name} has no peak rate for {kind}"
+            raise input_error("PLN120", what, "", f"add device.peak.{kind}, or set linears: same")
+        return max(self.peak, figure.base * NARROW_SHARE[kind]) * self.constant("narrow")
+
+    def constant(self, name: str) -> float:
+        """A fitted constant of this engine on this machine, or its prior."""
+        return self.calibration.value(name)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """The fitted constants of this engine on this machine."""
+        return self.hardware.calibration(self.accounting.name)
+
+    @cached_property
+    def growth(self) -> float:
+        """Factor on all times: straggling and congestion grow with every doubling of devices beyond one node."""
+        return 1.0 + self.constant("scale") * max(0.0, math.log2(self.gpus / self.hardware.node_size))
+
+    @property
+    def reserved_ratio(self) -> float:
+        """Reserved over allocated memory."""
+        return self.accounting.reserved_ratio * self.constant("reserved")
+
+    def only(self, kind: int) -> Task:
+        """The task with all layers of one kind."""
+        return replace(self, model=self.model.only(kind))
 
     @property
     def limit(self) -> int:
@@ -99,6 +144,11 @@ class LayoutArray:
     def shard(self) -> Ints:
         """D, the ranks over which ZeRO shards."""
         return self.dp * self.cp
+
+    @property
+    def expert_shard(self) -> Ints:
+        """Ranks that hold the same experts: tp cp dp / (ep etp), at least 1."""
+        return np.maximum(self.tp * self.cp * self.dp // (self.ep * self.etp), 1)
 
     def layout(self, row: int, stages: Sequence[Stage]) -> Layout:
         """The spec layout of one entry with its stages: the inverse of `of`."""

@@ -216,7 +216,7 @@ def values_of(task: Subject | Task, layout: Layout) -> dict[str, Any]:
     model, job = task.model, task.job
     return {
         **layout.model_dump(exclude={"stages"}),
-        "product": layout.world_size, "gpus": task.gpus, "microbatches": layout.microbatches(job),
+        "product": layout.world_size, "shard": layout.dp * layout.cp, "gpus": task.gpus, "microbatches": layout.microbatches(job),
         "heads": model.heads, "kv_heads": model.kv_heads, "mlp_width": model.mlp_width, "vocab": model.vocab,
         "n_layers": model.n_layers, "max_positions": model.max_positions, "model": model.name,
         "seq_len": job.seq_len, "global_batch": job.global_batch, "precision": job.precision,

@@ -9,16 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from planner.cost.accounting import (
-    COMPUTE,
     Accounting,
     Elementwise,
-    Held,
     Saved,
     TpTraffic,
-    Traffic,
-    ZeroRule,
 )
 from planner.engines.base import Engine, Rule, kv_heads_divisible, microbatches_below_pp
+from planner.engines.fsdp2 import ZERO
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -74,70 +71,6 @@ RULES: tuple[Rule, ...] = (
     ),
 )  # fmt: skip
 
-_MASTER = (Held("params", 4, shard=False), Held("optimizer", 8, shard=False))
-_SHARDED = (Held("params", 4, shard=True), Held("optimizer", 8, shard=True))
-# FSDP2 copies parameters to the compute type even in a group of one, and in fp32; fp32 on one rank is not wrapped.
-_COPY = Held("params", COMPUTE, shard=False, when="copied")
-_OWN_GRADIENT = Held("grads", COMPUTE, shard=False, when="copied")
-_REDUCE_INPUT = Held("grads", 4, shard=False)
-_REDUCE_OUTPUT = Held("grads", 4, shard=True)
-_STEP_GATHER = Traffic("all_gather", COMPUTE, "step", "forward")
-# With one micro-batch stages 0 and 1 reduce in their only backward; with several they add up whole fp32 gradients.
-_ONCE_INPUT = Held("grads", 4, shard=False, when="single")
-_ONCE_OUTPUT = Held("grads", 4, shard=True, when="single")
-_CARRIED = Held("grads", 4, shard=False, when="accumulating")
-
-ZERO = {
-    0: ZeroRule(
-        backward=(*_MASTER, _COPY, Held("grads", 4, shard=False, when="accumulating")),
-        update=(*_MASTER, Held("grads", 4, shard=False)),
-        traffic=(Traffic("all_reduce", 4, "step", "backward"),),
-        unit=(_OWN_GRADIENT,),
-        unit_reduction=(Held("grads", 4, shard=False, when="single"),),
-        head_reduction=(Held("grads", 4, shard=False, when="single"),),
-        last_reduction=(Held("grads", 4, shard=False, when="copied"),),
-        last_unit=(_OWN_GRADIENT, Held("grads", 4, shard=False, when="copied")),
-    ),
-    1: ZeroRule(
-        backward=(*_SHARDED, _COPY, Held("grads", 4, shard=False, when="accumulating")),
-        update=(*_SHARDED, _REDUCE_OUTPUT),
-        traffic=(_STEP_GATHER, Traffic("reduce_scatter", 4, "step", "backward")),
-        unit=(_OWN_GRADIENT,),
-        unit_reduction=(_ONCE_INPUT, _ONCE_OUTPUT),
-        head_reduction=(_ONCE_INPUT, _ONCE_OUTPUT),
-        last_reduction=(_REDUCE_INPUT,),
-        last_unit=(_OWN_GRADIENT, _REDUCE_INPUT),
-    ),
-    2: ZeroRule(
-        backward=(*_SHARDED, _COPY, Held("grads", 4, shard=True, when="accumulating")),
-        update=(*_SHARDED, _REDUCE_OUTPUT),
-        traffic=(_STEP_GATHER, Traffic("reduce_scatter", 4, "microbatch", "backward")),
-        unit=(_OWN_GRADIENT,),
-        unit_reduction=(_REDUCE_INPUT, _REDUCE_OUTPUT),
-        head_reduction=(_REDUCE_INPUT, _REDUCE_OUTPUT),
-        carried=(_CARRIED,),
-        last_reduction=(_REDUCE_INPUT,),
-        last_unit=(_OWN_GRADIENT, _REDUCE_INPUT),
-    ),
-    3: ZeroRule(
-        backward=(*_SHARDED, Held("grads", 4, shard=True, when="accumulating")),
-        update=(*_SHARDED, _REDUCE_OUTPUT),
-        traffic=(
-            Traffic("all_gather", COMPUTE, "microbatch", "forward"),
-            Traffic("all_gather", COMPUTE, "microbatch", "backward"),
-            Traffic("reduce_scatter", 4, "microbatch", "backward"),
-        ),
-        unit=(Held("params", COMPUTE, shard=False), Held("params", COMPUTE, shard=False), _OWN_GRADIENT),
-        unit_reduction=(_REDUCE_INPUT, _REDUCE_OUTPUT),
-        # The head's parameters stay gathered from forward to backward, and its reduction runs beside the last layer.
-        head=(Held("params", COMPUTE, shard=False),),
-        head_reduction=(_REDUCE_INPUT, _REDUCE_OUTPUT),
-        carried=(_CARRIED,),
-        last_reduction=(_REDUCE_INPUT,),
-        last_unit=(_OWN_GRADIENT, _REDUCE_INPUT),
-    ),
-}  # fmt: skip
-
 SAVED = (
     Saved("norm inputs", "hidden", 2, "sequence"),
     Saved("norm inputs", "hidden", 1, "sequence", kept=("selective", "full")),
@@ -162,6 +95,7 @@ _TP = TpTraffic(
 )
 
 ACCOUNTING = Accounting(
+    name="bundled",
     saved=SAVED,
     zero=ZERO,
     tp_sequence=_TP,
@@ -169,7 +103,10 @@ ACCOUNTING = Accounting(
     # Eager kernels: fused norms, residuals, and rotary positions in fp32, which pass over queries and keys many times.
     elementwise_forward={"gelu": Elementwise(20, 4, 50, 50), "gated": Elementwise(20, 10, 50, 50)},
     elementwise_backward={"gelu": Elementwise(28, 6, 56, 56), "gated": Elementwise(28, 18, 56, 56)},
-    recomputed={"selective": ("gemm", "elementwise"), "full": ("gemm", "attention", "elementwise")},
+    recomputed={
+        "selective": {"gemm": 1.0, "elementwise": 1.0},
+        "full": {"gemm": 1.0, "attention": 1.0, "elementwise": 1.0},
+    },
     logit_bytes=12.0,
     logit_bytes_fp32=12.0,
     logits_split=True,

@@ -68,17 +68,34 @@ ZERO = {
     ),
 }
 
+_KEPT = ("none", "selective")
 SAVED = (
-    Saved("norm inputs, outputs", "hidden", 4, "sequence", kept=("none", "selective")),
+    Saved("norm inputs, outputs", "hidden", 4, "sequence", kept=_KEPT, only=("wide",)),
+    # With narrow products their inputs are kept in one byte: both norm outputs, and the attention output beside it.
+    Saved("norm inputs", "hidden", 2, "sequence", kept=_KEPT, only=("narrow",)),
+    Saved("narrow norm outputs", "hidden", 2, "sequence", size=1, kept=_KEPT, only=("narrow",)),
+    Saved("narrow attention output", "v", 1, "tensor", size=1, kept=_KEPT, only=("narrow",)),
     Saved("layer input", "hidden", 1, "sequence", kept=("full",)),
-    Saved("query, attention output", "q", 2, "tensor", kept=("none", "selective")),
-    Saved("key, value", "kv", 2, "tensor", kept=("none", "selective")),
+    Saved("query", "q", 1, "tensor", kept=_KEPT),
+    Saved("key, value", "kv", 2, "tensor", kept=_KEPT, only=("softmax",)),
+    Saved("key", "q", 1, "tensor", kept=_KEPT, only=("latent",)),
+    Saved("value", "v", 1, "tensor", kept=_KEPT, only=("latent",)),
+    Saved("attention output", "v", 1, "tensor", kept=_KEPT),
+    Saved("query latent, normed", "q_latent", 2, "sequence", kept=_KEPT, only=("latent",)),
+    Saved("key/value latent, normed", "kv_latent", 2, "sequence", kept=_KEPT, only=("latent",)),
     Saved("log-sum-exp", "heads", 1, "tensor", size=4),
-    Saved("gate, up, product", "mlp", 3, "tensor", only=("gated",), kept=("none", "selective")),
-    Saved("gelu input, output", "mlp", 2, "tensor", only=("gelu",), kept=("none", "selective")),
+    Saved("gate, up", "mlp", 2, "tensor", only=("gated",), kept=_KEPT),
+    Saved("product", "mlp", 1, "tensor", only=("gated", "wide"), kept=_KEPT),
+    Saved("narrow product", "mlp", 1, "tensor", size=1, only=("gated", "narrow"), kept=_KEPT),
+    Saved("gelu input, output", "mlp", 2, "tensor", only=("gelu",), kept=_KEPT),
+    Saved("router logits", "experts", 1, "sequence", size=4, kept=_KEPT),
+    Saved("routed inputs, outputs", "routed", 2, "sequence", kept=_KEPT),
+    Saved("experts' gate, up, product", "routed_mlp", 3, "sequence", only=("gated",), kept=_KEPT),
+    Saved("experts' gelu input, output", "routed_mlp", 2, "sequence", only=("gelu",), kept=_KEPT),
 )
 
 ACCOUNTING = Accounting(
+    name="megatron",
     saved=SAVED,
     zero=ZERO,
     tp_sequence=TpTraffic(
@@ -92,7 +109,10 @@ ACCOUNTING = Accounting(
     elementwise_forward={"gelu": Elementwise(22, 4, 12, 0), "gated": Elementwise(20, 6, 8, 8)},
     elementwise_backward={"gelu": Elementwise(28, 6, 12, 0), "gated": Elementwise(24, 10, 8, 8)},
     # Selective is Megatron's core attention: with flash attention it repeats the kernel and saves its statistics only.
-    recomputed={"selective": ("attention",), "full": ("gemm", "attention", "elementwise")},
+    recomputed={
+        "selective": {"attention": 1.0},
+        "full": {"gemm": 1.0, "attention": 1.0, "elementwise": 1.0, "experts": 1.0},
+    },
     logit_bytes=2.0,
     logit_bytes_fp32=4.0,
     logits_split=True,

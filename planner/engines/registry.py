@@ -1,21 +1,44 @@
-"""The engines by name."""
+"""The engines by name, and their accountings by name and traits."""
 
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
+from functools import cache
 
+from planner.cost.accounting import Accounting
 from planner.engines.base import Engine
 from planner.engines.bundled import BUNDLED
+from planner.engines.deepspeed import DEEPSPEED
 from planner.engines.megatron import MEGATRON
+from planner.engines.nanotron import NANOTRON
+from planner.engines.torchtitan import FSDP1, TORCHTITAN
+from planner.engines.traits import TRAITS
 from planner.errors import input_error
 
-ENGINES: dict[str, Engine] = {e.name: e for e in (BUNDLED, MEGATRON)}
+ENGINES: dict[str, Engine] = {e.name: e for e in (BUNDLED, MEGATRON, TORCHTITAN, DEEPSPEED, NANOTRON, FSDP1)}
 
 
 def engine_named(name: str) -> Engine:
-    """The engine called `name`. Raises InputError."""
-    if name not in ENGINES:
-        near = difflib.get_close_matches(name, list(ENGINES), n=1)
+    """The engine called `name`, with the accounting of its traits: `megatron`, `megatron+bf16-grads`. Raises InputError."""
+    base, *traits = name.split("+")
+    if base not in ENGINES:
+        near = difflib.get_close_matches(base, list(ENGINES), n=1)
         fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(ENGINES)}"
-        raise input_error("PLN501", f"no engine called '{name}'", f"engines are {', '.join(ENGINES)}", fix)
-    return ENGINES[name]
+        raise input_error("PLN501", f"no engine called '{base}'", f"engines are {', '.join(ENGINES)}", fix)
+    engine = ENGINES[base]
+    return replace(engine, accounting=accounting_named(name)) if traits else engine
+
+
+@cache
+def accounting_named(name: str) -> Accounting:
+    """The accounting of an engine with traits, joined by `+`. Raises InputError."""
+    base, *traits = name.split("+")
+    accounting = engine_named(base).accounting
+    for trait in traits:
+        if trait not in TRAITS:
+            near = difflib.get_close_matches(trait, list(TRAITS), n=1)
+            fix = f"did you mean {near[0]}?" if near else f"use some of {', '.join(TRAITS)}"
+            raise input_error("PLN502", f"no engine trait called '{trait}'", f"in '{name}'", fix)
+        accounting = TRAITS[trait].apply(accounting)
+    return replace(accounting, name=name) if traits else accounting

@@ -79,18 +79,11 @@ def _breakdown(c: _Priced, seconds: float) -> Breakdown:
         "cp_comm": m * n * one["cp"],
         "zero_comm": m * n * one["zero"],
         "pp_comm": m * int(c.p.p2p[0]) / 1e9,
-        "bubble": (int(time.sum()) - int(time[s])) / v / 1e9 + m * _unequal_chunks(c, s),
+        "bubble": (int(time.sum()) - int(time[s])) / v / 1e9,
         "dp_comm": (int(once[d]) - update) / 1e9,
         "optimizer": update / 1e9,
     }
     return Breakdown(**parts, other=max(seconds - sum(parts.values()), 0.0))
-
-
-def _unequal_chunks(c: _Priced, s: int) -> float:
-    """Seconds a micro-batch that rank `s` waits because its chunks differ."""
-    stage = [np.array([int(a[s])]) for a in (c.stages.layers, c.stages.selective, c.stages.full)]
-    first, last = np.array([int(s == 0)]), np.array([int(s == c.layout.pp - 1)])
-    return (int(c.cost.time[s]) - int(step.stage_linear_time(c.p, first, last, *stage)[0])) / 1e9
 
 
 def _memory(c: _Priced) -> Memory:
@@ -124,7 +117,7 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
     transient = _transient(c, s, updating)
     activations = max(0, allocated - sum(states.values()) - buffers - transient) if not updating else 0
     transient = allocated - sum(states.values()) - buffers - activations
-    ratio = c.task.accounting.reserved_ratio
+    ratio = c.task.reserved_ratio
     total = (allocated * ratio + int(c.p.outside[0])) / GIB
     return StageMemory(
         stage=s,

@@ -63,7 +63,7 @@ class Group:
     def extra_time(self) -> Ints:
         """Time of a rank without layers (linear form), shape (rows, pp)."""
         zero = np.zeros((1, 1), dtype=np.int64)
-        return step.stage_linear_time(self.p, self.first, self.last, zero, zero, zero)
+        return step.stage_time(self.p, self.first, self.last, zero, zero, zero)
 
     def room(self, mode: int) -> Ints:
         """Bytes left for layers when the strongest recompute mode is `mode`, shape (rows, pp)."""
@@ -257,7 +257,7 @@ def least_recompute(g: Group, layers: Ints) -> Ints:
     """Lower bound on the time beyond the linear one of ranks with `layers` layers, ns, shape (rows, pp, n).
 
     Without chunks that is recompute, fractions of layers allowed: the linear program over (selective, full) has its optimum
-    at a vertex. With chunks modes are uniform, unequal chunks cost time too, and the value is exact. BIG when none fits.
+    at a vertex. With chunks modes are uniform, and the value is exact. BIG when none fits.
     """
     shape = np.broadcast(g.flight[:, :, None], layers).shape
     held = layers * g.p.state[:, :, None]
@@ -266,7 +266,7 @@ def least_recompute(g: Group, layers: Ints) -> Ints:
         weight = g.weight(np.broadcast_to(layers, shape))
         p, first, last = g.deep, g.first[:, :, None], g.last[:, :, None]
         none = np.zeros_like(layers)
-        linear = step.stage_linear_time(p, first, last, layers, none, none)
+        linear = step.stage_time(p, first, last, layers, none, none)
         for mode in g.modes:
             fits = held + weight * g.act(mode)[:, :, None] <= g.room(mode)[:, :, None]
             time = step.stage_time(p, first, last, layers, layers if mode == 1 else none, layers if mode == 2 else none)

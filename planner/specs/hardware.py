@@ -8,79 +8,15 @@ from __future__ import annotations
 
 import itertools
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from planner import units
 from planner.specs.base import Spec
+from planner.specs.calibration import Calibration
+from planner.specs.figures import Bandwidth, Bytes, FlopRate, Provenance, Ratio, Seconds, UsdPerHour, Watts
 from planner.specs.job import Precision
-
-Provenance = Literal["measured", "fitted", "datasheet", "assumed"]
-
-
-class Figure(Spec):
-    """A number with its unit, where it comes from, and how far to trust it."""
-
-    dimension: ClassVar[str] = "1"
-
-    value: str | float
-    provenance: Provenance
-    source: str = Field(min_length=1)
-    note: str = ""
-
-    @model_validator(mode="after")
-    def _value_has_the_right_unit(self) -> Figure:
-        if self.base <= 0 and not (self.base == 0 and self.dimension in ("seconds", "bytes")):
-            raise ValueError(f"must be positive, not {self.value}")
-        return self
-
-    @cached_property
-    def base(self) -> float:
-        """The value in base units (bytes, bytes/s, FLOP/s, seconds)."""
-        return units.parse(str(self.value), self.dimension)
-
-
-class Bytes(Figure):
-    """A size."""
-
-    dimension = "bytes"
-
-
-class Bandwidth(Figure):
-    """Bytes a second."""
-
-    dimension = "bytes/s"
-
-
-class FlopRate(Figure):
-    """Floating-point operations a second."""
-
-    dimension = "flop/s"
-
-
-class Seconds(Figure):
-    """A time."""
-
-    dimension = "seconds"
-
-
-class Ratio(Figure):
-    """A plain number."""
-
-    dimension = "1"
-
-
-class UsdPerHour(Figure):
-    """A price."""
-
-    dimension = "usd/h"
-
-
-class Watts(Figure):
-    """A power."""
-
-    dimension = "watts"
 
 
 class Curve(Spec):
@@ -97,6 +33,26 @@ class Curve(Spec):
             raise ValueError("every point is [size in bytes > 0, share in (0, 1.5]]")
         if any(a[0] >= b[0] for a, b in itertools.pairwise(self.points)):
             raise ValueError("sizes must ascend")
+        return self
+
+
+class DomainCurve(Spec):
+    """What large collectives reach over many domains: measured, it replaces line rates where it is lower.
+
+    Big networks lose bandwidth as a job grows (congestion, adaptive routing), which no line rate shows.
+    """
+
+    points: list[list[float]] = Field(min_length=1)
+    """[domains, bus bandwidth of one whole domain in bytes/s] pairs, domains ascending; interpolated over their logarithm."""
+    provenance: Provenance
+    source: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _ascending(self) -> DomainCurve:
+        if any(len(p) != 2 or p[0] < 1 or p[1] <= 0 for p in self.points):
+            raise ValueError("every point is [domains >= 1, bytes/s > 0]")
+        if any(a[0] >= b[0] for a, b in itertools.pairwise(self.points)):
+            raise ValueError("domains must ascend")
         return self
 
 
@@ -159,7 +115,7 @@ class Device(Spec):
     kind: Literal["cuda", "rocm", "cpu"]
     compute_units: int = Field(gt=0)
     """Streaming multiprocessors, compute units, or cores a process."""
-    peak: dict[Precision | Literal["fp8"], FlopRate]
+    peak: dict[Precision | Literal["fp8", "fp4"], FlopRate]
     """Dense peak a type, no sparsity."""
     memory: Bytes
     """What a process can allocate in all, as the runtime reports it (less than the vendor's figure)."""
@@ -204,6 +160,8 @@ class Tier(Spec):
     """Of one step of a collective."""
     efficiency: Curve
     """Share of the bandwidth that a ring reaches, over the bytes that each rank contributes."""
+    by_domains: DomainCurve | None = None
+    """Bus bandwidth of collectives by how many domains (nodes) they join, where it was measured."""
     all_reduce: Ratio | None = None
     """How often an all-reduce passes the tensor through a link: 2 (a ring) when left out, less where switches add."""
 
@@ -223,6 +181,8 @@ class HardwareProfile(Spec):
     """Factor on compute time while a collective runs beside it."""
     price: UsdPerHour | None = None
     """Of one device."""
+    engines: dict[str, Calibration] = Field(default_factory=dict)
+    """Fitted constants by engine, `any` for the others."""
 
     @model_validator(mode="after")
     def _tiers_grow(self) -> HardwareProfile:
@@ -242,3 +202,11 @@ class HardwareProfile(Spec):
     def max_devices(self) -> int | None:
         """The most devices this profile joins, None when unlimited."""
         return self.network[-1].size
+
+    def calibration(self, engine: str) -> Calibration:
+        """Fitted constants of an engine, those of `any` engine where it has none of its own."""
+        base = engine.partition("+")[0]
+        for name in (engine, base, "any"):
+            if name in self.engines:
+                return self.engines[name]
+        return Calibration()

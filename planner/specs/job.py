@@ -9,6 +9,7 @@ from pydantic import Field
 from planner.specs.base import Spec
 
 Precision = Literal["bf16", "fp16", "fp32"]
+Linears = Literal["same", "fp8", "fp4"]
 COMPUTE_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of one activation element at each precision."""
 
@@ -22,6 +23,8 @@ class Job(Spec):
     """Sequences of one optimizer step, over the whole cluster."""
     precision: Precision = "bf16"
     """Type of matrix products and activations."""
+    linears: Linears = "same"
+    """Type of the layers' matrix products where it is narrower than `precision`; attention, head and states are not."""
     optimizer: Literal["adamw"] = "adamw"
 
     @property

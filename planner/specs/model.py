@@ -15,10 +15,22 @@ from planner.specs.base import Spec
 
 
 class Attention(Spec):
-    """Softmax attention: multi-head (kv_heads = heads), grouped-query, or multi-query (kv_heads = 1)."""
+    """Softmax attention: multi-head (kv_heads = heads), grouped-query, multi-query (kv_heads = 1), or latent.
 
-    kind: Literal["softmax"] = "softmax"
-    """The attention family; latent attention will be a second one."""
+    `latent` is DeepSeek's multi-head latent attention (arXiv 2405.04434, section 2.1): queries and keys of
+    `head_dim` = nope + rope_dim, values of `v_head_dim`, both projected up from low-rank latents.
+    """
+
+    kind: Literal["softmax", "latent"] = "softmax"
+    """The attention family."""
+    q_lora_rank: int | None = Field(default=None, gt=0, lt=2**31)
+    """Rank of the query latent; queries are projected directly when left out. Latent attention only."""
+    kv_lora_rank: int | None = Field(default=None, gt=0, lt=2**31)
+    """Rank of the key/value latent: required with latent attention."""
+    rope_dim: int = Field(default=0, ge=0, lt=2**31)
+    """Rotary part of each query and of the one shared key. Latent attention only."""
+    v_head_dim: int | None = Field(default=None, gt=0, lt=2**31)
+    """Width of one value head; head_dim when left out. Latent attention only."""
     heads: int = Field(gt=0, lt=2**31)
     """Query heads."""
     kv_heads: int | None = Field(default=None, gt=0, lt=2**31)
@@ -36,13 +48,44 @@ class Attention(Spec):
 
 
 class Mlp(Spec):
-    """A dense MLP: `gelu` is up-activation-down (2 matrices), `gated` is SwiGLU-like (3 matrices)."""
+    """An MLP: `gelu` is up-activation-down (2 matrices), `gated` is SwiGLU-like (3 matrices); or a mixture of such experts."""
 
     kind: Literal["gelu", "gated"]
     width: int = Field(gt=0, lt=2**31)
-    """Inner width f."""
+    """Inner width f; of one expert where there are several."""
     bias: bool = False
     """Biases on every projection of the MLP."""
+    experts: int = Field(default=1, gt=0, lt=2**31)
+    """Routed experts; 1 is a dense MLP."""
+    top_k: int = Field(default=1, gt=0, lt=2**31)
+    """Routed experts that each token visits."""
+    shared_width: int = Field(default=0, ge=0, lt=2**31)
+    """Inner width of the experts that every token visits, summed; 0 for none."""
+    capacity: float | None = Field(default=None, gt=0)
+    """Slots of an expert over its even share of tokens, padded; dropless when left out."""
+
+    @model_validator(mode="after")
+    def _routing_is_possible(self) -> Mlp:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k {self.top_k} exceeds the {self.experts} experts")
+        if self.experts == 1 and (self.shared_width or self.capacity):
+            raise ValueError("shared_width and capacity need more than one expert")
+        return self
+
+    @property
+    def matrices(self) -> int:
+        """Projections of one MLP."""
+        return 3 if self.kind == "gated" else 2
+
+    @property
+    def routed(self) -> bool:
+        """Whether tokens are routed to experts."""
+        return self.experts > 1
+
+    @property
+    def dense_width(self) -> int:
+        """Inner width that every token passes: of the dense MLP, or of the shared experts."""
+        return self.shared_width if self.routed else self.width
 
 
 class LayerGroup(Spec):
@@ -83,6 +126,8 @@ class Model(Spec):
                 raise ValueError(f"hidden {self.hidden} is not divisible by heads {a.heads}: set head_dim")
             if a.heads % (a.kv_heads or a.heads):
                 raise ValueError(f"heads {a.heads} is not divisible by kv_heads {a.kv_heads}")
+            if a.kind == "latent" and (a.kv_lora_rank is None or a.head_dim is None or a.rope_dim >= a.head_dim):
+                raise ValueError("latent attention needs kv_lora_rank, and head_dim larger than rope_dim")
             if self.positions == "rotary" and self.head_dim_of(group) % 2:
                 raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim_of(group)}")
         if self.positions == "learned" and self.max_positions is None:
@@ -96,6 +141,36 @@ class Model(Spec):
     def head_dim_of(self, group: LayerGroup) -> int:
         """Width of one attention head of `group`."""
         return group.attention.head_dim or self.hidden // group.attention.heads
+
+    def attention_dim_of(self, group: LayerGroup) -> float:
+        """Mean width of the two products of attention: of a query or key head, and of a value head."""
+        return (self.head_dim_of(group) + self.v_dim_of(group)) / 2
+
+    def v_dim_of(self, group: LayerGroup) -> int:
+        """Width of one value head."""
+        return group.attention.v_head_dim or self.head_dim_of(group)
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[LayerGroup, int], ...]:
+        """The distinct kinds of layers with how many there are, in order of their first layer."""
+        seen: dict[tuple[Attention, Mlp], tuple[LayerGroup, int]] = {}
+        for group in self.layers:
+            key = (self._resolved(group), group.mlp)
+            first, count = seen.get(key, (group, 0))
+            seen[key] = (first, count + group.count)
+        return tuple(seen.values())
+
+    @cached_property
+    def kind_of_layer(self) -> tuple[int, ...]:
+        """Index into `kinds` of each layer."""
+        keys = [(self._resolved(g), g.mlp) for g, _ in self.kinds]
+        return tuple(keys.index((self._resolved(g), g.mlp)) for g in self.layers for _ in range(g.count))
+
+    def only(self, kind: int) -> Model:
+        """This model with all its layers of one kind: what one layer of that kind costs is asked of it."""
+        group = self.kinds[kind][0].model_copy(update={"count": self.n_layers})
+        fields = {name: getattr(self, name) for name in Model.model_fields} | {"layers": [group]}
+        return Model.model_construct(**fields)  # not a copy: that would keep cached sizes
 
     @cached_property
     def n_layers(self) -> int:
@@ -162,29 +237,53 @@ class Model(Spec):
         return self.hidden * (2 if self.has_norm_bias else 1)
 
     def matmul_params_of(self, group: LayerGroup) -> int:
-        """Weights of one layer that tensor parallelism splits: projections without biases."""
+        """Weights of one layer that tensor parallelism splits: projections without biases, without routed experts."""
         a, h = group.attention, self.hidden
         d = self.head_dim_of(group)
+        dense = group.mlp.matrices * h * group.mlp.dense_width
+        if a.kind == "latent":
+            v = a.v_head_dim or d
+            up = (a.q_lora_rank or h) * a.heads * d + (a.kv_lora_rank or 0) * a.heads * (d - a.rope_dim + v)
+            return up + a.heads * v * h + dense
         q, kv = a.heads * d, (a.kv_heads or a.heads) * d
-        matrices = 3 if group.mlp.kind == "gated" else 2
-        return h * q + 2 * h * kv + q * h + matrices * h * group.mlp.width
+        return h * q + 2 * h * kv + q * h + dense
+
+    def expert_params_of(self, group: LayerGroup) -> int:
+        """Weights of one layer's routed experts, biases included: 0 for a dense layer."""
+        m = group.mlp
+        biases = (m.matrices - 1) * m.width + self.hidden if m.bias else 0
+        return m.experts * (m.matrices * self.hidden * m.width + biases) if m.routed else 0
 
     def split_bias_params_of(self, group: LayerGroup) -> int:
         """Biases that tensor parallelism splits with their matrix: q, k, v and the MLP's first projection(s)."""
         a, d = group.attention, self.head_dim_of(group)
         q, kv = a.heads * d, (a.kv_heads or a.heads) * d
-        firsts = 2 if group.mlp.kind == "gated" else 1
-        return (q + 2 * kv if a.qkv_bias else 0) + (firsts * group.mlp.width if group.mlp.bias else 0)
+        firsts = group.mlp.matrices - 1
+        return (q + 2 * kv if a.qkv_bias else 0) + (firsts * group.mlp.dense_width if group.mlp.bias else 0)
 
     def whole_params_of(self, group: LayerGroup) -> int:
-        """Parameters of one layer that every tensor-parallel rank holds: norms, and biases after a reduction."""
-        a, d = group.attention, self.head_dim_of(group)
-        biases = (self.hidden if a.out_bias else 0) + (self.hidden if group.mlp.bias else 0)
-        return 2 * self.norm_params + biases + (2 * d if a.qk_norm else 0)
+        """Parameters of one layer that every tensor-parallel rank holds: norms, router, latent down-projections, and
+        biases after a reduction."""
+        a, d, m = group.attention, self.head_dim_of(group), group.mlp
+        biases = (self.hidden if a.out_bias else 0) + (self.hidden if m.bias and m.dense_width else 0)
+        router = self.hidden * m.experts if m.routed else 0
+        latent = 0
+        if a.kind == "latent":
+            q, kv = a.q_lora_rank or 0, a.kv_lora_rank or 0
+            latent = self.hidden * (q + kv + a.rope_dim) + q + kv  # with the norms of both latents
+        return 2 * self.norm_params + biases + (2 * d if a.qk_norm else 0) + router + latent
 
     def layer_params_of(self, group: LayerGroup) -> int:
         """All parameters of one layer of `group`."""
-        return self.matmul_params_of(group) + self.split_bias_params_of(group) + self.whole_params_of(group)
+        split = self.matmul_params_of(group) + self.split_bias_params_of(group) + self.expert_params_of(group)
+        return split + self.whole_params_of(group)
+
+    def active_params_of(self, group: LayerGroup) -> int:
+        """Weights of one layer that a token passes through in matrix products: its top_k experts only."""
+        a, m = group.attention, group.mlp
+        routed = m.top_k * m.matrices * self.hidden * m.width + self.hidden * m.experts if m.routed else 0
+        down = self.hidden * ((a.q_lora_rank or 0) + (a.kv_lora_rank or 0) + a.rope_dim) if a.kind == "latent" else 0
+        return self.matmul_params_of(group) + routed + down
 
     @property
     def embedding_params(self) -> int:
@@ -213,9 +312,9 @@ class Model(Spec):
         6 (N - input embeddings) + 12 L q s with full attention, half the attention term when `causal`
         (PaLM, arXiv 2204.02311, appendix B, with the input embedding left out because it is a lookup).
         """
-        projections = sum(g.count * self.matmul_params_of(g) for g in self.layers) + self.vocab * self.hidden
+        projections = sum(g.count * self.active_params_of(g) for g in self.layers) + self.vocab * self.hidden
         attention = 0.0
         for g in self.layers:
             context = min(g.attention.sliding_window or seq_len, seq_len)
-            attention += g.count * 12.0 * g.attention.heads * self.head_dim_of(g) * context
+            attention += g.count * 12.0 * g.attention.heads * self.attention_dim_of(g) * context
         return 6.0 * projections + attention * (0.5 if causal else 1.0)

@@ -1,0 +1,47 @@
+"""How likely a layout runs out of memory, given how full the model says the device gets.
+
+P(out of memory) = 1 / (1 + exp(-(b0 + b1 (u - 1)))) with u = predicted allocated bytes over what the device offers.
+Fitted to 502 labelled runs of LLaMA 13B and 30B on A100 80 GB (arXiv 2311.05610): one engine, one cluster. Slopes say how
+well the engine's buffers are known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.cost.task import Floats, Task
+
+
+@dataclass(frozen=True)
+class RiskCurve:
+    """b0 and b1 of the logistic."""
+
+    b0: float
+    b1: float
+    meaning: str
+
+    def probability(self, fill: Floats) -> Floats:
+        """P(out of memory) at u = `fill`."""
+        return np.asarray(1.0 / (1.0 + np.exp(-np.clip(self.b0 + self.b1 * (fill - 1.0), -60, 60))))
+
+    def fill_at(self, probability: float) -> float:
+        """u at which the probability is reached: the inverse."""
+        return 1.0 + (float(np.log(probability / (1.0 - probability))) - self.b0) / self.b1
+
+
+ROUGH = RiskCurve(2.29, 16.9, "engine roughly known")
+KNOWN = RiskCurve(2.01, 19.6, "the engine's main buffers are known")
+CALIBRATED = RiskCurve(1.30, 20.7, "memory calibrated on this engine")
+
+
+def risk_curve(task: Task) -> RiskCurve:
+    """The curve for a task: calibrated where its profile carries memory constants of the engine."""
+    constants = task.calibration.constants
+    return CALIBRATED if "outside" in constants or "reserved" in constants else KNOWN
+
+
+def out_of_memory_probability(task: Task, allocated: Floats) -> Floats:
+    """P(out of memory) of layouts with `allocated` peak bytes on their worst rank."""
+    return risk_curve(task).probability(np.asarray(allocated, float) / task.hardware.device.memory.base)

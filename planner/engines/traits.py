@@ -1,0 +1,152 @@
+"""Recipes: named departures from an engine's usual accounting, combined as `megatron+2021` or `torchtitan+eager`.
+
+The same engine is run in different eras and configurations: without overlap, with bf16 gradients, before FlashAttention.
+Each trait replaces fields of the accounting and says where its values come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from planner.cost.accounting import COMPUTE, Accounting, Elementwise, Held, Saved, Traffic, ZeroRule
+
+
+@dataclass(frozen=True)
+class Trait:
+    """One named departure."""
+
+    name: str
+    what: str
+    apply: Callable[[Accounting], Accounting]
+    source: str
+
+
+def _set(**fields: Any) -> Callable[[Accounting], Accounting]:
+    return lambda a: replace(a, **fields)
+
+
+def _eager_norms(a: Accounting) -> Accounting:
+    """Norms as chains of small kernels: an fp32 copy and its square are kept, and all of it is read again."""
+
+    def more(e: dict[str, Elementwise], rows: float, mlp: float) -> dict[str, Elementwise]:
+        return {k: replace(v, norm=v.norm + rows, mlp=v.mlp + mlp) for k, v in e.items()}
+
+    saved = (*a.saved, Saved("fp32 norm copies", "hidden", 4, "sequence", size=4))
+    forward, backward = more(a.elementwise_forward, 20, 4), more(a.elementwise_backward, 24, 4)
+    return replace(a, saved=saved, elementwise_forward=forward, elementwise_backward=backward)
+
+
+def _unfused_attention(a: Accounting) -> Accounting:
+    """Scores are written: mask and softmax output of every score are kept, unless attention is recomputed."""
+    return replace(a, attention="unfused", saved=(*a.saved, Saved("scores", "scores", 1, "tensor", size=5, kept=("none",))))
+
+
+def _bf16_gradients(a: Accounting) -> Accounting:
+    """Gradients are kept and reduced in two bytes."""
+
+    def held(items: tuple[Held, ...]) -> tuple[Held, ...]:
+        return tuple(replace(h, size=2) if h.part == "grads" and h.size == 4 else h for h in items)
+
+    def rule(z: ZeroRule) -> ZeroRule:
+        traffic = tuple(replace(t, size=2) if t.size == 4 else t for t in z.traffic)
+        return replace(z, backward=held(z.backward), update=held(z.update), traffic=traffic)
+
+    return replace(a, zero={k: rule(z) for k, z in a.zero.items()})
+
+
+def _states(whole: float, sharded: float) -> Callable[[Accounting], Accounting]:
+    """ZeRO 1 with `whole` + `sharded` / D bytes a parameter, two of them the parameter itself."""
+
+    def apply(a: Accounting) -> Accounting:
+        params = Held("params", 2, shard=False)
+        held = (params, Held("grads", whole - 2, shard=False), Held("optimizer", sharded, shard=True))
+        rules = dict(a.zero)
+        rules[1] = replace(rules[1], backward=held, update=held)
+        return replace(a, zero=rules)
+
+    return apply
+
+
+def _eager(a: Accounting) -> Accounting:
+    """PyTorch layers without compilation: norms fused, rotary positions and gated activations not."""
+
+    def more(e: dict[str, Elementwise], rows: float, mlp: float) -> dict[str, Elementwise]:
+        return {k: replace(v, q=v.q + rows, kv=v.kv + rows, mlp=v.mlp + mlp) for k, v in e.items()}
+
+    saved = (*a.saved, Saved("silu", "mlp", 1, "tensor", only=("gated",)))
+    return replace(
+        a, saved=saved, kernels_forward=120, kernels_backward=160, reserved_ratio=a.reserved_ratio + 0.05,
+        elementwise_forward=more(a.elementwise_forward, 30, 4), elementwise_backward=more(a.elementwise_backward, 36, 8),
+    )  # fmt: skip
+
+
+def _era_2021(a: Accounting) -> Accounting:
+    """Megatron of 2021 and 2022: scores written, fp16 gradients reduced after backward, nothing overlapped."""
+    a = _unfused_attention(a)
+    zero = dict(a.zero)
+    zero[0] = replace(zero[0], traffic=(Traffic("all_reduce", 2, "step", "backward"),), resident=())
+    # Since 2022 (Megatron-LM's and DeepSpeed's ZeRO 1) the fp16 gradients are reduced and the parameters gathered.
+    zero[1] = replace(
+        zero[1], traffic=(Traffic("reduce_scatter", 2, "step", "backward"), Traffic("all_gather", 2, "step", "forward")),
+        resident=(),
+    )  # fmt: skip
+    return replace(
+        a, zero=zero, tp_overlap=0.0, dp_window=0.0, dp_floor=1.0, pp_split=True, pp_exposed=dict.fromkeys(a.pp_exposed, 1.0),
+        kernels_forward=50, kernels_backward=90, optimizer_bytes=50.0, logit_bytes=14.0, loss_traffic=48.0,
+    )  # fmt: skip
+
+
+def _megatron_fsdp(a: Accounting) -> Accounting:
+    """Megatron-FSDP: parameters, gradients and states sharded, gathered and reduced for every micro-batch."""
+    held = (Held("params", COMPUTE, shard=True), Held("grads", 4, shard=True), Held("optimizer", 12, shard=True))
+    rule = ZeroRule(
+        backward=held,
+        update=held,
+        traffic=(
+            Traffic("all_gather", COMPUTE, "microbatch", "forward"),
+            Traffic("all_gather", COMPUTE, "microbatch", "backward"),
+            Traffic("reduce_scatter", COMPUTE, "microbatch", "backward"),
+        ),
+        unit=(Held("params", COMPUTE, shard=False), Held("params", COMPUTE, shard=False), Held("grads", COMPUTE, shard=False)),
+        head=(Held("params", COMPUTE, shard=False), Held("grads", COMPUTE, shard=False)),
+    )
+    return replace(a, zero={**a.zero, 2: rule, 3: rule}, dp_floor=0.1)
+
+
+TRAITS: dict[str, Trait] = {
+    t.name: t
+    for t in (
+        Trait("2021", "Megatron of 2021 and 2022", _era_2021, "Narayanan 2021 (scatter-gather, section 4.1), Korthikanti 2022"),
+        Trait("unfused-attention", "attention writes its scores", _unfused_attention, "Korthikanti 2022: 5 a s^2 b / t bytes"),
+        Trait("flash-1", "FlashAttention 1 kernels", _set(attention_rate=0.72), "Dao 2023: about 0.4 of the A100's peak"),
+        Trait("flash-2-hopper", "FlashAttention 2 on Hopper", _set(attention_rate=0.62), "flash against cuDNN on H200"),
+        Trait("triton-attention", "Triton attention of 2022", _set(attention_rate=0.70), "Dao 2023, its Triton baseline"),
+        Trait(
+            "no-overlap", "all communication exposed",
+            _set(tp_overlap=0.0, dp_window=0.0, dp_floor=1.0, pp_exposed={"gpipe": 1.0, "1f1b": 1.0, "interleaved": 1.0}),
+            "the overlap options of Megatron-Core switched off",
+        ),
+        Trait("no-tp-overlap", "tensor-parallel collectives exposed", _set(tp_overlap=0.0), "tp_comm_overlap: false"),
+        Trait("bf16-grads", "gradients kept and reduced in bf16", _bf16_gradients, "grad_reduce_in_fp32: false"),
+        Trait("unfused-loss", "cross-entropy over fp32 copies of the logits",
+              _set(logit_bytes=14.0, loss_traffic=48.0), "logits, and three fp32 tensors of their size"),
+        Trait("compiled-loss", "compiled cross-entropy", _set(logit_bytes=6.0, loss_traffic=24.0), "torchtitan since 2025"),
+        Trait("eager-norms", "norms without a fused kernel", _eager_norms, "fp32 copies kept by an eager RMS norm"),
+        Trait(
+            "gathered-logits", "the logits of the whole vocabulary on every tp rank",
+            _set(logits_split=False, logit_bytes=18.0, loss_traffic=48.0), "bf16, gathered bf16, fp32, log-softmax and gradients",
+        ),
+        Trait("fp16-states", "fp16 ZeRO 1: 4 + 18 / D bytes a parameter", _states(4, 18), "Megatron-DeepSpeed's fp16 optimizer"),
+        Trait("bf16-optimizer", "8 + 12 / D bytes a parameter", _states(8, 12), "Megatron-DeepSpeed's BF16 optimizer"),
+        Trait("cuda-graphs", "layers replayed as CUDA graphs", _set(kernels_forward=2, kernels_backward=2, kernels_routed=(0, 0)),
+              "a replay is one launch"),
+        Trait("eager", "layers not compiled", _eager, "ten to twenty launches more for norms, rotary and activations"),
+        Trait("compiled", "layers compiled", _set(kernels_forward=30, kernels_backward=45), "fused kernels: half the launches"),
+        Trait("pipe-buffers", "a stage's input and output kept for every micro-batch in flight",
+              _set(keeps_stage_output=True, boundary_copies=2.0, outside_bytes=5.0 * 2**30), "DeepSpeed's pipe buffers"),
+        Trait("fsdp", "Megatron-FSDP", _megatron_fsdp, "Megatron-Core's custom FSDP, optim_grads_params"),
+        Trait("hidden-experts", "expert exchanges hidden behind compute", _set(ep_overlap=0.8), "1F1B overlap of Megatron-Core"),
+    )
+}  # fmt: skip

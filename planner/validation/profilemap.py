@@ -1,0 +1,118 @@
+"""Which profile and which engine accounting stand for a run: an ordered list of rules over a table's columns, as data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from planner.engines.registry import accounting_named
+from planner.errors import input_error
+from planner.specs import files
+from planner.specs.base import Spec
+
+_COMPARISON = re.compile(r"^(<=|>=|<|>|==|!=)\s*(-?[0-9.]+)$")
+
+
+class Rule(Spec):
+    """Rows whose columns match every pattern of `when`; each pattern is a regular expression (case does not matter, found
+    anywhere), a comparison such as `">1"`, or `"blank"`."""
+
+    when: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("when")
+    @classmethod
+    def _patterns_compile(cls, patterns: dict[str, str]) -> dict[str, str]:
+        for column, pattern in patterns.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{column}: '{pattern}' is no regular expression: {error}") from None
+        return patterns
+
+    def matches(self, row: Mapping[str, str]) -> bool:
+        """Whether a row's columns (as text, blank for nothing) match."""
+        return all(_matches(row.get(column, ""), pattern) for column, pattern in self.when.items())
+
+
+def _matches(value: str, pattern: str) -> bool:
+    if pattern == "blank":
+        return value == ""
+    comparison = _COMPARISON.match(pattern)
+    if comparison is None:
+        return re.search(pattern, value, re.IGNORECASE) is not None
+    try:
+        number, bound = float(value), float(comparison[2])
+    except ValueError:
+        return False
+    operator = comparison[1]
+    return {
+        "<": number < bound, ">": number > bound, "<=": number <= bound,
+        ">=": number >= bound, "==": number == bound, "!=": number != bound,
+    }[operator]  # fmt: skip
+
+
+class ProfileRule(Rule):
+    """The hardware profile of some rows."""
+
+    profile: str
+
+
+class EngineRule(Rule):
+    """The engine accounting of some rows."""
+
+    engine: str
+    memory: Literal["allocated", "reserved", "device"] = "allocated"
+    """What a memory figure of these rows is, where the row does not say."""
+    rank: Literal["worst", "first"] = "worst"
+    """Which pipeline rank the figure is of."""
+
+
+class Exclusion(Rule):
+    """Rows kept out of a metric by a written rule: over the configuration or a missing field, never the measured value."""
+
+    metric: Literal["time", "memory"]
+    why: str = Field(min_length=1)
+
+
+class ProfileMap(Spec):
+    """First match wins, in profiles and in engines; every matching exclusion counts."""
+
+    profiles: list[ProfileRule] = Field(default_factory=list)
+    engines: list[EngineRule] = Field(default_factory=list)
+    exclude: list[Exclusion] = Field(default_factory=list)
+
+    def profile_of(self, row: Mapping[str, str]) -> str | None:
+        """Name or path of the row's hardware profile."""
+        return next((r.profile for r in self.profiles if r.matches(row)), None)
+
+    def engine_of(self, row: Mapping[str, str]) -> EngineRule | None:
+        """The row's engine accounting."""
+        return next((r for r in self.engines if r.matches(row)), None)
+
+    def excluded(self, row: Mapping[str, str], metric: str) -> str:
+        """Why a row stays out of a metric, empty when it does not."""
+        return next((e.why for e in self.exclude if e.metric == metric and e.matches(row)), "")
+
+
+def load_map(path: str | None) -> ProfileMap:
+    """The shipped map, or the rules of a file before it. Raises InputError."""
+    shipped = files.build(ProfileMap, files.parse_document(str(resources.files("planner.validation") / "profilemap.yaml")))
+    if path is None:
+        return shipped
+    own = files.build(ProfileMap, files.parse_document(path))
+    base = Path(path).parent
+    for rule in own.engines:
+        accounting_named(rule.engine)
+    profiles = [
+        r.model_copy(update={"profile": str(base / r.profile)}) if (base / r.profile).is_file() else r for r in own.profiles
+    ]
+    if not (own.profiles or own.engines or own.exclude):
+        raise input_error("PLN140", f"{path} holds no rules", "a map has profiles, engines or exclude", "")
+    return ProfileMap(
+        profiles=profiles + shipped.profiles, engines=own.engines + shipped.engines, exclude=own.exclude + shipped.exclude
+    )
