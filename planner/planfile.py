@@ -25,7 +25,7 @@ from planner.specs.layout import Layout
 from planner.specs.model import Model
 from planner.specs.policy import Policy
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "2.0"
 
 
 class Cluster(Spec):
@@ -65,19 +65,51 @@ class StageMemory(Spec):
     total: float
     """All that the device holds: reserved and outside."""
     headroom: float
-    """Limit minus total."""
+    """The binding limit minus total."""
     cause: str
     """Which moment is the peak."""
+
+
+Certainty = Literal["fitted", "assumed"]
+"""fitted: the residual of a calibration of this engine on this hardware; assumed: the profile has none."""
+
+
+class TimeInterval(Spec):
+    """Where the measured step time should lie: from value / (1 + relative) to value * (1 + relative)."""
+
+    low_s: float
+    high_s: float
+    relative: float
+    """Relative error that four of five of the calibration's runs stay within, or the assumed one."""
+    provenance: Certainty
+    source: str
+    """Which calibration, or why it is assumed."""
+
+
+class MemoryInterval(Spec):
+    """The same of `Memory.peak_gib`; `relative` holds for the allocated peak too."""
+
+    low_gib: float
+    high_gib: float
+    relative: float
+    provenance: Certainty
+    source: str
 
 
 class Memory(Spec):
     """Peak memory of the worst pipeline rank, and of each."""
 
     limit_gib: float
-    """What a plan may fill: usable memory times the policy's fraction."""
+    """What a plan may fill: the lower of usable memory times the policy's fraction, and what its risk limit leaves."""
+    limit_by: Literal["max_memory_fraction", "max_oom_probability"]
+    """Which of the policy's limits that is: the one that binds."""
     usable_gib: float
     peak_gib: float
     """All that the device holds."""
+    interval: MemoryInterval
+    """Around `peak_gib`."""
+    oom_probability: float
+    """How likely the worst rank runs out of memory, from its allocated peak over the usable memory."""
     peak_allocated_gib: float
     """What the framework's allocator reports."""
     peak_stage: int
@@ -109,6 +141,8 @@ class Estimate(Spec):
     """What the cost model predicts for one layout."""
 
     step_time_s: float
+    interval: TimeInterval
+    """Around `step_time_s`."""
     tokens_per_s: float
     tokens_per_s_per_gpu: float
     tflops_per_gpu: float
@@ -140,7 +174,7 @@ class Certificate(Spec):
 
     status: Literal["optimal", "infeasible", "interrupted"]
     objective: float | None
-    """Step time of the plan, seconds."""
+    """Step time of the fastest layout, seconds: the plan's, unless `choice` prefers another one to it."""
     bound: float | None
     """Proven lower bound on any layout of the space, seconds."""
     gap: float | None
@@ -157,9 +191,25 @@ class Alternative(Spec):
     layout: Layout
     step_time_s: float
     slower: float
-    """Share by which it is slower than the plan."""
+    """Share by which it is slower than the plan; below zero for the optimum that another layout is preferred to."""
     peak_gib: float
+    oom_probability: float
     tokens_per_s_per_gpu: float
+
+
+class Choice(Spec):
+    """Why this layout is the plan among those that the search proved."""
+
+    rule: Literal["fastest", "near tie"]
+    """near tie: not the fastest, but within `tie` of it, with no less headroom and no more moving parts."""
+    reason: str
+    """One sentence."""
+    tie: float
+    """Relative difference in step time below which two layouts count as equally fast."""
+    fastest_step_time_s: float
+    """Of the optimum that the certificate is about; it is the first alternative when the rule is not `fastest`."""
+    inside_interval: int
+    """How many alternatives, the first ones, lie inside the estimate's interval: only a measurement can rank them."""
 
 
 class Inputs(Spec):
@@ -189,6 +239,8 @@ class Plan(Spec):
     estimate: Estimate
     certificate: Certificate | None = None
     """None for a layout that a person named (`planner estimate`)."""
+    choice: Choice | None = None
+    """None for a layout that a person named."""
     alternatives: list[Alternative] = Field(default_factory=list)
     inputs: Inputs
 

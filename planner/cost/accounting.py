@@ -103,6 +103,8 @@ class Elementwise:
     kv: float
     routed: float = 8.0
     """Rows of h for each expert that a token visits: permutation, its inverse, and the weighted sum."""
+    experts: float = 1.0
+    """Rows of the expert width over those of the dense one (`mlp`): less where products and activation are fused."""
     norm: float = 0.0
     """Rows of h more where norms are not fused, split like `hidden`."""
 
@@ -192,6 +194,8 @@ class Accounting:
     """Whether attention keeps its scores on chip (FlashAttention) or writes them."""
     attention_rate: float = 1.0
     """Rate of its attention kernels over those of the device's profile."""
+    score_bytes: tuple[float, float] = (9.0, 11.0)
+    """Bytes moved for each score of unfused attention, forward and backward: fused scale, mask and softmax, and dropout."""
     wgrad: float = 1.05
     """Time of a weight gradient's product over that of an input gradient's of the same size: it also accumulates."""
     pp_split: bool = False
@@ -200,6 +204,9 @@ class Accounting:
     """Fixed seconds of a stage for each micro-batch of a pipeline: host and synchronisation."""
     ep_overlap: float = 0.0
     """Share of expert-parallel exchanges that hides under compute."""
+    ep_once: bool = False
+    """A token goes to a rank, or over the network to a node, only once however many of its experts live there
+    (DeepEP, HybridEP)."""
     kernels_routed: tuple[float, float] = (40.0, 60.0)
     """More kernels where tokens are routed, forward and backward."""
     balanced_stages: bool = False

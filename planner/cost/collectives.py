@@ -33,12 +33,21 @@ def _measured_rate(tier: Tier, domains: Floats) -> Floats:
     return np.interp(np.log(np.maximum(domains, 1.0)), np.log([p[0] for p in points]), [p[1] for p in points])
 
 
-def collective_seconds(op: str, n: Floats, stride: Floats, n_bytes: Floats, hardware: HardwareProfile) -> Floats:
+def _once(copies: int, places: Floats) -> Floats:
+    """Share of the bytes that remains when `copies` of a row that go to random ones of `places` are sent once to each."""
+    places = np.maximum(places, 1.0)
+    return places * (1.0 - (1.0 - 1.0 / places) ** copies) / copies
+
+
+def collective_seconds(
+    op: str, n: Floats, stride: Floats, n_bytes: Floats, hardware: HardwareProfile, copies: int = 1
+) -> Floats:
     """Time of `op` over groups of `n` ranks at `stride`; `n_bytes` is the full tensor (the gathered one).
 
     A ring moves (n - 1) / n of the tensor through every link, an all-reduce twice that, or less where the switches add
     (Thakur 2005; NCCL's algorithm bandwidths). Latency: the ring's steps, or two tree depths when that is less.
-    All-to-all counts only bytes that leave the domain on outer tiers.
+    All-to-all counts only bytes that leave the domain on outer tiers; with `copies` > 1, the bytes hold each row that many
+    times, and a row is sent only once to each rank, or to each domain.
     """
     n, stride, n_bytes = np.broadcast_arrays(np.asarray(n, float), stride, n_bytes)
     moved = (n - 1.0) / np.maximum(n, 1.0) * n_bytes
@@ -54,6 +63,8 @@ def collective_seconds(op: str, n: Floats, stride: Floats, n_bytes: Floats, hard
             domains = np.minimum(domains, np.maximum(1.0, np.ceil(tier.size / np.maximum(stride, inner))))
         factor = tier.all_reduce.base if op == "all_reduce" and tier.all_reduce else _MOVED[op]
         share = moved if op != "all_to_all" or depth == 0 else n_bytes * np.maximum(n - ranks, 0.0) / np.maximum(n, 1.0)
+        if copies > 1:
+            share = share * _once(copies, n if depth == 0 else domains)
         rate = tier.bandwidth.base * (ranks if depth else 1.0) * _efficiency(tier, n_bytes / np.maximum(n, 1.0))
         if tier.by_domains is not None:
             rate = np.minimum(rate, _measured_rate(tier, domains))

@@ -68,19 +68,20 @@ UNFUSED_RATE = 0.55
 """Share of the peak of the batched products of unfused attention."""
 UNALIGNED_RATE = 0.08
 """The same where head_dim is no multiple of 8: no tensor cores."""
-UNFUSED_PASSES = (9.0, 11.0)
-"""Bytes that scale, mask, softmax and dropout move for each score, forward and backward, in half precision."""
 
 
-def unfused_attention_seconds(w: AttentionWork, device: Device, peak: float) -> tuple[Floats, Floats]:
+def unfused_attention_seconds(
+    w: AttentionWork, device: Device, peak: float, score_bytes: tuple[float, float]
+) -> tuple[Floats, Floats]:
     """(forward, backward) time of attention that writes all scores: two batched products and passes over the scores.
 
     Before FlashAttention (2022): the whole square is computed, b * heads * queries * keys scores of 2 bytes.
+    `score_bytes`: what scale, mask, softmax and dropout move for each score, forward and backward.
     """
     scores = w.sequences * w.heads * w.queries * w.length
     rate = peak * (UNFUSED_RATE if w.head_dim % 8 == 0 else UNALIGNED_RATE)
     product = np.maximum(2.0 * scores * w.head_dim / rate, streaming_seconds(2.0 * scores, device))
-    forward, backward = (streaming_seconds(n * scores, device) for n in UNFUSED_PASSES)
+    forward, backward = (streaming_seconds(n * scores, device) for n in score_bytes)
     return 2.0 * product + forward, 4.0 * product + backward
 
 

@@ -196,9 +196,11 @@ def _attention(task: Task, s: _Shapes) -> tuple[Floats, Floats]:
     visible = 2.0 * window * (1.0 - window / (2.0 * length))
     width = model.attention_dim_of(model.layer)
     work = AttentionWork(s.micro_batch, length / s.cp, length, visible, model.heads / s.tp, width)
-    kernel = fused_attention_seconds if task.accounting.attention == "fused" else unfused_attention_seconds
-    forward, backward = kernel(work, task.hardware.device, task.peak)
-    return forward / task.accounting.attention_rate, backward / task.accounting.attention_rate
+    a, device = task.accounting, task.hardware.device
+    if a.attention == "fused":
+        forward, backward = fused_attention_seconds(work, device, task.peak)
+        return forward / a.attention_rate, backward / a.attention_rate
+    return unfused_attention_seconds(work, device, task.peak, a.score_bytes)
 
 
 def _elementwise(task: Task, s: _Shapes, forward: bool) -> Floats:
@@ -208,18 +210,18 @@ def _elementwise(task: Task, s: _Shapes, forward: bool) -> Floats:
     split = e.mlp * mlp.dense_width + e.q * model.q_width + e.kv * model.kv_width
     moved = s.tokens * ((e.hidden + e.norm) * model.hidden / s.split + split / s.tp)
     if mlp.routed:
-        moved = moved + s.routed * (e.routed * model.hidden + e.mlp * mlp.width / s.etp)
+        moved = moved + s.routed * (e.routed * model.hidden + e.experts * e.mlp * mlp.width / s.etp)
     seconds = streaming_seconds(moved * task.job.compute_bytes / 2.0, task.hardware.device)
-    return seconds + _casts(task, s) * (1.0 if forward else 2.0)
+    return seconds + _casts(task, s, e.experts) * (1.0 if forward else 2.0)
 
 
-def _casts(task: Task, s: _Shapes) -> Floats:
-    """Time of quantising the inputs of narrow products: read two bytes, write one, for each of them."""
+def _casts(task: Task, s: _Shapes, experts: float) -> Floats:
+    """Time of quantising the inputs of narrow products: read two bytes, write one, for each; `experts` of the experts'."""
     if task.job.linears == "same":
         return np.zeros_like(s.tp)
     model, mlp = task.model, task.model.layer.mlp
     split = s.tokens * (2.0 * model.hidden / s.split + (model.q_width + mlp.dense_width) / s.tp)
-    routed = s.routed * (model.hidden + mlp.width / s.etp) if mlp.routed else 0.0
+    routed = experts * s.routed * (model.hidden + mlp.width / s.etp) if mlp.routed else 0.0
     return streaming_seconds(3.0 * (split + routed), task.hardware.device)
 
 
@@ -260,7 +262,8 @@ def _ep_traffic(task: Task, s: _Shapes) -> tuple[Floats, Floats]:
         return zero, zero
     e, device = task.job.compute_bytes, task.hardware
     sent = s.routed / s.etp * task.model.hidden * e
-    exchange = collective_seconds("all_to_all", s.ep, s.etp, sent, device)
+    copies = task.model.layer.mlp.top_k if task.accounting.ep_once else 1
+    exchange = collective_seconds("all_to_all", s.ep, s.etp, sent, device, copies)
     inside = collective_seconds("all_gather", s.etp, np.ones_like(s.tp), sent * s.etp, device)
     once = (1.0 - task.accounting.ep_overlap) * task.constant("ep") * 2.0 * (exchange + inside)
     return once, once
@@ -281,11 +284,12 @@ def _cp_traffic(task: Task, s: _Shapes, forward: Floats, backward: Floats) -> tu
 def _head(task: Task, s: _Shapes, sequence: np.ndarray) -> tuple[Floats, Floats]:
     """(compute, tp traffic) of the final projection and the loss, forward and backward."""
     model, a, device, e = task.model, task.accounting, task.hardware.device, task.job.compute_bytes
-    vocab = model.vocab / s.tp if a.logits_split else np.full_like(s.tp, float(model.vocab))
+    vocab = model.vocab / s.tp
     h = np.full_like(vocab, float(model.hidden))
     shapes = ((s.tokens, vocab, h), (s.tokens, h, vocab), (h, vocab, s.tokens))
     gemms = sum((gemm_seconds(*shape, device, task.peak, e) for shape in shapes), np.zeros_like(h))
-    loss = streaming_seconds(a.loss_traffic * s.tokens * vocab * e / 2.0, device) * task.constant("elementwise")
+    wide = vocab if a.logits_split else np.full_like(s.tp, float(model.vocab))
+    loss = streaming_seconds(a.loss_traffic * s.tokens * wide * e / 2.0, device) * task.constant("elementwise")
     n_bytes = s.tokens * model.hidden * e
     one = np.ones_like(s.tp)
     gather = collective_seconds("all_gather", s.tp, one, n_bytes, task.hardware)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from planner.cost import memory, operators
+from planner.cost import memory, operators, risk
 from planner.cost.collectives import collective_seconds, neighbour_seconds
 from planner.cost.compute import overlapped, streaming_seconds
 from planner.cost.memory import ceil
@@ -93,7 +93,8 @@ class Primitives:
     fixed: Ints
     """Library workspaces, and buffers that an engine keeps for one layer."""
     capacity: Ints
-    """What the allocator may hold: the limit less what lies outside, over the reserved ratio."""
+    """What the allocator may hold: the limit less what lies outside, over the reserved ratio; less where the risk of running
+    out of memory is limited."""
     outside: Ints
     """Driver context and communicators."""
 
@@ -172,9 +173,15 @@ class PrimitiveTable:
             boundary=np.where(many & a.keeps_stage_output, ceil(a.boundary_copies * boundary), 0),
             receive=np.where(many, boundary * buffers, 0),
             chunks=x.virtual_stages,
-            capacity=np.floor((self.task.limit - outside) / self.task.reserved_ratio).astype(np.int64),
+            capacity=self._capacity(outside),
             outside=outside,
         )
+
+    def _capacity(self, outside: Ints) -> Ints:
+        """Bytes that may be allocated: what both limits, of memory and of the risk to run out, leave."""
+        filled = np.floor((self.task.limit - outside) / self.task.reserved_ratio).astype(np.int64)
+        allowed = risk.allocated_limit(self.task)
+        return filled if allowed is None else np.minimum(filled, allowed)
 
     def _hide(self, x: LayoutArray, share: Ints) -> Ints:
         """Step-wise traffic that one layer's compute hides.

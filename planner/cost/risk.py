@@ -42,6 +42,14 @@ def risk_curve(task: Task) -> RiskCurve:
     return CALIBRATED if "outside" in constants or "reserved" in constants else KNOWN
 
 
+def allocated_limit(task: Task) -> int | None:
+    """Bytes that the task's `max_oom_probability` lets a rank allocate; None without one."""
+    if task.max_oom_probability is None:
+        return None
+    fill = risk_curve(task).fill_at(task.max_oom_probability)
+    return max(0, int(fill * task.hardware.device.memory.base))
+
+
 def out_of_memory_probability(task: Task, allocated: Floats) -> Floats:
     """P(out of memory) of layouts with `allocated` peak bytes on their worst rank."""
     return risk_curve(task).probability(np.asarray(allocated, float) / task.hardware.device.memory.base)

@@ -54,6 +54,8 @@ class Task:
     gpus: int
     accounting: Accounting
     max_memory_fraction: float = 0.92
+    max_oom_probability: float | None = None
+    """How likely a layout may run out of memory (see `risk`); None for no limit of its own."""
 
     @property
     def peak(self) -> float:

@@ -64,11 +64,15 @@ SAVED = (
     Saved("experts' gate or up", "routed_mlp", 1, "sequence", kept=("selective",)),
 )
 
+# Sharded gradients appear after the allocated peak, but stay in the allocator's pool: its reserved figure holds them.
+_POOLED = Held("grads", 4, shard=True, when="single")
+_ZERO = {k: replace(rule, backward=(*rule.backward, _POOLED)) if k >= 2 else rule for k, rule in ZERO.items()}
+
 ACCOUNTING = replace(
     bundled.ACCOUNTING,
     name="torchtitan",
     saved=SAVED,
-    zero=ZERO,
+    zero=_ZERO,
     tp_sequence=TpTraffic(
         forward={"all_gather": 2, "reduce_scatter": 2},
         backward={"all_gather": 4, "reduce_scatter": 2},

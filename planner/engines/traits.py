@@ -57,13 +57,14 @@ def _bf16_gradients(a: Accounting) -> Accounting:
 
 
 def _states(whole: float, sharded: float) -> Callable[[Accounting], Accounting]:
-    """ZeRO 1 with `whole` + `sharded` / D bytes a parameter, two of them the parameter itself."""
+    """ZeRO 1 with `whole` + `sharded` / D bytes a parameter, two of them the parameter itself; ZeRO 0 with both whole."""
 
     def apply(a: Accounting) -> Accounting:
-        params = Held("params", 2, shard=False)
-        held = (params, Held("grads", whole - 2, shard=False), Held("optimizer", sharded, shard=True))
         rules = dict(a.zero)
-        rules[1] = replace(rules[1], backward=held, update=held)
+        for stage in (0, 1):
+            optimizer = Held("optimizer", sharded, shard=stage == 1)
+            held = (Held("params", 2, shard=False), Held("grads", whole - 2, shard=False), optimizer)
+            rules[stage] = replace(rules[stage], backward=held, update=held)
         return replace(a, zero=rules)
 
     return apply
@@ -80,6 +81,20 @@ def _eager(a: Accounting) -> Accounting:
         a, saved=saved, kernels_forward=120, kernels_backward=160, reserved_ratio=a.reserved_ratio + 0.05,
         elementwise_forward=more(a.elementwise_forward, 30, 4), elementwise_backward=more(a.elementwise_backward, 36, 8),
     )  # fmt: skip
+
+
+def _routing(routed: float, experts: float) -> Callable[[Accounting], Accounting]:
+    """Other traffic of permutation and of the experts' activations."""
+
+    def apply(a: Accounting) -> Accounting:
+        def other(e: dict[str, Elementwise]) -> dict[str, Elementwise]:
+            return {k: replace(v, routed=routed, experts=experts) for k, v in e.items()}
+
+        return replace(
+            a, elementwise_forward=other(a.elementwise_forward), elementwise_backward=other(a.elementwise_backward)
+        )
+
+    return apply
 
 
 def _era_2021(a: Accounting) -> Accounting:
@@ -120,6 +135,8 @@ TRAITS: dict[str, Trait] = {
     for t in (
         Trait("2021", "Megatron of 2021 and 2022", _era_2021, "Narayanan 2021 (scatter-gather, section 4.1), Korthikanti 2022"),
         Trait("unfused-attention", "attention writes its scores", _unfused_attention, "Korthikanti 2022: 5 a s^2 b / t bytes"),
+        Trait("fp32-softmax", "softmax of unfused attention through fp32 copies", _set(score_bytes=(23.0, 19.0)),
+              "eager scale, mask, cast and softmax: 14 and 8 bytes more a score"),
         Trait("flash-1", "FlashAttention 1 kernels", _set(attention_rate=0.72), "Dao 2023: about 0.4 of the A100's peak"),
         Trait("flash-2-hopper", "FlashAttention 2 on Hopper", _set(attention_rate=0.62), "flash against cuDNN on H200"),
         Trait("triton-attention", "Triton attention of 2022", _set(attention_rate=0.70), "Dao 2023, its Triton baseline"),
@@ -128,6 +145,7 @@ TRAITS: dict[str, Trait] = {
             _set(tp_overlap=0.0, dp_window=0.0, dp_floor=1.0, pp_exposed={"gpipe": 1.0, "1f1b": 1.0, "interleaved": 1.0}),
             "the overlap options of Megatron-Core switched off",
         ),
+        Trait("async-tp", "products decomposed to hide tp collectives", _set(tp_overlap=0.5), "torch's asynchronous tensor parallel"),
         Trait("no-tp-overlap", "tensor-parallel collectives exposed", _set(tp_overlap=0.0), "tp_comm_overlap: false"),
         Trait("bf16-grads", "gradients kept and reduced in bf16", _bf16_gradients, "grad_reduce_in_fp32: false"),
         Trait("unfused-loss", "cross-entropy over fp32 copies of the logits",
@@ -145,8 +163,13 @@ TRAITS: dict[str, Trait] = {
         Trait("eager", "layers not compiled", _eager, "ten to twenty launches more for norms, rotary and activations"),
         Trait("compiled", "layers compiled", _set(kernels_forward=30, kernels_backward=45), "fused kernels: half the launches"),
         Trait("pipe-buffers", "a stage's input and output kept for every micro-batch in flight",
-              _set(keeps_stage_output=True, boundary_copies=2.0, outside_bytes=5.0 * 2**30), "DeepSpeed's pipe buffers"),
+              _set(keeps_stage_output=True, boundary_copies=2.0, outside_bytes=3.0 * 2**30), "DeepSpeed's pipe buffers"),
         Trait("fsdp", "Megatron-FSDP", _megatron_fsdp, "Megatron-Core's custom FSDP, optim_grads_params"),
+        Trait("deep-ep", "a token is sent once to each rank and node", _set(ep_once=True), "DeepEP and HybridEP dispatchers"),
+        Trait("fused-experts", "grouped products with activation and quantisation fused, permutation by the dispatcher",
+              lambda a: replace(_routing(3.0, 0.3)(a), kernels_routed=(5.0, 5.0)), "Megatron-Core of mid 2026: fused grouped products"),
+        Trait("unfused-routing", "permutation and combination as chains of kernels", _routing(24.0, 1.5),
+              "token dispatchers before fused permutation (2025)"),
         Trait("hidden-experts", "expert exchanges hidden behind compute", _set(ep_overlap=0.8), "1F1B overlap of Megatron-Core"),
     )
 }  # fmt: skip

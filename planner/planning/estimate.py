@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from planner.cost import memory, primitives, step
+from planner.cost import intervals, memory, primitives, risk, step
 from planner.cost.primitives import Primitives, TimeParts
 from planner.cost.schedules import in_flight
 from planner.cost.step import StageCost
 from planner.cost.task import Floats, LayoutArray, StageArray, Task
-from planner.planfile import Breakdown, Estimate, Memory, StageMemory
+from planner.planfile import Breakdown, Estimate, Memory, MemoryInterval, StageMemory, TimeInterval
 from planner.specs.hardware import Provenance
 from planner.specs.layout import Layout
 from planner.units import GIB
@@ -45,6 +46,7 @@ def estimate_layout(task: Task, layout: Layout) -> Estimate:
     breakdown = _breakdown(priced, seconds)
     return Estimate(
         step_time_s=seconds,
+        interval=_time_interval(task, seconds),
         tokens_per_s=rate,
         tokens_per_s_per_gpu=rate / task.gpus,
         tflops_per_gpu=model_flops / 1e12,
@@ -86,14 +88,52 @@ def _breakdown(c: _Priced, seconds: float) -> Breakdown:
     return Breakdown(**parts, other=max(seconds - sum(parts.values()), 0.0))
 
 
-def _memory(c: _Priced) -> Memory:
+def _time_interval(task: Task, seconds: float) -> TimeInterval:
+    spread = intervals.time_spread(task)
+    low, high = spread.around(seconds)
+    return TimeInterval(
+        low_s=low, high_s=high, relative=spread.relative, provenance=spread.provenance, source=spread.source
+    )
+
+
+def _memory_interval(task: Task, gib: float) -> MemoryInterval:
+    spread = intervals.memory_spread(task)
+    low, high = spread.around(gib)
+    return MemoryInterval(
+        low_gib=low, high_gib=high, relative=spread.relative, provenance=spread.provenance, source=spread.source
+    )
+
+
+LimitName = Literal["max_memory_fraction", "max_oom_probability"]
+
+
+def _limit(c: _Priced) -> tuple[float, LimitName]:
+    """GiB that a device may hold, and which limit says so; a limit of what is allocated counts with what lies around it."""
     limit = c.task.limit / GIB
+    allocated = risk.allocated_limit(c.task)
+    if allocated is None:
+        return limit, "max_memory_fraction"
+    allowed = _held(c, allocated) / GIB
+    return (allowed, "max_oom_probability") if allowed < limit else (limit, "max_memory_fraction")
+
+
+def _held(c: _Priced, allocated: int) -> float:
+    """Bytes that a device holds while `allocated` bytes are: with what the allocator keeps, and what lies outside."""
+    return allocated * c.task.reserved_ratio + int(c.p.outside[0])
+
+
+def _memory(c: _Priced) -> Memory:
+    limit, limit_by = _limit(c)
     stages = [_stage_memory(c, s, limit) for s in range(c.layout.pp)]
     peak = max(stages, key=lambda m: m.total)
+    most = c.cost.allocated.max(keepdims=True).astype(float)
     return Memory(
         limit_gib=limit,
+        limit_by=limit_by,
         usable_gib=c.task.hardware.device.memory.base / GIB,
         peak_gib=peak.total,
+        interval=_memory_interval(c.task, peak.total),
+        oom_probability=float(risk.out_of_memory_probability(c.task, most)[0]),
         peak_allocated_gib=max(m.allocated for m in stages),
         peak_stage=peak.stage,
         peak_cause=peak.cause,
@@ -118,7 +158,7 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
     activations = max(0, allocated - sum(states.values()) - buffers - transient) if not updating else 0
     transient = allocated - sum(states.values()) - buffers - activations
     ratio = c.task.reserved_ratio
-    total = (allocated * ratio + int(c.p.outside[0])) / GIB
+    total = _held(c, allocated) / GIB
     return StageMemory(
         stage=s,
         **{k: v / GIB for k, v in states.items()},

@@ -62,7 +62,10 @@ def prepare(request: Request) -> Setting:
     engine = engine_named(request.engine)
     nodes, gpus = _devices(request, hardware)
     _check_size(model, request.job, hardware, gpus)
-    task = Task(model, request.job, hardware, gpus, engine.accounting, request.policy.max_memory_fraction)
+    policy = request.policy
+    task = Task(
+        model, request.job, hardware, gpus, engine.accounting, policy.max_memory_fraction, policy.max_oom_probability
+    )
     device = hardware.device
     cluster = Cluster(
         hardware=hardware.name,
@@ -77,7 +80,7 @@ def prepare(request: Request) -> Setting:
     digests = {"model": model_digest, "hardware": hardware_digest, "job": job_digest}
     pins = {k: list(v) for k, v in request.pins.items()}
     inputs = Inputs(model=model_name, hardware=hardware_name, digests=digests, pins=pins, forbidden=list(request.forbid))
-    return Setting(task, engine, cluster, inputs, request.policy)
+    return Setting(task, engine, cluster, inputs, policy)
 
 
 LONGEST_STEP_DAYS = 10
@@ -150,7 +153,10 @@ def request_of(configuration: Configuration, folder: Path) -> Request:
 def task_of_plan(plan: Plan) -> tuple[Task, Engine]:
     """Task and engine of a plan file. Raises InputError for an unknown engine."""
     engine = engine_named(plan.engine)
-    task = Task(plan.model, plan.job, plan.hardware, plan.cluster.gpus, engine.accounting, plan.policy.max_memory_fraction)
+    policy, gpus = plan.policy, plan.cluster.gpus
+    task = Task(
+        plan.model, plan.job, plan.hardware, gpus, engine.accounting, policy.max_memory_fraction, policy.max_oom_probability
+    )
     return task, engine
 
 

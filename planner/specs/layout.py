@@ -56,7 +56,8 @@ def format_recompute(layers: int, selective: int, full: int) -> str:
 class Stage(Spec):
     """What one pipeline rank holds. With virtual stages, `layers` counts all its chunks."""
 
-    layers: int = Field(gt=0, lt=2**31)
+    layers: int = Field(ge=0, lt=2**31)
+    """Engines of ours want at least one (a rule); a few cut stages that hold the head alone."""
     recompute: str = "none"
     """`none`, `selective`, `full`, or the counts of the first layers, such as `full:3,selective:2`."""
 

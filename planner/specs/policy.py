@@ -12,3 +12,5 @@ class Policy(Spec):
 
     max_memory_fraction: float = Field(default=0.92, gt=0, le=1)
     """Share of the device's usable memory that a plan may fill."""
+    max_oom_probability: float | None = Field(default=None, gt=0, lt=1)
+    """How likely a plan may run out of memory (see `planner.cost.risk`); no limit beside the fraction when left out."""

@@ -25,6 +25,8 @@ class Family:
     window_every: int = 0
     """Every n-th layer has the sliding window `window`; 0 for none."""
     window: int = 0
+    missing: str = ""
+    """What the cost model lacks for it."""
 
 
 _V2 = {"kind": "latent", "q_lora_rank": 1536, "kv_lora_rank": 512, "rope_dim": 64, "head_dim": 192, "v_head_dim": 128}
@@ -37,7 +39,7 @@ FAMILIES = (
     # moonshotai/Moonlight-16B-A3B config.json
     Family(r"moonlight", {**_V2, "q_lora_rank": None}, shared_experts=2, dense_first=1),
     # Qwen/Qwen3-* config.json
-    Family(r"qwen3.?next", {"qk_norm": True}, shared_experts=1),
+    Family(r"qwen3.?next|nemotron.?h|kimi.?linear|mamba", missing="linear-attention or state-space layers"),
     Family(r"qwen3", {"qk_norm": True}),
     # openai/gpt-oss-120b config.json
     Family(r"gpt.?oss", {"qkv_bias": True, "out_bias": True}, window_every=2, window=128),

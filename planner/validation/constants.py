@@ -50,6 +50,17 @@ def step_seconds(batch: Batch, values: Mapping[str, float] | None = None) -> Flo
     return step.step_cost(priced[0], x, stages, blended).step / 1e9
 
 
+def moves(batch: Batch) -> frozenset[str]:
+    """Constants that can change the batch's step times at all."""
+    x, task = batch.layouts, batch.task
+    present = {"compute": True, "elementwise": True, "host": True, "tp": bool((x.tp > 1).any()), "pp": bool((x.pp > 1).any())}
+    present["dp"] = bool((x.shard > 1).any())
+    present["ep"] = any(group.mlp.routed for group, _ in task.model.kinds) and bool(((x.ep > 1) | (x.etp > 1)).any())
+    present["scale"] = task.gpus > task.hardware.node_size
+    present["narrow"] = task.job.linears != "same"
+    return frozenset(name for name, there in present.items() if there)
+
+
 @dataclass(frozen=True)
 class TimedRuns:
     """Batches of one engine on one machine, and what was measured."""
@@ -68,11 +79,17 @@ class TimedRuns:
     def jacobian(self, vector: Floats, at: Floats, free: Sequence[int] | None = None) -> Floats:
         """d log_errors / d vector by forward differences, shape (rows, constants); `at` are the errors at `vector`."""
         result = np.zeros((len(at), len(TIME_CONSTANTS)))
-        for i in range(len(TIME_CONSTANTS)) if free is None else free:
-            moved = vector.copy()
-            width = 0.002 if TIME_CONSTANTS[i] == "scale" else 0.02
-            moved[i] += width
-            result[:, i] = (self.log_errors(moved) - at) / width
+        start = 0
+        for batch in self.batches:
+            rows = slice(start, start + len(batch.entries))
+            for i in range(len(TIME_CONSTANTS)) if free is None else free:
+                if TIME_CONSTANTS[i] in moves(batch):
+                    moved = vector.copy()
+                    width = 0.002 if TIME_CONSTANTS[i] == "scale" else 0.02
+                    moved[i] += width
+                    errors = np.log(step_seconds(batch, to_values(moved)) / self.measured[rows])
+                    result[rows, i] = (errors - at[rows]) / width
+            start = rows.stop
         return result
 
 

@@ -106,6 +106,8 @@ def run_of(row: Row, balanced: bool = False, zero_default: int = 0) -> Run:
 def model_of(row: Row) -> Model:
     """The model of a row: its columns, and what is known of its family."""
     family = family_of(row.get("model_name", ""))
+    if family.missing:
+        raise Unusable(f"not modelled: {family.missing}")
     hidden, heads = whole(row, "hidden"), whole(row, "heads")
     gated = (number(row, "gated_mlp") or 0) > 0
     attention = _attention(row, family, hidden, heads)
@@ -199,7 +201,7 @@ def _layout(row: Row, model: Model, job: Job, balanced: bool, zero_default: int)
         raise Unusable("tp x pp x cp x dp is not gpus")
     micro = whole(row, "micro_batch")
     vpp = whole(row, "vpp", 1) if pp > 1 else 1
-    if pp * vpp > model.n_layers:
+    if pp * vpp > model.n_layers and not balanced:
         raise Unusable("more stages than layers")
     stage = number(row, "shard_stage")
     zero = int(stage) if stage is not None else zero_default
@@ -216,15 +218,13 @@ def _layout(row: Row, model: Model, job: Job, balanced: bool, zero_default: int)
 
 
 def balanced_stages(model: Model, pp: int, recompute: str) -> list[Stage]:
-    """Layers cut so that every stage costs the same, the head counted in; a stage may be left with one layer only.
+    """Layers cut by cost, the head counted in: a stage takes layers until it passes its share; late ones may get none.
 
-    A layer costs its weights, the head V h (nanotron's rule). Late stages that would hold the head alone get a layer.
+    A layer costs its weights, the head V h: nanotron's rule, which reproduces its published splits (16 layers over 4
+    stages: 6, 5, 5, 0).
     """
     layer = sum(count * model.active_params_of(g) for g, count in model.kinds) / model.n_layers
     total = layer * model.n_layers + model.vocab * model.hidden
-    ends = [min(model.n_layers, math.floor(total * (r + 1) / pp / layer + 0.5)) for r in range(pp)]
-    ends[-1] = model.n_layers
-    for r in range(pp):  # every stage holds a layer
-        ends[r] = min(max(ends[r], (ends[r - 1] if r else 0) + 1), model.n_layers - (pp - 1 - r))
+    ends = [min(model.n_layers, math.floor(total * (r + 1) / pp / layer) + 1) for r in range(pp - 1)] + [model.n_layers]
     counts = [e - b for b, e in zip([0, *ends[:-1]], ends, strict=True)]
-    return [Stage(layers=n, recompute=recompute) for n in counts]
+    return [Stage(layers=n, recompute=recompute if n else "none") for n in counts]
