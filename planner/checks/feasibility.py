@@ -13,9 +13,11 @@ from planner.engines.base import layout_problems
 from planner.errors import InputError, Location, Problem, input_error
 from planner.planfile import Estimate
 from planner.planning.estimate import estimate_layout
+from planner.planning.make import limit_text
 from planner.planning.request import Setting, prepare, request_of, task_of_plan
 from planner.specs import files, huggingface
 from planner.specs.layout import Configuration, Layout
+from planner.specs.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,27 @@ class CheckResult:
         return any(p.severity == "error" for p in self.findings)
 
 
-def check_file(path: str | Path) -> CheckResult:
-    """Check one file. Raises InputError when it cannot be read at all (not when it is infeasible)."""
+def check_file(path: str | Path, max_oom_probability: float | None = None) -> CheckResult:
+    """Check one file. Raises InputError when it cannot be read at all (not when it is infeasible).
+
+    `max_oom_probability` limits the risk to run out of memory beside what the file's own policy says: the stricter holds.
+    """
     document = files.parse_document(path)
     if planfile.is_plan(document.data):
-        return _check_plan(document)
-    return _check_configuration(document)
+        return _check_plan(document, max_oom_probability)
+    return _check_configuration(document, max_oom_probability)
 
 
-def _check_plan(document: files.Document) -> CheckResult:
+def _stricter(policy: Policy, max_oom_probability: float | None) -> Policy:
+    """The policy with the lower of its own and another limit of the risk to run out of memory."""
+    limits = [p for p in (policy.max_oom_probability, max_oom_probability) if p is not None]
+    return policy.model_copy(update={"max_oom_probability": min(limits, default=None)})
+
+
+def _check_plan(document: files.Document, max_oom_probability: float | None) -> CheckResult:
     """Rules and memory again, with the profile inside the plan; a note when the shipped profile has changed since."""
     plan = planfile.from_document(document)
+    plan = plan.model_copy(update={"policy": _stricter(plan.policy, max_oom_probability)})
     place = Location(document.path, 1, 1)
     task, engine = task_of_plan(plan)
     findings = [p.at(place) for p in layout_problems(task, engine, plan.layout)]
@@ -54,7 +66,7 @@ def _check_plan(document: files.Document) -> CheckResult:
     if _profile_changed(plan):
         what = f"profile {plan.inputs.hardware} changed since the plan was made"
         findings.append(Problem("PLN601", what, "its digest differs", "plan again", place, severity="warning"))
-    findings += _memory_findings(estimate, document, plan.policy.max_memory_fraction)
+    findings += _memory_findings(estimate, document, plan.policy)
     rules = tuple(r.code for r in engine.all_rules)
     return CheckResult(document.path, "plan", tuple(findings), (*rules, "PLN301"), estimate)
 
@@ -66,9 +78,11 @@ def _profile_changed(plan: planfile.Plan) -> bool:
     return files.load_hardware(plan.inputs.hardware)[1].digest != plan.inputs.digests.get("hardware")
 
 
-def _check_configuration(document: files.Document) -> CheckResult:
+def _check_configuration(document: files.Document, max_oom_probability: float | None) -> CheckResult:
     _is_configuration(document)
     configuration = files.build(Configuration, document)
+    policy = _stricter(configuration.policy, max_oom_probability)
+    configuration = configuration.model_copy(update={"policy": policy})
     setting = _prepare(configuration, document)
     problems = layout_problems(setting.task, setting.engine, configuration.layout)
     findings = [p.at(_place(document, p.field)) for p in problems]
@@ -76,7 +90,7 @@ def _check_configuration(document: files.Document) -> CheckResult:
     estimate = None
     if not findings:
         estimate = estimate_layout(setting.task, configuration.layout)
-        findings += _memory_findings(estimate, document, setting.policy.max_memory_fraction)
+        findings += _memory_findings(estimate, document, policy)
     return CheckResult(document.path, "configuration", tuple(findings), (*rules, "PLN301"), estimate)
 
 
@@ -121,8 +135,8 @@ def _place(document: files.Document, name: str) -> Location:
     return located.location((group, name) if name else (group,))
 
 
-def _memory_findings(estimate: Estimate, document: files.Document, fraction: float) -> list[Problem]:
-    """One finding a stage that does not fit: the numbers, the largest parts, what to change."""
+def _memory_findings(estimate: Estimate, document: files.Document, policy: Policy) -> list[Problem]:
+    """One finding a stage that does not fit: the numbers, the limit that binds, the largest parts, what to change."""
     located = None
     found = []
     for stage in estimate.memory.stages:
@@ -135,7 +149,7 @@ def _memory_findings(estimate: Estimate, document: files.Document, fraction: flo
         what = f"stage {stage.stage} needs {stage.total:.1f} GiB, limit {limit:.1f} GiB"
         why = (
             f"{', '.join(f'{name} {size:.1f}' for name, size in largest)} GiB; {stage.cause}; "
-            f"the limit is {fraction:g} of {estimate.memory.usable_gib:.1f} GiB"
+            f"the limit is {limit_text(estimate.memory, policy)}"
         )
         fix = f"free {-stage.headroom:.1f} GiB: {_remedy(largest[0][0])}"
         place = located.location(("layout", "stages", stage.stage))

@@ -18,17 +18,26 @@ def check(
     output_file: Annotated[
         Path | None, typer.Option("--output-file", help="Write the findings here as well as the summary.")
     ] = None,
+    max_oom_probability: Annotated[
+        float | None,
+        typer.Option(
+            "--max-oom-probability", metavar="P", help="How likely to run out of memory, beside the files' own limits."
+        ),
+    ] = None,
 ) -> None:
     """Check that configurations are feasible. Exit 0 when they are, 1 with findings, 2 when a file cannot be read."""
     from planner.checks.feasibility import CheckResult, check_file
+    from planner.planning.request import build_spec
     from planner.report import findings
+    from planner.specs.policy import Policy
 
+    limit = build_spec(Policy, {"max_oom_probability": max_oom_probability}, "policy").max_oom_probability
     common.checked_format(output_format, findings.FORMATS, "--output-format")
     common.writable(output_file)
     results, unreadable = [], []
     for path in paths:
         try:
-            results.append(check_file(path))
+            results.append(check_file(path, limit))
         except InputError as error:
             unreadable += list(error.problems)
             if output_format != "full":  # machine formats name every file

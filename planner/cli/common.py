@@ -31,6 +31,10 @@ GlobalBatch = Annotated[int, typer.Option("--global-batch", help="Sequences of o
 Precision = Annotated[str, typer.Option("--precision", help="bf16, fp16 or fp32.")]
 EngineName = Annotated[str, typer.Option("--engine", help="What executes the plan: bundled or megatron.")]
 Fraction = Annotated[float, typer.Option("--max-memory-fraction", help="Share of usable device memory that a plan may fill.")]
+OomProbability = Annotated[
+    float | None,
+    typer.Option("--max-oom-probability", metavar="P", help="How likely a plan may run out of memory, between 0 and 1."),
+]
 Format = Annotated[str, typer.Option("--format", help="table, json, yaml, csv or markdown.")]
 AsType = Annotated[str | None, typer.Option("--as", help="Treat an unknown Hugging Face model_type as this one.")]
 

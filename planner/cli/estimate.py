@@ -41,27 +41,64 @@ def estimate(
     layers: Annotated[str | None, typer.Option(help="Layers of each stage: 7,8,8,7; even when left out.")] = None,
     recompute: Annotated[str, typer.Option(help="none, selective, full, or counts such as full:3,selective:2.")] = "none",
     max_memory_fraction: common.Fraction = 0.92,
+    max_oom_probability: common.OomProbability = None,
     as_type: common.AsType = None,
     output_format: common.Format = "table",
     output: Annotated[Path | None, typer.Option("-o", "--out", help="Write the plan file here.")] = None,
+    detail: Annotated[
+        list[str] | None, typer.Option(help="What it is made of: time, memory, comm or source; several times, or with commas.")
+    ] = None,
 ) -> None:
     """Predict step time and memory of one layout, without a search."""
     from planner import planfile
     from planner.cli.plan import print_plan
 
     common.checked_format(output_format)
+    wanted = _wanted(detail or [])
     common.writable(output)
     flags = dict(locals())
-    made = _from_file(source, flags) or _from_flags(flags)
+    made, accounting = _from_file(source, flags) or (_from_flags(flags), flags["engine"])
     if output is not None:
         planfile.write(made, output)
-    print_plan(made, output_format)
+    if not wanted or output_format in ("table", "markdown"):
+        print_plan(made, output_format)
+    if wanted:
+        _print_detail(made, accounting, wanted, output_format)
     if not made.estimate.memory.fits and output_format == "table":
         print("this layout does not fit: see headroom", file=sys.stderr)
 
 
-def _from_file(source: str, flags: dict[str, Any]) -> Plan | None:
-    """The estimate of a plan or configuration file; None when the source is a model."""
+def _wanted(items: list[str]) -> list[str]:
+    """The tables of --detail, each once. Raises InputError for an unknown one."""
+    names = [name.strip() for item in items for name in item.split(",")]
+    for name in names:
+        if name not in DETAILS:
+            raise input_error("PLN107", f"--detail {name}: not a table", f"tables are {', '.join(DETAILS)}", "")
+    return list(dict.fromkeys(names))
+
+
+DETAILS = ("time", "memory", "comm", "source")
+
+
+def _print_detail(made: Plan, engine: str, wanted: list[str], output_format: str) -> None:
+    """The tables that say what an estimate is made of: beside the plan in JSON and YAML, alone in CSV."""
+    from planner.planning.detail import detail_of
+    from planner.report import detail as report
+    from planner.report import terminal
+
+    found = detail_of(made, wanted, engine)
+    if output_format in ("json", "yaml"):
+        data = {**made.to_data(), "detail": found.to_data()}
+        common.write_result(common.to_json(data) if output_format == "json" else common.to_yaml(data))
+    elif output_format == "table":
+        report.print_detail(found, wanted, terminal.console())
+    else:
+        gap = "\n" if output_format == "markdown" else ""
+        common.write_result(gap + report.detail_text(found, wanted, output_format))
+
+
+def _from_file(source: str, flags: dict[str, Any]) -> tuple[Plan, str] | None:
+    """The estimate of a plan or configuration file and the engine it names; None when the source is a model."""
     from planner import planfile
     from planner.planning import make
     from planner.planning.request import Request, request_of
@@ -80,14 +117,15 @@ def _from_file(source: str, flags: dict[str, Any]) -> Plan | None:
             plan.model, plan.hardware, plan.job, gpus=plan.cluster.gpus, engine=plan.engine, policy=plan.policy,
             relative_to=Path(source).parent,
         )  # fmt: skip
-        return make.make_estimate(request, plan.layout)
+        return make.make_estimate(request, plan.layout), plan.engine
     if isinstance(data, dict) and "layout" in data:
         configuration = files.build(Configuration, document)
-        return make.make_estimate(request_of(configuration, Path(source).parent), configuration.layout)
+        made = make.make_estimate(request_of(configuration, Path(source).parent), configuration.layout)
+        return made, configuration.engine
     return None
 
 
-_BESIDE_FILES = ("source", "output", "output_format")
+_BESIDE_FILES = ("source", "output", "output_format", "detail")
 
 
 def _no_flags(source: str, flags: dict[str, Any]) -> None:

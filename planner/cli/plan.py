@@ -34,6 +34,7 @@ def plan(
         list[str] | None, typer.Option("--forbid", help="Leave out an axis or choice: cp, interleaved, full; repeatable.")
     ] = None,
     max_memory_fraction: common.Fraction = 0.92,
+    max_oom_probability: common.OomProbability = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, max=50, help="Plans to prove, the best included.")] = 4,
     time_limit: Annotated[float | None, typer.Option("--time-limit", help="Seconds; then the best plan so far.")] = None,
     output_format: common.Format = "table",
@@ -78,7 +79,7 @@ def _request(flags: dict[str, Any]) -> Any:
     from planner.specs.policy import Policy
 
     job = build_spec(Job, {k: flags[k] for k in ("seq_len", "global_batch", "precision")}, "job")
-    policy = build_spec(Policy, {"max_memory_fraction": flags["max_memory_fraction"]}, "policy")
+    policy = build_spec(Policy, {k: flags[k] for k in ("max_memory_fraction", "max_oom_probability")}, "policy")
     model = flags["model"]
     if flags.get("as_type"):
         model = files.load_model(model, as_type=flags["as_type"])[0]

@@ -16,7 +16,7 @@ _MOVED = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_a
 
 
 def _efficiency(tier: Tier, n_bytes: Floats) -> Floats:
-    """Share of the bandwidth that messages of `n_bytes` a rank reach: log-interpolated, held at the ends."""
+    """Share of the bandwidth that a collective over a tensor of `n_bytes` reaches: log-interpolated, held at the ends."""
     points = tier.efficiency.points
     sizes = np.log([p[0] for p in points])
     return np.interp(np.log(np.maximum(n_bytes, 1.0)), sizes, [p[1] for p in points])
@@ -65,7 +65,7 @@ def collective_seconds(
         share = moved if op != "all_to_all" or depth == 0 else n_bytes * np.maximum(n - ranks, 0.0) / np.maximum(n, 1.0)
         if copies > 1:
             share = share * _once(copies, n if depth == 0 else domains)
-        rate = tier.bandwidth.base * (ranks if depth else 1.0) * _efficiency(tier, n_bytes / np.maximum(n, 1.0))
+        rate = tier.bandwidth.base * (ranks if depth else 1.0) * _efficiency(tier, n_bytes)
         if tier.by_domains is not None:
             rate = np.minimum(rate, _measured_rate(tier, domains))
         total = np.where(crosses, np.maximum(total, factor * share / rate), total)

@@ -149,9 +149,13 @@ def state_bytes(task: Task, zero: Ints, shard: Ints, microbatches: Ints) -> Stat
         "copied": (shard > 1) | (e < 4),
     }
 
+    stages = set(np.unique(zero).tolist())
+
     def total(field: str, part: str | None = None, whole: bool = False) -> Floats:
         result = np.zeros(len(zero))
         for stage, rule in a.zero.items():
+            if stage not in stages:
+                continue
             items: tuple[Held, ...] = getattr(rule, field)
             for item in items:
                 if (part is None or item.part == part) and not (whole and item.shard):

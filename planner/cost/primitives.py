@@ -310,6 +310,8 @@ def _dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats]
     each = {"forward": np.zeros(size), "backward": np.zeros(size)}
     for zero, rule in a.zero.items():
         rows = np.nonzero(layouts.zero == zero)[0]
+        if not len(rows):
+            continue
         for item in rule.traffic:
             n_bytes = a.size(item.size, task.job.compute_bytes)
             x = layouts.take(rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from planner.cost.accounting import (
+    EAGER_KERNELS,
     Accounting,
     Elementwise,
     Saved,
@@ -126,8 +127,8 @@ ACCOUNTING = Accounting(
     tp_overlap=0.0,
     dp_window=0.9,
     dp_floor=0.1,
-    kernels_forward=175,
-    kernels_backward=325,
+    kernels_forward=EAGER_KERNELS[0],
+    kernels_backward=EAGER_KERNELS[1],
     kernels_tp=(565, 1075),
     kernels_gather=(145, 270),
     optimizer_bytes=40.0,

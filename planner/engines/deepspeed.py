@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planner.cost.accounting import COMPUTE, Held, Saved, TpTraffic, Traffic, ZeroRule
+from planner.cost.accounting import COMPUTE, EAGER_KERNELS, Held, Saved, TpTraffic, Traffic, ZeroRule
 from planner.engines import megatron
 from planner.engines.base import Engine, Rule, gpipe, kv_heads_replicable
 
@@ -114,15 +114,15 @@ ACCOUNTING = replace(
     pp_exposed={"1f1b": 1.0},
     pp_split=True,
     keeps_stage_output=True,
-    kernels_forward=80,
-    kernels_backward=120,
+    kernels_forward=EAGER_KERNELS[0],
+    kernels_backward=EAGER_KERNELS[1],
     optimizer_bytes=50.0,
     reserved_ratio=1.05,
     origin={
         "zero": "DeepSpeed's buffers: 16-bit parameters and gradients, fp32 master and moments sharded (Rajbhandari 2020)",
         "saved": "Korthikanti 2022 with flash attention; row-parallel outputs from out-of-memory labels of arXiv 2311.05610",
         "logit_bytes": "eager cross-entropy: logits and three fp32 tensors of their size",
-        "kernels_forward": "eager Megatron layers at 5 us a launch: assumed",
+        "kernels_forward": "assumed: as measured for the bundled runtime's eager layers",
         "dp_window": "assumed: reduction in buckets beside the last backward",
     },
 )

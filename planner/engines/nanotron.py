@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planner.cost.accounting import COMPUTE, Held, Saved, Traffic, ZeroRule
+from planner.cost.accounting import COMPUTE, EAGER_KERNELS, Held, Saved, Traffic, ZeroRule
 from planner.engines import megatron
 from planner.engines.base import Engine, Rule, gpipe, kv_heads_divisible
 
@@ -80,8 +80,8 @@ ACCOUNTING = replace(
     dp_window=0.6,
     dp_floor=0.1,
     pp_exposed={"1f1b": 1.0},
-    kernels_forward=100,
-    kernels_backward=140,
+    kernels_forward=EAGER_KERNELS[0],
+    kernels_backward=EAGER_KERNELS[1],
     optimizer_bytes=50.0,
     reserved_ratio=1.05,
     balanced_stages=True,
@@ -89,7 +89,7 @@ ACCOUNTING = replace(
         "zero": "8 + 12 / D bytes a parameter: nanotron's fp32 gradient accumulation; a regression gives 9.2 + 11.4 / D",
         "saved": "24 h + 7 f bytes a token, 6 h of them on every rank: fitted on 146 runs of the ultra-scale playbook",
         "logit_bytes": "10 to 12 on the same runs",
-        "kernels_forward": "500 and 700 us a layer: assumed",
+        "kernels_forward": "assumed: as measured for the bundled runtime's eager layers",
     },
 )
 

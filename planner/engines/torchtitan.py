@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planner.cost.accounting import COMPUTE, Held, Saved, TpTraffic, Traffic, ZeroRule
+from planner.cost.accounting import COMPUTE, EAGER_KERNELS, Held, Saved, TpTraffic, Traffic, ZeroRule
 from planner.engines import bundled, megatron
 from planner.engines.base import Engine, Rule, kv_heads_divisible
 from planner.engines.fsdp2 import ZERO
@@ -95,7 +95,9 @@ ACCOUNTING = replace(
     dp_window=0.9,
     dp_floor=0.05,
     reserved_ratio=1.035,
+    pipeline_zero=2,
     origin={
+        "pipeline_zero": "torchtitan's reshard_after_forward: default keeps parameters gathered under a pipeline",
         "saved": "62 KiB a token and 8B layer under per-operator selective recompute, counted on the bundled runtime's block",
         "zero": "FSDP2 as in the bundled runtime",
         "attention_rate": "FlashAttention 2 through SDPA on Hopper: 0.34 of the peak against 0.55 of cuDNN",
@@ -151,8 +153,8 @@ FSDP1_ACCOUNTING = replace(
     logit_bytes=6.0,
     loss_traffic=24.0,
     attention_rate=0.71,
-    kernels_forward=60,
-    kernels_backward=80,
+    kernels_forward=EAGER_KERNELS[0],
+    kernels_backward=EAGER_KERNELS[1],
     dp_window=0.7,
     dp_floor=0.25,
     reserved_ratio=1.07,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from planner.cost.accounting import COMPUTE, Accounting, Elementwise, Held, Saved, Traffic, ZeroRule
+from planner.cost.accounting import COMPUTE, EAGER_KERNELS, Accounting, Elementwise, Held, Saved, Traffic, ZeroRule
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,15 @@ def _states(whole: float, sharded: float) -> Callable[[Accounting], Accounting]:
     return apply
 
 
+def _fp8_gather(a: Accounting) -> Accounting:
+    """Parameters are gathered in one byte."""
+
+    def rule(z: ZeroRule) -> ZeroRule:
+        return replace(z, traffic=tuple(replace(t, size=1) if t.op == "all_gather" else t for t in z.traffic))
+
+    return replace(a, zero={k: rule(z) for k, z in a.zero.items()})
+
+
 def _eager(a: Accounting) -> Accounting:
     """PyTorch layers without compilation: norms fused, rotary positions and gated activations not."""
 
@@ -78,7 +87,7 @@ def _eager(a: Accounting) -> Accounting:
 
     saved = (*a.saved, Saved("silu", "mlp", 1, "tensor", only=("gated",)))
     return replace(
-        a, saved=saved, kernels_forward=120, kernels_backward=160, reserved_ratio=a.reserved_ratio + 0.05,
+        a, saved=saved, kernels_forward=EAGER_KERNELS[0], kernels_backward=EAGER_KERNELS[1], reserved_ratio=a.reserved_ratio + 0.05,
         elementwise_forward=more(a.elementwise_forward, 30, 4), elementwise_backward=more(a.elementwise_backward, 36, 8),
     )  # fmt: skip
 
@@ -109,7 +118,7 @@ def _era_2021(a: Accounting) -> Accounting:
     )  # fmt: skip
     return replace(
         a, zero=zero, tp_overlap=0.0, dp_window=0.0, dp_floor=1.0, pp_split=True, pp_exposed=dict.fromkeys(a.pp_exposed, 1.0),
-        kernels_forward=50, kernels_backward=90, optimizer_bytes=50.0, logit_bytes=14.0, loss_traffic=48.0,
+        kernels_forward=EAGER_KERNELS[0], kernels_backward=EAGER_KERNELS[1], optimizer_bytes=50.0, logit_bytes=14.0, loss_traffic=48.0,
     )  # fmt: skip
 
 
@@ -145,6 +154,7 @@ TRAITS: dict[str, Trait] = {
             _set(tp_overlap=0.0, dp_window=0.0, dp_floor=1.0, pp_exposed={"gpipe": 1.0, "1f1b": 1.0, "interleaved": 1.0}),
             "the overlap options of Megatron-Core switched off",
         ),
+        Trait("fp8-gather", "parameters gathered in fp8", _fp8_gather, "torchtitan's enable_fsdp_float8_all_gather"),
         Trait("async-tp", "products decomposed to hide tp collectives", _set(tp_overlap=0.5), "torch's asynchronous tensor parallel"),
         Trait("no-tp-overlap", "tensor-parallel collectives exposed", _set(tp_overlap=0.0), "tp_comm_overlap: false"),
         Trait("bf16-grads", "gradients kept and reduced in bf16", _bf16_gradients, "grad_reduce_in_fp32: false"),
@@ -170,6 +180,9 @@ TRAITS: dict[str, Trait] = {
               lambda a: replace(_routing(3.0, 0.3)(a), kernels_routed=(5.0, 5.0)), "Megatron-Core of mid 2026: fused grouped products"),
         Trait("unfused-routing", "permutation and combination as chains of kernels", _routing(24.0, 1.5),
               "token dispatchers before fused permutation (2025)"),
+        Trait("light-recompute", "selective recompute of norms, activations or latent up-projections only",
+              lambda a: replace(a, recomputed={**a.recomputed, "selective": {"gemm": 0.05, "elementwise": 0.5}}),
+              "Megatron-Core's recompute_modules without core_attn"),
         Trait("hidden-experts", "expert exchanges hidden behind compute", _set(ep_overlap=0.8), "1F1B overlap of Megatron-Core"),
     )
 }  # fmt: skip

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 from planner.engines.base import job_problems, layout_problems
 from planner.errors import InfeasibleError, InputError, Problem, input_error
-from planner.planfile import Alternative, Certificate, Estimate, Plan
+from planner.planfile import Alternative, Certificate, Choice, Estimate, Memory, Plan
+from planner.planning import choice
 from planner.planning.estimate import estimate_layout
 from planner.planning.request import Request, Setting, prepare
 from planner.search.solve import Outcome, Progress
 from planner.search.space import Space, declared_space
 from planner.specs.layout import Layout
-from planner.units import gib
+from planner.specs.policy import Policy
+from planner.units import GIB, gib
 
 
 def make_plan(
@@ -20,6 +22,7 @@ def make_plan(
 ) -> Plan:
     """The proven best plan of the declared space, with the best of the `alternatives` - 1 next (tp, cp, pp, ep).
 
+    Where several of them are as fast as can be told, the plan is the simplest or emptiest one: see `choice`.
     Raises InputError, InfeasibleError when nothing fits, TimeoutError or KeyboardInterrupt when stopped before any plan.
     """
     from planner.search.solve import search
@@ -36,19 +39,31 @@ def make_plan(
         if outcome.status == "interrupted":
             raise TimeoutError if outcome.stopped_by == "limit" else KeyboardInterrupt
         raise explain_infeasible(setting, space, request, certificate)
-    best = outcome.candidates[0]
-    estimates = [estimate_layout(setting.task, c.layout) for c in outcome.candidates]
+    found = [choice.Proven(c.layout, estimate_layout(setting.task, c.layout)) for c in outcome.candidates]
+    # A search that ended early proved too little for anything but its best to be the plan.
+    chosen = 0 if outcome.stopped_by else choice.choose(found)
+    best = outcome.candidates[chosen]
     others = [
         Alternative(
             layout=c.layout,
-            step_time_s=e.step_time_s,
+            step_time_s=f.estimate.step_time_s,
             slower=(c.step_ns - best.step_ns) / best.step_ns,
-            peak_gib=e.memory.peak_gib,
-            tokens_per_s_per_gpu=e.tokens_per_s_per_gpu,
+            peak_gib=f.estimate.memory.peak_gib,
+            oom_probability=f.estimate.memory.oom_probability,
+            tokens_per_s_per_gpu=f.estimate.tokens_per_s_per_gpu,
         )
-        for c, e in zip(outcome.candidates[1:], estimates[1:], strict=True)
+        for i, (c, f) in enumerate(zip(outcome.candidates, found, strict=True))
+        if i != chosen
     ]
-    return _assemble(setting, best.layout, estimates[0], certificate, others)
+    estimate = found[chosen].estimate
+    why = Choice(
+        rule="near tie" if chosen else "fastest",
+        reason=choice.reason(found, chosen, short(found[0].layout)),
+        tie=choice.TIE,
+        fastest_step_time_s=found[0].estimate.step_time_s,
+        inside_interval=choice.inside_interval(estimate, [o.step_time_s for o in others]),
+    )
+    return _assemble(setting, best.layout, estimate, certificate, others, why)
 
 
 def _assemble(
@@ -57,6 +72,7 @@ def _assemble(
     estimate: Estimate,
     certificate: Certificate | None = None,
     others: Sequence[Alternative] = (),
+    why: Choice | None = None,
 ) -> Plan:
     return Plan(
         model=setting.task.model,
@@ -68,6 +84,7 @@ def _assemble(
         layout=layout,
         estimate=estimate,
         certificate=certificate,
+        choice=why,
         alternatives=list(others),
         inputs=setting.inputs,
     )
@@ -133,8 +150,7 @@ def explain_infeasible(setting: Setting, space: Space, request: Request, certifi
             f"{task.model.name} does not fit on {where}: the closest layout ({short(nearest.layout)}) needs "
             f"{memory.peak_gib:.1f} GiB on stage {memory.peak_stage}, the limit is {memory.limit_gib:.1f} GiB"
         )
-        share = f"{setting.policy.max_memory_fraction:g} of {gib(task.hardware.device.memory.base)}"
-        why = f"{worst.cause}; GiB: {parts}; {memory.limit_gib:.1f} GiB is {share}"
+        why = f"{worst.cause}; GiB: {parts}; {memory.limit_gib:.1f} GiB is {limit_text(memory, setting.policy)}"
         problem = Problem("PLN301", what, why, fix)
     nodes = None if smallest is None else -(-smallest // task.hardware.node_size)
     return NothingFits([problem], certificate, nodes)
@@ -143,13 +159,21 @@ def explain_infeasible(setting: Setting, space: Space, request: Request, certifi
 def _smallest_text(smallest: int | None, unit: int, asked: int) -> str:
     if smallest is None:
         tried = "none of the cluster sizes tried, up to a few hundred more nodes, works with these rules and pins"
-        return f"{tried}: loosen pins, or change batch, sequence or memory fraction"
+        return f"{tried}: loosen pins, or change batch, sequence or memory limits"
     count = smallest // unit
     noun = ("node" if unit > 1 else "device") + ("s" if count > 1 else "")
     relation = (
         "the smallest count that works" if smallest > asked else "fewer devices divide this job, the smallest count that works"
     )
     return f"use {count} {noun} ({smallest} devices): {relation}"
+
+
+def limit_text(memory: Memory, policy: Policy) -> str:
+    """What the memory limit is, by the policy's limit that binds: "0.92 of 79.1 GiB"."""
+    usable = gib(memory.usable_gib * GIB)
+    if memory.limit_by == "max_memory_fraction":
+        return f"{policy.max_memory_fraction:g} of {usable}"
+    return f"what max_oom_probability {policy.max_oom_probability:g} leaves of {usable}"
 
 
 def short(layout: Layout) -> str:

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 from planner.checks.feasibility import CheckResult
 from planner.errors import Problem
+from planner.report.uncertainty import probability
 
 FORMATS = ("full", "json", "github", "junit")
 
@@ -26,7 +27,10 @@ def _full(results: Sequence[CheckResult]) -> str:
     for r in results:
         if not r.findings and r.estimate is not None:
             m = r.estimate.memory
-            lines.append(f"{_path(r.file)}: feasible, {m.peak_gib:.1f} of {m.limit_gib:.1f} GiB on stage {m.peak_stage}")
+            lines.append(
+                f"{_path(r.file)}: feasible, {m.peak_gib:.1f} of {m.limit_gib:.1f} GiB on stage {m.peak_stage} "
+                f"(limit: {m.limit_by}), probability to run out of memory {probability(m.oom_probability)}"
+            )
     errors = sum(p.severity == "error" for r in results for p in r.findings)
     warnings = sum(p.severity == "warning" for r in results for p in r.findings)
     lines.append(f"{len(results)} file{'s' * (len(results) != 1)}, {_count(errors, 'error')}, {_count(warnings, 'warning')}")
@@ -61,8 +65,12 @@ def _json(results: Sequence[CheckResult]) -> str:
                 "kind": r.kind,
                 "feasible": not r.failed,
                 "peak_gib": memory.peak_gib if memory else None,
+                "peak_interval": memory.interval.model_dump() if memory else None,
                 "limit_gib": memory.limit_gib if memory else None,
+                "limit_by": memory.limit_by if memory else None,
+                "oom_probability": memory.oom_probability if memory else None,
                 "step_time_s": r.estimate.step_time_s if r.estimate else None,
+                "step_time_interval": r.estimate.interval.model_dump() if r.estimate else None,
                 "findings": [asdict(_relative(p)) for p in r.findings],
             }
         )

@@ -4,31 +4,44 @@ from __future__ import annotations
 
 import pandas as pd
 
-from planner.planfile import Plan
+from planner.planfile import Alternative, Estimate, Plan
 from planner.report.stagetext import stages_text
-from planner.specs.layout import Layout
 
 
 def plan_frame(plan: Plan) -> pd.DataFrame:
     """The plan and its alternatives, one row each; sizes in GiB, times in seconds."""
     e = plan.estimate
-    first = _row(1, plan.layout, e.step_time_s, 0.0, e.memory.peak_gib, e.tokens_per_s_per_gpu)
-    rows = [first | {"peak_allocated_gib": e.memory.peak_allocated_gib, "mfu": e.mfu}]
-    for i, a in enumerate(plan.alternatives, start=2):
-        rows.append(_row(i, a.layout, a.step_time_s, a.slower, a.peak_gib, a.tokens_per_s_per_gpu))
+    first = Alternative(
+        layout=plan.layout,
+        step_time_s=e.step_time_s,
+        slower=0.0,
+        peak_gib=e.memory.peak_gib,
+        oom_probability=e.memory.oom_probability,
+        tokens_per_s_per_gpu=e.tokens_per_s_per_gpu,
+    )
+    rows = [_row(i, a, e) for i, a in enumerate([first, *plan.alternatives], start=1)]
+    rows[0] |= {"peak_allocated_gib": e.memory.peak_allocated_gib, "mfu": e.mfu}
     return pd.DataFrame(rows)
 
 
-def _row(rank: int, layout: Layout, step: float, slower: float, peak: float, rate: float) -> dict[str, object]:
-    outer = layout.model_dump(exclude={"stages"})
+def _row(rank: int, a: Alternative, plan: Estimate) -> dict[str, object]:
+    """One layout; the intervals are those of one engine on one machine, so they have the plan's relative width."""
+    time, memory = 1.0 + plan.interval.relative, 1.0 + plan.memory.interval.relative
     return {
         "rank": rank,
-        **outer,
-        "stages": stages_text(layout.stages),
-        "step_time_s": step,
-        "slower": slower,
-        "peak_gib": peak,
-        "tokens_per_s_per_gpu": rate,
+        **a.layout.model_dump(exclude={"stages"}),
+        "stages": stages_text(a.layout.stages),
+        "step_time_s": a.step_time_s,
+        "step_time_low_s": a.step_time_s / time,
+        "step_time_high_s": a.step_time_s * time,
+        "step_time_interval": plan.interval.provenance,
+        "slower": a.slower,
+        "peak_gib": a.peak_gib,
+        "peak_low_gib": a.peak_gib / memory,
+        "peak_high_gib": a.peak_gib * memory,
+        "peak_interval": plan.memory.interval.provenance,
+        "oom_probability": a.oom_probability,
+        "tokens_per_s_per_gpu": a.tokens_per_s_per_gpu,
     }
 
 

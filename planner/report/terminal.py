@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.planfile import Plan, StageMemory
-from planner.planning.make import short
+from planner.planning.make import limit_text, short
 from planner.report.stagetext import stages_text
+from planner.report.uncertainty import probability, step_time, with_interval
 from planner.units import GIB, count, gib, seconds, significant
 
 _BREAKDOWN = (
@@ -45,8 +46,10 @@ def print_plan(plan: Plan, out: Console) -> None:
     out.print(Text("layers (recompute) of each rank: " + stages_text(plan.layout.stages)))
     out.print(_time_table(plan))
     out.print(_memory_table(plan))
+    out.print(Text(_memory_text(plan)))
     if plan.alternatives:
         out.print(_alternatives_table(plan))
+        out.print(Text(_near_text(plan)))
     if plan.certificate is not None:
         out.print(_proof(plan))
 
@@ -60,6 +63,8 @@ def _headline(plan: Plan, out: Console) -> None:
     verdict = "[bold green]fits[/]" if m.fits else "[bold red]does not fit[/]"
     speed = f"{seconds(e.step_time_s)} a step, {significant(e.tokens_per_s_per_gpu)} tokens/s/device, MFU {e.mfu:.1%}"
     out.print(f"{verdict}: {gib(m.peak_gib * GIB)} of {gib(m.limit_gib * GIB)}, {speed}")
+    if plan.choice is not None and plan.choice.rule != "fastest":
+        out.print(Text(plan.choice.reason))
     out.print()
 
 
@@ -98,7 +103,9 @@ def _time_table(plan: Plan) -> Table:
         share = value / e.step_time_s
         if share >= 0.0005:
             table.add_row(label, seconds(value), f"{share:.1%}", Text("█" * max(1, round(40 * share)), style="cyan"))
-    table.add_row("step", seconds(e.step_time_s), "", Text(f"least certain figure: {e.provenance}", style="dim"))
+    spread = step_time(e.step_time_s, e.interval).removeprefix(f"{seconds(e.step_time_s)} ")
+    note = Text(f"{spread}; least certain figure: {e.provenance}", style="dim")
+    table.add_row("step", seconds(e.step_time_s), "", note)
     return table
 
 
@@ -106,7 +113,7 @@ def _memory_table(plan: Plan) -> Table:
     m = plan.estimate.memory
     # Small jobs are printed in MiB: a table of 0.0 GiB says nothing.
     unit, scale = ("GiB", 1.0) if m.peak_gib >= 1 else ("MiB", 1024.0)
-    limit = f"limit {m.limit_gib * scale:.1f} = {plan.policy.max_memory_fraction:g} of {m.usable_gib * scale:.1f}"
+    limit = f"limit {m.limit_gib * scale:.1f} = {limit_text(m, plan.policy)}"
     table = _table(f"\nMemory at each rank's peak, {unit} ({limit})")
     table.add_column("rank", justify="right")
     for part in _PARTS:
@@ -121,6 +128,15 @@ def _memory_table(plan: Plan) -> Table:
     return table
 
 
+def _memory_text(plan: Plan) -> str:
+    """The peak with its interval, and how likely it is too much."""
+    m = plan.estimate.memory
+    value, low, high = (gib(v * GIB) for v in (m.peak_gib, m.interval.low_gib, m.interval.high_gib))
+    peak = with_interval(value, low, high, m.interval.provenance)
+    headroom = min(s.headroom for s in m.stages) * GIB
+    return f"peak {peak}, headroom {gib(headroom)}; probability to run out of memory {probability(m.oom_probability)}"
+
+
 def _folded(stages: list[StageMemory], most: int = 12) -> list[tuple[str, StageMemory]]:
     """Stages with their rank labels; in long pipelines only the ends and the peak."""
     if len(stages) <= most:
@@ -132,17 +148,28 @@ def _folded(stages: list[StageMemory], most: int = 12) -> list[tuple[str, StageM
 
 def _alternatives_table(plan: Plan) -> Table:
     table = _table("\nRunners-up, each the best of its (tp, cp, pp, ep)")
-    for name in ("layout", "step", "slower", "peak GiB", "tokens/s/device"):
+    for name in ("layout", "step", "slower", "peak GiB", "runs out", "tokens/s/device"):
         table.add_column(name, justify="left" if name == "layout" else "right", overflow="fold")
     for other in plan.alternatives:
         table.add_row(
             short(other.layout),
             seconds(other.step_time_s),
-            f"+{other.slower:.2%}",
+            f"{other.slower:+.2%}",
             f"{other.peak_gib:.1f}",
+            probability(other.oom_probability),
             significant(other.tokens_per_s_per_gpu),
         )
     return table
+
+
+def _near_text(plan: Plan) -> str:
+    """Which runners-up a measurement could find as fast: they lie inside the estimate's interval."""
+    near = 0 if plan.choice is None else plan.choice.inside_interval
+    if near == 0:
+        return "no runner-up lies inside this estimate's interval"
+    who = "the runner-up lies" if near == len(plan.alternatives) == 1 else f"the first {near} runners-up lie"
+    who = "the first runner-up lies" if near == 1 < len(plan.alternatives) else who
+    return f"{who} inside this estimate's interval: measure {'it' if near == 1 else 'them'} too"
 
 
 def _proof(plan: Plan) -> Text:

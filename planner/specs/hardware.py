@@ -159,7 +159,7 @@ class Tier(Spec):
     latency: Seconds
     """Of one step of a collective."""
     efficiency: Curve
-    """Share of the bandwidth that a ring reaches, over the bytes that each rank contributes."""
+    """Share of the bandwidth that a ring reaches, over the bytes of the full tensor (the gathered one)."""
     by_domains: DomainCurve | None = None
     """Bus bandwidth of collectives by how many domains (nodes) they join, where it was measured."""
     all_reduce: Ratio | None = None

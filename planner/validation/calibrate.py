@@ -105,9 +105,9 @@ def fit_engine(engine: str, batches: list[Batch]) -> EngineFit | None:
     refused: tuple[str, ...] = ()
     count = 0
     if runs is not None:
-        runs, refused = _without_sick(runs, start)
+        runs, refused = without_sick(runs, start)
         first = runs.log_errors(start)
-        vector, weights = _posterior(runs, start)
+        vector, weights = posterior(runs, start)
         before, after = np.expm1(first), np.expm1(runs.log_errors(vector))
         left_out = _left_out(runs, start, vector)
         count = len(first)
@@ -119,7 +119,7 @@ def fit_engine(engine: str, batches: list[Batch]) -> EngineFit | None:
     )  # fmt: skip
 
 
-def _without_sick(runs: TimedRuns, start: Floats) -> tuple[TimedRuns, tuple[str, ...]]:
+def without_sick(runs: TimedRuns, start: Floats) -> tuple[TimedRuns, tuple[str, ...]]:
     """The runs without those more than `SICK` times off their common factor, and the names of these."""
     errors = runs.log_errors(start)
     off = np.abs(errors - np.median(errors)) > np.log(SICK)
@@ -131,7 +131,7 @@ def _without_sick(runs: TimedRuns, start: Floats) -> tuple[TimedRuns, tuple[str,
     return kept, names
 
 
-def _posterior(runs: TimedRuns, start: Floats, weight: Floats | None = None, guess: Floats | None = None) -> tuple[Floats, Floats]:
+def posterior(runs: TimedRuns, start: Floats, weight: Floats | None = None, guess: Floats | None = None) -> tuple[Floats, Floats]:
     """(constants, share of prior variance removed): the maximum of the posterior. `weight` 0 leaves a row out."""
     from scipy.optimize import least_squares
 

@@ -134,7 +134,7 @@ def _entry(line: int, row: Row, rules: ProfileMap, outcome: Outcome) -> Entry:
     if profile is None:
         raise Unusable(f"no hardware profile for {row.get('hw_class') or row.get('hardware') or 'blank hardware'}")
     accounting = accounting_named(engine.engine)
-    run = run_of(row, accounting.balanced_stages, zero_default=max(accounting.zero) if "fsdp" in engine.engine else 1)
+    run = run_of(row, accounting, zero_default=max(accounting.zero) if "fsdp" in engine.engine else 1)
     if run.layout.zero not in accounting.zero:
         raise Unusable(f"ZeRO {run.layout.zero} is not part of {engine.engine}")
     measured = _measured_time(row, run) if outcome == "ran" else None

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from planner.cost.accounting import Accounting
 from planner.errors import input_error
 from planner.specs import files
 from planner.specs.job import Job
@@ -83,8 +84,8 @@ def whole(row: Row, column: str, default: int | None = None) -> int:
     return int(value)
 
 
-def run_of(row: Row, balanced: bool = False, zero_default: int = 0) -> Run:
-    """The row as a run. `balanced`: the engine spreads layers over stages by cost. Raises Unusable."""
+def run_of(row: Row, accounting: Accounting, zero_default: int = 0) -> Run:
+    """The row as a run of an engine. Raises Unusable."""
     if "lora" in (row.get("model_name", "") + row.get("notes", "")).lower():
         raise Unusable("adapter training (LoRA)")
     if row.get("row_kind") == "layer_micro":
@@ -94,7 +95,7 @@ def run_of(row: Row, balanced: bool = False, zero_default: int = 0) -> Run:
         job = Job(
             seq_len=whole(row, "seq_len"), global_batch=_global_batch(row), precision=_precision(row), linears=_linears(row)
         )  # fmt: skip
-        layout, gpus, microbatches = _layout(row, model, job, balanced, zero_default)
+        layout, gpus, microbatches = _layout(row, model, job, accounting, zero_default)
     except ValidationError as error:
         raise Unusable(f"inconsistent: {error.errors()[0]['msg'].removeprefix('Value error, ')[:80]}") from None
     return Run(model, job, layout, gpus, microbatches)
@@ -188,7 +189,7 @@ def _linears(row: Row) -> Any:
 # ---- layout ------------------------------------------------------------------------------------------------------
 
 
-def _layout(row: Row, model: Model, job: Job, balanced: bool, zero_default: int) -> tuple[Layout, int, int]:
+def _layout(row: Row, model: Model, job: Job, accounting: Accounting, zero_default: int) -> tuple[Layout, int, int]:
     tp, pp, cp = whole(row, "tp"), whole(row, "pp"), whole(row, "cp", 1)
     gpus_stated, dp_stated = number(row, "gpus"), number(row, "dp")
     if gpus_stated is None and dp_stated is None:
@@ -201,16 +202,18 @@ def _layout(row: Row, model: Model, job: Job, balanced: bool, zero_default: int)
         raise Unusable("tp x pp x cp x dp is not gpus")
     micro = whole(row, "micro_batch")
     vpp = whole(row, "vpp", 1) if pp > 1 else 1
-    if pp * vpp > model.n_layers and not balanced:
+    if pp * vpp > model.n_layers and not accounting.balanced_stages:
         raise Unusable("more stages than layers")
     stage = number(row, "shard_stage")
     zero = int(stage) if stage is not None else zero_default
+    if zero == 3 and pp > 1 and accounting.pipeline_zero is not None:
+        zero = accounting.pipeline_zero
     mode = row.get("recompute", "")
     mode = mode if mode in ("selective", "full") else "none"
-    stages = balanced_stages(model, pp, mode) if balanced and pp > 1 else even_stages(model.n_layers, pp, mode)
+    stages = balanced_stages(model, pp, mode) if accounting.balanced_stages and pp > 1 else even_stages(model.n_layers, pp, mode)
     layout = Layout(
         tp=tp, cp=cp, pp=pp, dp=dp, ep=whole(row, "ep", 1), etp=whole(row, "etp", 1),
-        zero=zero if dp * cp > 1 or zero == 3 else 0, micro_batch=micro,
+        zero=zero if dp * cp > 1 or zero >= 2 else 0, micro_batch=micro,
         schedule="none" if pp == 1 else "interleaved" if vpp > 1 else "1f1b", virtual_stages=vpp,
         sequence_parallel=tp > 1 and (number(row, "sp") or 0) > 0, stages=stages,
     )  # fmt: skip

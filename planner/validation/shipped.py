@@ -14,16 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 
 from planner.cost.task import Floats
-from planner.validation.constants import PRIOR, TIME_CONSTANTS, TimedRuns, timed, to_values
-from planner.validation.predict import Batch, Table, load_table
+from planner.validation.calibrate import posterior, residual, without_sick
+from planner.validation.constants import PRIOR, TIME_CONSTANTS, TimedRuns, moves, timed, to_values, with_constants
+from planner.validation.predict import Batch, Table, load_table, predict_table
+from planner.validation.prediction import Predicted
 from planner.validation.profilemap import load_map
 
 WIDTHS: dict[str, dict[str, float]] = {
@@ -128,51 +130,225 @@ def _evaluate(job: tuple[int, Floats, bool]) -> tuple[Floats, Floats | None]:
     return errors, runs.jacobian(vector, errors) if derivatives else None
 
 
-def fit(classes: list[Class], workers: int = 2, sweeps: int = 12, start: Fit | None = None) -> Fit:
+def _widths(names: list[Effect]) -> Floats:
+    return np.array([WIDTHS[TIME_CONSTANTS[k]][level] for level, _, k in names])
+
+
+def _map(c: Class, index: dict[Effect, int], names: list[Effect]) -> Floats:
+    """d constants / d scaled effects of a class, shape (constants, effects)."""
+    width = _widths(names)
+    m = np.zeros((len(TIME_CONSTANTS), len(names)))
+    for k in range(len(TIME_CONSTANTS)):
+        for e in c.effects(k):
+            m[k, index[e]] += width[index[e]]
+    return m
+
+
+def _row_weights(sources: list[str]) -> Floats:
+    """1 / noise of each row, less where its source has many."""
+    counts: dict[str, int] = defaultdict(int)
+    for s in sources:
+        counts[s] += 1
+    return np.array([np.sqrt(min(1.0, WEIGHT_A_SOURCE / counts[s])) for s in sources]) / NOISE
+
+
+def _robust(r: Floats) -> tuple[Floats, Floats]:
+    """Residuals whose squares are the soft-L1 loss, and their derivative; priors stay quadratic."""
+    z = np.sqrt(1.0 + (r / ROBUST) ** 2)
+    value = ROBUST * np.sqrt(np.maximum(2.0 * (z - 1.0), 0.0))
+    slope = np.where(value < 1e-9, 1.0, np.abs(r) / z / np.maximum(value, 1e-12))
+    return np.sign(r) * value, slope
+
+
+def fit(classes: list[Class], workers: int = 2, sweeps: int = 12) -> Fit:
     """Find all effects: scipy's least squares over analytic sums and finite differences of the cost model."""
     from scipy.optimize import least_squares
 
     names: list[Effect] = sorted({e for c in classes for k in range(len(TIME_CONSTANTS)) for e in c.effects(k)})
     index = {e: i for i, e in enumerate(names)}
-    width = np.array([WIDTHS[TIME_CONSTANTS[k]][level] for level, _, k in names])
-    counts: dict[str, int] = defaultdict(int)
-    for c in classes:
-        for s in c.runs.sources:
-            counts[s] += 1
-    weights = [np.array([np.sqrt(min(1.0, WEIGHT_A_SOURCE / counts[s])) for s in c.runs.sources]) / NOISE for c in classes]
-    maps = []
-    for c in classes:
-        m = np.zeros((len(TIME_CONSTANTS), len(names)))
-        for k in range(len(TIME_CONSTANTS)):
-            for e in c.effects(k):
-                m[k, index[e]] += width[index[e]]
-        maps.append(m)
+    width = _widths(names)
+    flat = _row_weights([s for c in classes for s in c.runs.sources])
+    weights = np.split(flat, np.cumsum([len(c.runs.measured) for c in classes])[:-1])
+    maps = [_map(c, index, names) for c in classes]
     global _CLASSES
     _CLASSES = classes
-    context = get_context("fork")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        def evaluate(x: Floats, derivatives: bool) -> list[tuple[Floats, Floats | None]]:
-            jobs = [(i, PRIOR + m @ x, derivatives) for i, m in enumerate(maps)]
-            return list(pool.map(_evaluate, jobs))
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
 
-        def robust(r: Floats) -> tuple[Floats, Floats]:
-            """Residuals whose squares are the soft-L1 loss, and their derivative: priors stay quadratic."""
-            z = (r / ROBUST) ** 2
-            value = np.sqrt(np.maximum(2.0 * (np.sqrt(1.0 + z) - 1.0), 0.0)) * ROBUST
-            slope = np.where(np.abs(r) < 1e-9, 1.0, r / np.sqrt(1.0 + z) / np.where(value == 0, 1.0, value))
-            return np.sign(r) * value, np.abs(slope)
+        def evaluate(x: Floats, derivatives: bool) -> list[tuple[Floats, Floats | None]]:
+            return list(pool.map(_evaluate, [(i, PRIOR + m @ x, derivatives) for i, m in enumerate(maps)]))
 
         def residuals(x: Floats) -> Floats:
-            parts = [robust(e * w)[0] for (e, _), w in zip(evaluate(x, False), weights, strict=True)]
+            parts = [_robust(e * w)[0] for (e, _), w in zip(evaluate(x, False), weights, strict=True)]
             return np.concatenate([*parts, x])
 
         def jacobian(x: Floats) -> Floats:
             parts = []
             for (e, j), w, m in zip(evaluate(x, True), weights, maps, strict=True):
                 assert j is not None
-                parts.append((robust(e * w)[1] * w)[:, None] * (j @ m))
+                parts.append((_robust(e * w)[1] * w)[:, None] * (j @ m))
             return np.concatenate([*parts, np.eye(len(x))])
 
-        initial = np.array([start.effects.get(e, 0.0) for e in names]) / width if start else np.zeros(len(names))
-        found = least_squares(residuals, initial, jac=jacobian, method="trf", max_nfev=sweeps, xtol=1e-3, ftol=1e-3)
+        found = least_squares(
+            residuals, np.zeros(len(names)), jac=jacobian, method="trf", max_nfev=sweeps, xtol=1e-3, ftol=1e-3
+        )
     return Fit({e: float(v) for e, v in zip(names, found.x * width, strict=True)})
+
+
+# ---- honest errors -------------------------------------------------------------------------------------------------
+
+
+def predicted_with(table: Table, fit: Fit | None) -> Predicted:
+    """The table predicted with fitted effects, or with every constant at its prior."""
+    batches = []
+    for b in table.batches:
+        e = b.entries[0]
+        vector = PRIOR if fit is None else fit.vector(e.profile, e.engine.partition("+")[0], b.task.hardware.device.name)
+        batches.append(Batch(with_constants(b.task, to_values(vector)), b.entries))
+    return predict_table(Table(tuple(batches), table.skipped))
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """Errors and derivatives of all classes at a fit: what leaving a source out is computed from."""
+
+    fit: Fit
+    names: list[Effect]
+    errors: Floats
+    slopes: Floats
+    """d error / d scaled effect, shape (rows, effects)."""
+    sources: list[str]
+
+    def without(self, source: str) -> Fit:
+        """The effects when a source is left out: Gauss-Newton steps from the common solution."""
+        kept = np.array([s != source for s in self.sources])
+        width = _widths(self.names)
+        x0 = np.array([self.fit.effects[e] for e in self.names]) / width
+        x = x0.copy()
+        sources = [s for s, k in zip(self.sources, kept, strict=True) if k]
+        w = _row_weights(sources)
+        for _ in range(4):
+            errors = (self.errors[kept] + self.slopes[kept] @ (x - x0)) * w
+            soft, slope = _robust(errors)
+            a = np.concatenate([(slope * w)[:, None] * self.slopes[kept], np.eye(len(x))])
+            x = x + np.linalg.lstsq(a, -np.concatenate([soft, x]), rcond=None)[0]
+        return Fit({e: float(v) for e, v in zip(self.names, x * width, strict=True)})
+
+
+def linearise(classes: list[Class], fit: Fit, workers: int = 2) -> Linearised:
+    """Errors and derivatives at a fit."""
+    names = sorted(fit.effects)
+    index = {e: i for i, e in enumerate(names)}
+    global _CLASSES
+    _CLASSES = classes
+    jobs = [(i, fit.vector(c.profile, c.engine, c.device), True) for i, c in enumerate(classes)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        done = list(pool.map(_evaluate, jobs))
+    slopes = [j @ _map(c, index, names) for c, (_, j) in zip(classes, done, strict=True) if j is not None]
+    sources = [s for c in classes for s in c.runs.sources]
+    return Linearised(fit, names, np.concatenate([e for e, _ in done]), np.concatenate(slopes), sources)
+
+
+def leave_one_out(table: Table, at: Linearised) -> Predicted:
+    """Every source predicted with constants fitted without it."""
+    rows = []
+    for source in sorted(set(at.sources)):
+        part = tuple(
+            Batch(b.task, own) for b in table.batches if (own := [e for e in b.entries if e.row.get("source", "") == source])
+        )
+        rows += predicted_with(Table(part, table.skipped), at.without(source)).rows
+    return Predicted(tuple(rows), table.skipped)
+
+
+def after_calibration(table: Table, at: Linearised, rows: int = 5, draws: int = 3) -> dict[str, float]:
+    """Mean absolute error by source on the rows left, after calibrating an unseen source on a few of its own."""
+    result = {}
+    for source in sorted(set(at.sources)):
+        fit, errors = at.without(source), []
+        batches = [
+            Batch(b.task, own) for b in table.batches if (own := [e for e in b.entries if e.row.get("source", "") == source])
+        ]
+        lines = [name for runs in [timed(batches)] if runs for name in runs.ids]
+        if len(lines) <= rows + 1:
+            continue
+        for draw in range(draws):
+            chosen = set(np.random.default_rng(draw).permutation(lines)[:rows].tolist())
+            rest = [x for x in lines if x not in chosen]
+            rest = [rest[i] for i in np.unique(np.linspace(0, len(rest) - 1, 80).round().astype(int))]
+            groups: dict[tuple[str, str], list[Batch]] = defaultdict(list)
+            for b in batches:
+                groups[(b.entries[0].profile, b.entries[0].engine.partition("+")[0])].append(b)
+            for (profile, engine), own in groups.items():
+                start = fit.vector(profile, engine, own[0].task.hardware.device.name)
+                seen, unseen = timed(own, list(chosen)), timed(own, rest)
+                vector = start if seen is None else posterior(without_sick(seen, start)[0], start)[0]
+                if unseen is not None:
+                    errors += np.abs(np.expm1(unseen.log_errors(vector))).tolist()
+        result[source] = float(np.mean(errors))
+    return result
+
+
+# ---- writing profiles ----------------------------------------------------------------------------------------------
+
+_MARK = "# Fitted by planner.validation.shipped; do not edit by hand.\n"
+
+
+def write_profiles(classes: list[Class], fit: Fit, predicted: Predicted, folder: Path) -> None:
+    """Replace the `engines` block at the end of each profile's file."""
+    names = sorted({c.profile for c in classes})
+    for name in names:
+        path = folder / f"{name}.yaml"
+        text = path.read_text(encoding="utf-8").partition(_MARK)[0]
+        lines = [_MARK, "engines:\n"]
+        for c in (c for c in classes if c.profile == name):
+            lines += _engine_lines(c, fit, predicted)
+        path.write_text(text + "".join(lines), encoding="utf-8")
+
+
+def _engine_lines(c: Class, fit: Fit, predicted: Predicted) -> list[str]:
+    sources = sorted({s.split(" (")[0] for s in c.runs.sources})
+    origin = f"{len(c.runs.measured)} runs: {'; '.join(sources)}"
+    values = fit.values(c.profile, c.engine, c.device)
+    active = {name for b in c.runs.batches for name in moves(b)}
+    lines = [f"  {c.engine}:\n    constants:\n"]
+    for name in TIME_CONSTANTS:
+        source = origin if name in active else "other engines and devices"
+        lines.append(f"      {name}: {{value: {values[name]:.4g}, provenance: fitted, source: {json.dumps(source)}}}\n")
+    rows = [r for r in predicted.rows if r.profile == c.profile and r.engine.partition("+")[0] == c.engine]
+    times = np.array([r.time_error for r in rows if r.time_error is not None and not r.excluded])
+    sizes = np.array([r.memory_error for r in rows if r.memory_error is not None and not r.memory_excluded])
+    for key, errors in (("time_error", times), ("memory_error", sizes)):
+        if (value := residual(errors)) is not None:
+            source = f"80 % of {len(errors)} runs lie within"
+            lines.append(f"    {key}: {{value: {value:.3g}, provenance: fitted, source: {json.dumps(source)}}}\n")
+    return lines
+
+
+def main() -> None:
+    """Fit, report, and write the profiles if asked."""
+    from planner.validation.metrics import summarize
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs")
+    parser.add_argument("--write", metavar="FOLDER", help="rewrite the engines block of the profiles in this folder")
+    parser.add_argument("--report", metavar="FILE", help="write all errors as JSON")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    table = load_table(options.runs, load_map(None), frozenset("AB"))
+    classes = classes_of(table)
+    found = fit(classes, options.workers)
+    fitted = predicted_with(table, found)
+    at = linearise(classes, found, options.workers)
+    levels = {"nothing fitted": predicted_with(table, None), "fitted": fitted, "source left out": leave_one_out(table, at)}
+    report: dict[str, object] = {name: summarize(p).to_dict() for name, p in levels.items()}
+    report["after calibration on five runs"] = after_calibration(table, at)
+    for name, p in levels.items():
+        s = summarize(p)
+        print(name, json.dumps({k: v for k, v in s.to_dict()["overall"].items() if k.startswith("macro_time")}))
+    if options.report:
+        Path(options.report).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.write:
+        write_profiles(classes, found, fitted, Path(options.write))
+
+
+if __name__ == "__main__":
+    main()

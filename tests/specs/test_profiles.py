@@ -279,9 +279,9 @@ def test_tier_sizes_must_grow(tmp_path: Path):
 
 
 def test_curve_sizes_must_ascend(tmp_path: Path):
-    start = "      points: [[16384, 0.02]"
+    start = "      points: [[262144, 0.02]"
     at = next(i for i, text in enumerate(PROFILE.splitlines()) if text.startswith(start))
-    path = variant(tmp_path, PROFILE.replace("[16384, 0.02]", "[99999999999, 0.02]"))
+    path = variant(tmp_path, PROFILE.replace("[262144, 0.02]", "[99999999999, 0.02]"))
     problem = problem_of(path)
     assert problem.code == "PLN108"
     assert "ascend" in problem.what
