@@ -6,8 +6,9 @@ A tour:
 
     plan = planner.plan("llama3-70b", "h100-sxm", nodes=8, seq_len=8192, global_batch=512)
     plan.layout             # tp, pp, dp, zero, micro_batch, layers and recompute per stage
-    plan.estimate           # step time and memory, broken down
+    plan.estimate           # step time and memory, broken down, with intervals and the risk to run out of memory
     plan.certificate        # what was proven, over how many layouts
+    plan.choice             # why this one, and how many runners-up are too near to tell apart
     plan.to_json()          # the plan file
 
     planner.estimate("llama3-70b", "h100-sxm", nodes=8, seq_len=8192, global_batch=512,
@@ -47,17 +48,21 @@ def plan(
     pin: dict[str, Any] | None = None,
     forbid: str | tuple[str, ...] = (),
     max_memory_fraction: float = 0.92,
+    max_oom_probability: float | None = None,
     alternatives: int = 4,
 ) -> Plan:
     """The proven best plan for a job on a cluster.
 
     `model` and `hardware` are names of shipped files, paths, or spec objects; `seq_len` in tokens, `global_batch` in
     sequences. `pin` restricts axes, as in {"tp": 8} or {"zero": [1, 2]}. Raises InputError, or InfeasibleError with the
-    binding constraint when nothing fits. `alternatives` counts the plans to prove, the best one included.
+    binding constraint when nothing fits. `alternatives` counts the plans to prove, the best one included; a near tie among
+    them that is simpler or leaves more memory is preferred to the fastest (`Plan.choice` says so). Memory is limited by
+    `max_memory_fraction` of what the device offers, and by `max_oom_probability` where it is given.
     """
     from planner.planning import make
 
-    request = _request(model, hardware, nodes, gpus, engine, seq_len, global_batch, precision, max_memory_fraction, pin, forbid)
+    limits = {"max_memory_fraction": max_memory_fraction, "max_oom_probability": max_oom_probability}
+    request = _request(model, hardware, nodes, gpus, engine, seq_len, global_batch, precision, limits, pin, forbid)
     return make.make_plan(request, alternatives)
 
 
@@ -73,6 +78,7 @@ def estimate(
     precision: str = "bf16",
     engine: str = "bundled",
     max_memory_fraction: float = 0.92,
+    max_oom_probability: float | None = None,
 ) -> Plan:
     """The prediction for one layout: a plan without a certificate.
 
@@ -83,18 +89,25 @@ def estimate(
     from planner.specs.layout import Layout
     from planner.specs.layoutflags import complete_layout
 
-    request = _request(model, hardware, nodes, gpus, engine, seq_len, global_batch, precision, max_memory_fraction, None, ())
+    limits = {"max_memory_fraction": max_memory_fraction, "max_oom_probability": max_oom_probability}
+    request = _request(model, hardware, nodes, gpus, engine, seq_len, global_batch, precision, limits, None, ())
     if not isinstance(layout, Layout):
         task = prepare(request).task
         layout = complete_layout(layout, task.model, task.gpus)
     return make.make_estimate(request, layout)
 
 
-def check(path: str) -> list[Problem]:
-    """The findings of a plan or configuration file; empty when it is feasible. Raises InputError for an unreadable one."""
-    from planner.checks.feasibility import check_file
+def check(path: str, *, max_oom_probability: float | None = None) -> list[Problem]:
+    """The findings of a plan or configuration file; empty when it is feasible. Raises InputError for an unreadable one.
 
-    return list(check_file(path).findings)
+    `max_oom_probability` limits the risk to run out of memory; where the file's policy is stricter, that holds.
+    """
+    from planner.checks.feasibility import check_file
+    from planner.planning.request import build_spec
+    from planner.specs.policy import Policy
+
+    limit = build_spec(Policy, {"max_oom_probability": max_oom_probability}, "policy").max_oom_probability
+    return list(check_file(path, limit).findings)
 
 
 def load_model(reference: str) -> Model:
@@ -120,7 +133,7 @@ def load_plan(path: str) -> Plan:
 
 def _request(
     model: Any, hardware: Any, nodes: Any, gpus: Any, engine: str, seq_len: int, global_batch: int,
-    precision: str, fraction: float, pin: dict[str, Any] | None, forbid: str | tuple[str, ...],
+    precision: str, limits: dict[str, Any], pin: dict[str, Any] | None, forbid: str | tuple[str, ...],
 ) -> Any:  # fmt: skip
     from planner.errors import input_error
     from planner.planning.request import Request, build_spec
@@ -128,7 +141,7 @@ def _request(
     from planner.specs.policy import Policy
 
     job = build_spec(Job, {"seq_len": seq_len, "global_batch": global_batch, "precision": precision}, "job")
-    policy = build_spec(Policy, {"max_memory_fraction": fraction}, "policy")
+    policy = build_spec(Policy, limits, "policy")
     for name, value in (("nodes", nodes), ("gpus", gpus)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise input_error("PLN107", f"{name}: {value!r} is not a whole number", "", "")

@@ -165,4 +165,5 @@ def _from_flags(flags: dict[str, Any]) -> Plan:
         flags["hardware"],
         layout=layout,
         **{k: flags[k] for k in ("seq_len", "global_batch", "nodes", "gpus", "precision", "engine", "max_memory_fraction")},
+        max_oom_probability=flags["max_oom_probability"],
     )

@@ -7,9 +7,11 @@ the same time share its uplinks: each has as many as it has ranks in the domain.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from planner.cost.task import Floats
+from planner.cost.task import Bools, Floats
 from planner.specs.hardware import HardwareProfile, Tier
 
 _MOVED = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
@@ -39,6 +41,24 @@ def _once(copies: int, places: Floats) -> Floats:
     return places * (1.0 - (1.0 - 1.0 / places) ** copies) / copies
 
 
+class Crossing(NamedTuple):
+    """A network tier and the groups that cross it."""
+
+    tier: Tier
+    inner: float
+    """Devices of one domain inside this tier."""
+    crosses: Bools
+
+
+def crossed_tiers(n: Floats, stride: Floats, hardware: HardwareProfile) -> list[Crossing]:
+    """Which groups of `n` ranks at `stride` cross each tier, the inner one first; every crossed tier costs time."""
+    span, inner, found = n * stride, 1.0, []
+    for tier in hardware.network:
+        found.append(Crossing(tier, inner, (n > 1) & (span > inner)))
+        inner = float(tier.size) if tier.size is not None else np.inf
+    return found
+
+
 def collective_seconds(
     op: str, n: Floats, stride: Floats, n_bytes: Floats, hardware: HardwareProfile, copies: int = 1
 ) -> Floats:
@@ -53,10 +73,7 @@ def collective_seconds(
     moved = (n - 1.0) / np.maximum(n, 1.0) * n_bytes
     total = np.zeros(n.shape)
     latency = np.zeros(n.shape)
-    inner = 1.0  # devices of the domain inside this tier
-    span = n * stride
-    for depth, tier in enumerate(hardware.network):
-        crosses = (n > 1) & (span > inner)
+    for depth, (tier, inner, crosses) in enumerate(crossed_tiers(n, stride, hardware)):
         ranks = np.clip(np.floor(inner / stride), 1.0, n)  # ranks of the group inside one inner domain
         domains = np.ceil(n / ranks)
         if tier.size is not None:
@@ -71,7 +88,6 @@ def collective_seconds(
         total = np.where(crosses, np.maximum(total, factor * share / rate), total)
         steps = np.minimum(domains - 1.0, 2.0 * np.ceil(np.log2(np.maximum(domains, 1.0))))
         latency = np.where(crosses, latency + factor * tier.latency.base * steps, latency)
-        inner = float(tier.size) if tier.size is not None else np.inf
     return total + latency
 
 

@@ -49,7 +49,7 @@ def activation_bytes(task: Task, combos: LayoutArray) -> ActivationBytes:
     tp = combos.tp.astype(float)
     split = np.where(combos.sequence_parallel == 1, tp, 1.0)
     tokens = combos.micro_batch * (task.job.seq_len / combos.cp)
-    layers = tuple(ceil(tokens * _saved(task, a.saved, mode, combos)) for mode in RECOMPUTE_MODES)
+    layers = tuple(ceil(tokens * saved_bytes(task, a.saved, mode, combos)) for mode in RECOMPUTE_MODES)
     mlp = model.layer.mlp
     temporaries = e * (a.backward_mlp * mlp.dense_width / tp + a.backward_hidden * model.hidden)
     if mlp.routed:
@@ -68,8 +68,8 @@ def activation_bytes(task: Task, combos: LayoutArray) -> ActivationBytes:
     )
 
 
-def _saved(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArray) -> Floats:
-    """Bytes that one layer saves for a token under a recompute mode."""
+def saved_bytes(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArray) -> Floats:
+    """Bytes that one layer saves for a token under a recompute mode, of the tensors `saved`."""
     model = task.model
     attention, mlp = model.layer.attention, model.layer.mlp
     routed = mlp.top_k * (mlp.capacity or 1.0) if mlp.routed else 0.0

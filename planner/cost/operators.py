@@ -7,6 +7,7 @@ evaluates those once and spreads the result over all layouts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class LayerSeconds:
 
 
 @dataclass(frozen=True)
-class _Shapes:
+class Shapes:
     """Sizes of one combination, float64 arrays."""
 
     tokens: Floats
@@ -67,8 +68,8 @@ class _Shapes:
 
 def layer_seconds(task: Task, combos: LayoutArray) -> LayerSeconds:
     """Costs of one layer for each combination; the model's layers are of one kind."""
-    s = _shapes(task, combos)
-    parts_f, parts_b = _parts(task, s, 0), _parts(task, s, 1)
+    s = shapes_of(task, combos)
+    parts_f, parts_b = layer_parts(task, s, 0), layer_parts(task, s, 1)
     traffic = combos.sequence_parallel == 1
     head, head_tp = _head(task, s, traffic)
     tp_f, tp_b, tp_r = _tp_traffic(task, s, traffic)
@@ -86,15 +87,23 @@ def layer_seconds(task: Task, combos: LayoutArray) -> LayerSeconds:
     )  # fmt: skip
 
 
-def _parts(task: Task, s: _Shapes, direction: int) -> dict[str, Floats]:
+def layer_parts(task: Task, s: Shapes, direction: int) -> dict[str, Floats]:
     """Device time of one layer by kind of operator, forward (0) or backward (1)."""
-    slow = task.hardware.device.sustained.base * task.constant("compute")
+    slow = sustained(task)
+    products = {"gemm": np.zeros_like(s.tp), "experts": np.zeros_like(s.tp)}
+    for product in layer_products(task, s, direction):
+        products[product.part] = products[product.part] + product_seconds(task, product)
     return {
-        "gemm": slow * _gemms(task, s)[direction],
+        "gemm": slow * products["gemm"],
         "attention": slow * _attention(task, s)[direction],
         "elementwise": task.constant("elementwise") * _elementwise(task, s, forward=direction == 0),
-        "experts": slow * _experts(task, s)[direction],
+        "experts": slow * products["experts"],
     }
+
+
+def sustained(task: Task) -> float:
+    """Factor on the time of compute: what a device loses under sustained load, and the fitted constant."""
+    return task.hardware.device.sustained.base * task.constant("compute")
 
 
 def bound_by_host(task: Task, seconds: Floats, beside: Floats, host: Floats) -> Floats:
@@ -107,7 +116,7 @@ def bound_by_host(task: Task, seconds: Floats, beside: Floats, host: Floats) -> 
     return np.maximum(seconds, host - beside)
 
 
-def _host(task: Task, s: _Shapes, direction: int) -> Floats:
+def _host(task: Task, s: Shapes, direction: int) -> Floats:
     """Host time of one layer, forward (0) or backward (1)."""
     a = task.accounting
     kernels = (a.kernels_forward, a.kernels_backward)[direction] + np.where(s.tp > 1, a.kernels_tp[direction], 0.0)
@@ -115,13 +124,14 @@ def _host(task: Task, s: _Shapes, direction: int) -> Floats:
     return kernels * task.hardware.device.launch.base * task.constant("host")
 
 
-def _shapes(task: Task, combos: LayoutArray) -> _Shapes:
+def shapes_of(task: Task, combos: LayoutArray) -> Shapes:
+    """The sizes of each combination."""
     tp, cp, ep, etp, micro = (getattr(combos, name).astype(float) for name in ("tp", "cp", "ep", "etp", "micro_batch"))
     split = np.where(combos.sequence_parallel == 1, tp, 1.0)
     tokens = micro * task.job.seq_len / cp
     mlp = task.model.layer.mlp
     routed = tokens / split * etp * mlp.top_k * (mlp.capacity or 1.0)
-    return _Shapes(tokens, tp, cp, ep, etp, micro, split, routed)
+    return Shapes(tokens, tp, cp, ep, etp, micro, split, routed)
 
 
 def _recompute(task: Task, parts: dict[str, Floats], mode: str, host: Floats, tp: Floats) -> Floats:
@@ -130,66 +140,122 @@ def _recompute(task: Task, parts: dict[str, Floats], mode: str, host: Floats, tp
     if not shares:
         return np.zeros_like(host)
     device = sum((share * parts[n] for n, share in shares.items()), np.zeros_like(host))
-    present = [n for n in ("gemm", "attention", "elementwise")]
+    present = ("gemm", "attention", "elementwise")
     return bound_by_host(task, device, tp, host * sum(shares.get(n, 0.0) for n in present) / len(present))
 
 
-def _gemms(task: Task, s: _Shapes) -> tuple[Floats, Floats]:
-    """(forward, backward) time of the projections; backward is one product for inputs and one for weights."""
-    model = task.model
-    mlp, h = model.layer.mlp, np.full_like(s.tp, float(model.hidden))
-    shapes = _attention_shapes(task, s)
-    if mlp.dense_width:
-        inner = np.full_like(s.tp, float(mlp.dense_width)) / s.tp
-        shapes += [(s.tokens, (mlp.matrices - 1.0) * inner, h), (s.tokens, h, inner)]
-    if mlp.routed:
-        shapes.append((s.tokens / s.split, np.full_like(h, float(mlp.experts)), h))
-    forward, backward = np.zeros_like(h), np.zeros_like(h)
-    for m, n, k in shapes:
-        forward = forward + _linear(task, m, n, k)
-        backward = backward + _linear(task, m, k, n) + task.accounting.wgrad * _linear(task, k, n, m)
-    return forward, backward
+class Product(NamedTuple):
+    """A matrix product C[m, n] = A[m, k] B[k, n] of one layer or of the head."""
+
+    part: str
+    """Its kind of operator: `gemm`, `experts` or `head`."""
+    name: str
+    m: Floats
+    n: Floats
+    k: Floats
+    groups: Floats | float = 1.0
+    """Products in one launch."""
+    times: float = 1.0
+    """Factor in its time."""
 
 
-def _attention_shapes(task: Task, s: _Shapes) -> list[tuple[Floats, Floats, Floats]]:
-    """(M, N, K) of the products around attention."""
+def layer_products(task: Task, s: Shapes, direction: int) -> list[Product]:
+    """The projections, MLP, router and experts of one layer, forward (0) or backward (1)."""
+    found = _attention_products(task, s) + _mlp_products(task, s) + _expert_products(task, s)
+    if direction == 0:
+        return [p._replace(name=f"{p.name}: forward") for p in found]
+    return [gradient for p in found for gradient in _gradients(p, task.accounting.wgrad)]
+
+
+def head_products(task: Task, s: Shapes) -> list[Product]:
+    """The final projection: forward, and its two products of backward."""
+    vocab = task.model.vocab / s.tp
+    whole = Product("head", "head", s.tokens, vocab, np.full_like(vocab, float(task.model.hidden)))
+    return [whole._replace(name="head: forward"), *_gradients(whole)]
+
+
+def _gradients(p: Product, wgrad: float = 1.0) -> tuple[Product, Product]:
+    """The products of backward: one for inputs, and one for weights, `wgrad` times slower than its size tells."""
+    inputs = p._replace(name=f"{p.name}: input gradient", n=p.k, k=p.n)
+    return inputs, p._replace(name=f"{p.name}: weight gradient", m=p.k, k=p.m, times=wgrad)
+
+
+def _attention_products(task: Task, s: Shapes) -> list[Product]:
+    """The projections around attention."""
     model = task.model
     a, h = model.layer.attention, np.full_like(s.tp, float(model.hidden))
     if a.kind == "latent":
-        # Down-projections are not split over tp; under sequence parallelism each rank computes them for its tokens.
-        own, q, kv = s.tokens / s.split, float(a.q_lora_rank or 0), float(a.kv_lora_rank or 0)
-        query = a.heads * float(model.head_dim) / s.tp
-        v = float(model.v_dim_of(model.layer))
-        up = a.heads * (model.head_dim - a.rope_dim + v) / s.tp
-        shapes = [(own, np.full_like(h, kv + a.rope_dim), h), (s.tokens, up, np.full_like(h, kv))]
-        direct = [(own, np.full_like(h, q), h), (s.tokens, query, np.full_like(h, q))] if q else [(s.tokens, query, h)]
-        return shapes + direct + [(s.tokens, h, a.heads * v / s.tp)]
+        return _latent_products(task, s, h)
     kv_rank = np.maximum(model.kv_heads / s.tp, 1.0) * model.head_dim  # kv heads are replicated when tp exceeds them
     q_rank = model.q_width / s.tp
-    return [(s.tokens, q_rank + 2.0 * kv_rank, h), (s.tokens, h, q_rank)]
+    return [
+        Product("gemm", "query, key, value", s.tokens, q_rank + 2.0 * kv_rank, h),
+        Product("gemm", "attention output", s.tokens, h, q_rank),
+    ]
 
 
-def _experts(task: Task, s: _Shapes) -> tuple[Floats, Floats]:
-    """(forward, backward) time of the routed experts: one grouped product for each projection, tokens spread evenly."""
-    mlp, zero = task.model.layer.mlp, np.zeros_like(s.tp)
+def _latent_products(task: Task, s: Shapes, h: Floats) -> list[Product]:
+    """The projections around latent attention.
+
+    Down-projections are not split over tp; under sequence parallelism each rank computes them for its tokens.
+    """
+    model, a = task.model, task.model.layer.attention
+    own, q, kv = s.tokens / s.split, float(a.q_lora_rank or 0), float(a.kv_lora_rank or 0)
+    query = a.heads * float(model.head_dim) / s.tp
+    v = float(model.v_dim_of(model.layer))
+    up = a.heads * (model.head_dim - a.rope_dim + v) / s.tp
+    found = [
+        Product("gemm", "key/value down", own, np.full_like(h, kv + a.rope_dim), h),
+        Product("gemm", "key/value up", s.tokens, up, np.full_like(h, kv)),
+    ]
+    if q:
+        found.append(Product("gemm", "query down", own, np.full_like(h, q), h))
+        found.append(Product("gemm", "query up", s.tokens, query, np.full_like(h, q)))
+    else:
+        found.append(Product("gemm", "query", s.tokens, query, h))
+    return [*found, Product("gemm", "attention output", s.tokens, h, a.heads * v / s.tp)]
+
+
+def _mlp_products(task: Task, s: Shapes) -> list[Product]:
+    """The dense MLP (or the shared experts), and the router."""
+    mlp, h = task.model.layer.mlp, np.full_like(s.tp, float(task.model.hidden))
+    found, name = [], "shared experts'" if mlp.routed else "MLP"
+    if mlp.dense_width:
+        inner = np.full_like(s.tp, float(mlp.dense_width)) / s.tp
+        found.append(Product("gemm", f"{name} {_up(task)}", s.tokens, (mlp.matrices - 1.0) * inner, h))
+        found.append(Product("gemm", f"{name} down", s.tokens, h, inner))
+    if mlp.routed:
+        found.append(Product("gemm", "router", s.tokens / s.split, np.full_like(h, float(mlp.experts)), h))
+    return found
+
+
+def _up(task: Task) -> str:
+    """Name of the projection into the MLP."""
+    return "gate, up" if task.model.layer.mlp.matrices == 3 else "up"
+
+
+def _expert_products(task: Task, s: Shapes) -> list[Product]:
+    """The routed experts: one grouped product for each projection, tokens spread evenly."""
+    mlp = task.model.layer.mlp
     if not mlp.routed:
-        return zero, zero
+        return []
     groups = np.maximum(mlp.experts / s.ep, 1.0)
-    m, h, inner = s.routed / groups, zero + task.model.hidden, mlp.width / s.etp
-    forward, backward = zero, zero
-    for n, k in (((mlp.matrices - 1.0) * inner, h), (h, inner)):
-        forward = forward + _linear(task, m, n, k, groups)
-        backward = backward + _linear(task, m, k, n, groups) + task.accounting.wgrad * _linear(task, k, n, m, groups)
-    return forward, backward
+    m, h, inner = s.routed / groups, np.full_like(s.tp, float(task.model.hidden)), mlp.width / s.etp
+    return [
+        Product("experts", f"experts' {_up(task)}", m, (mlp.matrices - 1.0) * inner, h, groups),
+        Product("experts", "experts' down", m, h, inner, groups),
+    ]
 
 
-def _linear(task: Task, m: Floats, n: Floats, k: Floats, groups: Floats | float = 1.0) -> Floats:
-    """A product of the layers, in the narrow type where the job has one."""
-    size = {"same": float(task.job.compute_bytes), "fp8": 1.0, "fp4": 0.5}[task.job.linears]
-    return gemm_seconds(m, n, k, task.hardware.device, task.linear_peak, size, groups)
+def product_seconds(task: Task, p: Product) -> Floats:
+    """Time of a product; those of the layers run in the narrow type where the job has one."""
+    size, peak = float(task.job.compute_bytes), task.peak
+    if p.part != "head":
+        size, peak = {"same": size, "fp8": 1.0, "fp4": 0.5}[task.job.linears], task.linear_peak
+    return p.times * gemm_seconds(p.m, p.n, p.k, task.hardware.device, peak, size, p.groups)
 
 
-def _attention(task: Task, s: _Shapes) -> tuple[Floats, Floats]:
+def _attention(task: Task, s: Shapes) -> tuple[Floats, Floats]:
     model, length = task.model, float(task.job.seq_len)
     window = float(min(model.layer.attention.sliding_window or length, length))
     # A window w of a sequence s sees w (1 - w / 2s) keys on average, a full causal one s / 2.
@@ -203,7 +269,7 @@ def _attention(task: Task, s: _Shapes) -> tuple[Floats, Floats]:
     return unfused_attention_seconds(work, device, task.peak, a.score_bytes)
 
 
-def _elementwise(task: Task, s: _Shapes, forward: bool) -> Floats:
+def _elementwise(task: Task, s: Shapes, forward: bool) -> Floats:
     a, model = task.accounting, task.model
     mlp = model.layer.mlp
     e = (a.elementwise_forward if forward else a.elementwise_backward)[mlp.kind]
@@ -215,7 +281,7 @@ def _elementwise(task: Task, s: _Shapes, forward: bool) -> Floats:
     return seconds + _casts(task, s, e.experts) * (1.0 if forward else 2.0)
 
 
-def _casts(task: Task, s: _Shapes, experts: float) -> Floats:
+def _casts(task: Task, s: Shapes, experts: float) -> Floats:
     """Time of quantising the inputs of narrow products: read two bytes, write one, for each; `experts` of the experts'."""
     if task.job.linears == "same":
         return np.zeros_like(s.tp)
@@ -225,14 +291,31 @@ def _casts(task: Task, s: _Shapes, experts: float) -> Floats:
     return streaming_seconds(3.0 * (split + routed), task.hardware.device)
 
 
-def _tp_traffic(task: Task, s: _Shapes, sequence: np.ndarray) -> tuple[Floats, Floats, tuple[Floats, Floats]]:
-    """Exposed time of one layer's tensor-parallel collectives: forward, backward, (selective, full) recompute.
+def hidden_bytes(task: Task, s: Shapes) -> Floats:
+    """The hidden states of a micro-batch, whole over tp."""
+    return s.tokens * task.model.hidden * task.job.compute_bytes
 
-    A layer of routed experts without shared ones needs those around attention only: half of them.
-    """
+
+def tp_share(task: Task) -> float:
+    """A layer of routed experts without shared ones needs the tp collectives around attention only: half of them."""
+    return 1.0 if task.model.layer.mlp.dense_width else 0.5
+
+
+def routed_bytes(task: Task, s: Shapes) -> Floats:
+    """Rows that a rank sends to their experts."""
+    return s.routed / s.etp * task.model.hidden * task.job.compute_bytes
+
+
+def key_value_bytes(task: Task, s: Shapes) -> Floats:
+    """Keys and values of the cp group."""
+    return s.tokens * 2.0 * task.model.kv_width / s.tp * task.job.compute_bytes * s.cp
+
+
+def _tp_traffic(task: Task, s: Shapes, sequence: np.ndarray) -> tuple[Floats, Floats, tuple[Floats, Floats]]:
+    """Exposed time of one layer's tensor-parallel collectives: forward, backward, (selective, full) recompute."""
     a = task.accounting
-    n_bytes = s.tokens * task.model.hidden * task.job.compute_bytes
-    share = (1.0 - a.tp_overlap) * task.constant("tp") * (1.0 if task.model.layer.mlp.dense_width else 0.5)
+    n_bytes = hidden_bytes(task, s)
+    share = (1.0 - a.tp_overlap) * task.constant("tp") * tp_share(task)
     cost = {
         op: share * collective_seconds(op, s.tp, np.ones_like(s.tp), n_bytes, task.hardware)
         for op in ("all_reduce", "all_gather", "reduce_scatter")
@@ -252,7 +335,7 @@ def _tp_traffic(task: Task, s: _Shapes, sequence: np.ndarray) -> tuple[Floats, F
     return values[0], values[1], (values[2], values[3])
 
 
-def _ep_traffic(task: Task, s: _Shapes) -> tuple[Floats, Floats]:
+def _ep_traffic(task: Task, s: Shapes) -> tuple[Floats, Floats]:
     """Exposed time of sending tokens to their experts and back, forward and backward.
 
     Two all-to-alls each way over ep; inside the experts' own tensor parallelism tokens are gathered and summed.
@@ -260,8 +343,7 @@ def _ep_traffic(task: Task, s: _Shapes) -> tuple[Floats, Floats]:
     zero = np.zeros_like(s.tp)
     if not task.model.layer.mlp.routed:
         return zero, zero
-    e, device = task.job.compute_bytes, task.hardware
-    sent = s.routed / s.etp * task.model.hidden * e
+    sent, device = routed_bytes(task, s), task.hardware
     copies = task.model.layer.mlp.top_k if task.accounting.ep_once else 1
     exchange = collective_seconds("all_to_all", s.ep, s.etp, sent, device, copies)
     inside = collective_seconds("all_gather", s.etp, np.ones_like(s.tp), sent * s.etp, device)
@@ -269,30 +351,25 @@ def _ep_traffic(task: Task, s: _Shapes) -> tuple[Floats, Floats]:
     return once, once
 
 
-def _cp_traffic(task: Task, s: _Shapes, forward: Floats, backward: Floats) -> tuple[Floats, Floats]:
+def _cp_traffic(task: Task, s: Shapes, forward: Floats, backward: Floats) -> tuple[Floats, Floats]:
     """Exposed time of exchanging keys and values around the cp ring under the attention that they feed.
 
     Each rank passes its keys and values to cp - 1 others (Liu 2023, arXiv 2310.01889); backward also returns gradients.
     """
-    model, slow = task.model, task.hardware.overlap_slowdown.base
-    n_bytes = s.tokens * 2.0 * model.kv_width / s.tp * task.job.compute_bytes * s.cp
-    once = collective_seconds("all_gather", s.cp, s.tp, n_bytes, task.hardware)
+    slow = task.hardware.overlap_slowdown.base
+    once = collective_seconds("all_gather", s.cp, s.tp, key_value_bytes(task, s), task.hardware)
     floor = task.accounting.dp_floor
     return overlapped(forward, once, slow, floor), overlapped(backward, 2.0 * once, slow, floor)
 
 
-def _head(task: Task, s: _Shapes, sequence: np.ndarray) -> tuple[Floats, Floats]:
+def _head(task: Task, s: Shapes, sequence: np.ndarray) -> tuple[Floats, Floats]:
     """(compute, tp traffic) of the final projection and the loss, forward and backward."""
     model, a, device, e = task.model, task.accounting, task.hardware.device, task.job.compute_bytes
-    vocab = model.vocab / s.tp
-    h = np.full_like(vocab, float(model.hidden))
-    shapes = ((s.tokens, vocab, h), (s.tokens, h, vocab), (h, vocab, s.tokens))
-    gemms = sum((gemm_seconds(*shape, device, task.peak, e) for shape in shapes), np.zeros_like(h))
-    wide = vocab if a.logits_split else np.full_like(s.tp, float(model.vocab))
+    gemms = sum((product_seconds(task, p) for p in head_products(task, s)), np.zeros_like(s.tp))
+    wide = model.vocab / s.tp if a.logits_split else np.full_like(s.tp, float(model.vocab))
     loss = streaming_seconds(a.loss_traffic * s.tokens * wide * e / 2.0, device) * task.constant("elementwise")
-    n_bytes = s.tokens * model.hidden * e
+    n_bytes = hidden_bytes(task, s)
     one = np.ones_like(s.tp)
     gather = collective_seconds("all_gather", s.tp, one, n_bytes, task.hardware)
     reduce = collective_seconds("all_reduce", s.tp, one, n_bytes, task.hardware)
-    slow = device.sustained.base * task.constant("compute")
-    return gemms * slow + loss, task.constant("tp") * np.where(sequence, 2.0 * gather, reduce)
+    return gemms * sustained(task) + loss, task.constant("tp") * np.where(sequence, 2.0 * gather, reduce)

@@ -161,8 +161,8 @@ class PrimitiveTable:
         boundary = self.boundary.take(share)
         many = x.pp > 1
         buffers = np.where(a.receive_all_microbatches, x.microbatches, a.receive_count)
-        outside = d.context.base + d.communicator.base * memory.communicators(x) + a.outside_bytes
-        outside = ceil(self.task.constant("outside") * outside)
+        held = d.context.base + d.communicator.base * memory.communicators(x) + a.outside_bytes
+        outside = ceil(self.task.constant("outside") * held)
         waiting = np.where(x.schedule == GPIPE, x.microbatches - 1, 0) * self.waiting.take(share)
         return Primitives(
             **{k: v.take(share) for k, v in self.columns.items()},
@@ -221,11 +221,12 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
     shared, share = _combinations(layouts, _OUTER, accumulate=True)
     block, spread = _combinations(shared, _BLOCK)
     seconds = operators.layer_seconds(task, block)
+
     def ns(value: Floats) -> Ints:
         return _ns(value * task.growth)
 
-    compute = _compute(task, shared, seconds, spread)
-    traffic = _dp_traffic(task, shared, compute)
+    compute = layer_compute(task, shared, seconds, spread)
+    traffic = dp_traffic(task, shared, compute)
     states = _states(task, shared)
     acts = memory.activation_bytes(task, block)
     blocks = {
@@ -234,7 +235,8 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
         "recompute2": ns(seconds.recompute[1] + seconds.tp_recompute[1] + seconds.ep_recompute[1]),
         "act0": acts.layer[0], "act1": acts.layer[1], "act2": acts.layer[2],
     }  # fmt: skip
-    columns = {k: v[spread] for k, v in blocks.items()} | _layer_ns(task, seconds, compute, traffic, spread) | traffic.ns | states
+    layer = _layer_ns(task, seconds, compute, traffic, spread)
+    columns = {k: v[spread] for k, v in blocks.items()} | layer | traffic.ns | states
     columns["transient"] = acts.backward[spread] + columns.pop("unit")
     columns["head_transient"] = acts.head[spread] + columns.pop("head_unit")
     times = {
@@ -249,13 +251,20 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
     }
     times = {k: v * task.growth for k, v in times.items()}
     boundary = acts.boundary[spread]
-    sent = np.where(task.accounting.pp_split & (shared.sequence_parallel == 0), boundary / shared.tp, boundary)
-    hops = tuple(
-        ns(task.constant("pp") * (seconds + task.accounting.pp_slot)) for seconds in neighbour_seconds(sent, task.hardware)
-    )
+    hops = tuple(ns(seconds) for seconds in hop_seconds(task, sent_bytes(task, shared, boundary)))
     return PrimitiveTable(
         task, layouts, share, columns, columns.pop("hide"), boundary, acts.waiting[spread], acts.output[spread], hops, times
     )  # fmt: skip
+
+
+def sent_bytes(task: Task, layouts: LayoutArray, boundary: Ints) -> Floats:
+    """What one device sends of the tensor of `boundary` bytes between two stages."""
+    return np.where(task.accounting.pp_split & (layouts.sequence_parallel == 0), boundary / layouts.tp, boundary)
+
+
+def hop_seconds(task: Task, sent: Floats) -> tuple[Floats, ...]:
+    """Time of one send to the next stage over each tier, before the growth of the cluster."""
+    return tuple(task.constant("pp") * (t + task.accounting.pp_slot) for t in neighbour_seconds(sent, task.hardware))
 
 
 def _ns(seconds: Floats) -> Ints:
@@ -278,7 +287,9 @@ def _combinations(layouts: LayoutArray, names: tuple[str, ...], accumulate: bool
 
 
 @dataclass(frozen=True)
-class _DpTraffic:
+class DpTraffic:
+    """Traffic over the ranks that share parameters; arrays over layouts."""
+
     forward: Floats
     """Exposed seconds of a layer's per-micro-batch traffic under forward."""
     backward: Floats
@@ -286,22 +297,27 @@ class _DpTraffic:
     """Step-wise primitives."""
 
 
-def _compute(task: Task, layouts: LayoutArray, seconds: operators.LayerSeconds, to_block: Ints) -> tuple[Floats, Floats]:
+def layer_compute(task: Task, layouts: LayoutArray, seconds: operators.LayerSeconds, to_block: Ints) -> tuple[Floats, Floats]:
     """(forward, backward) compute of one layer with the host's floor, which grows where every micro-batch gathers."""
-    a = task.accounting
-    gathering = [z for z, rule in a.zero.items() if any(t.op == "all_gather" and t.per == "microbatch" for t in rule.traffic)]
-    gathers = np.isin(layouts.zero, gathering)
     result = []
     for i, (device, host, tp, cp) in enumerate((
         (seconds.forward, seconds.host_forward, seconds.tp_forward, seconds.cp_forward),
         (seconds.backward, seconds.host_backward, seconds.tp_backward, seconds.cp_backward),
     )):  # fmt: skip
-        more = np.where(gathers, a.kernels_gather[i] * task.hardware.device.launch.base * task.constant("host"), 0.0)
+        more = gather_host(task, layouts.zero, i)
         result.append(operators.bound_by_host(task, device[to_block], (tp + cp)[to_block], host[to_block] + more))
     return result[0], result[1]
 
 
-def _dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats]) -> _DpTraffic:
+def gather_host(task: Task, zero: Ints, direction: int) -> Floats:
+    """Host time of one layer, forward (0) or backward (1), for the gathers of every micro-batch at a ZeRO stage."""
+    a = task.accounting
+    gathering = [z for z, rule in a.zero.items() if any(t.op == "all_gather" and t.per == "microbatch" for t in rule.traffic)]
+    seconds = a.kernels_gather[direction] * task.hardware.device.launch.base * task.constant("host")
+    return np.where(np.isin(zero, gathering), seconds, 0.0)
+
+
+def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats]) -> DpTraffic:
     """Traffic over the D ranks that share parameters: what each micro-batch exposes, and what a step does once."""
     a, slow = task.accounting, task.hardware.overlap_slowdown.base
     params = memory.rank_params(task, layouts)
@@ -315,7 +331,7 @@ def _dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats]
         for item in rule.traffic:
             n_bytes = a.size(item.size, task.job.compute_bytes)
             x = layouts.take(rows)
-            groups = {place: (x.shard, x.tp, count[rows]) for place, count in _places(params).items()}
+            groups = {place: (x.shard, x.tp, count[rows]) for place, count in params_by_place(params).items()}
             groups["experts"] = (x.expert_shard, x.ep * x.etp, params["experts"][rows])
             cost = {
                 place: task.constant("dp")
@@ -336,7 +352,7 @@ def _dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats]
         owned = count / np.where(sharded, shard, 1)
         return streaming_seconds(a.optimizer_bytes * owned + a.optimizer_whole_bytes * count, task.hardware.device)
 
-    update = {place: optimizer(count, layouts.shard) for place, count in _places(params).items()}
+    update = {place: optimizer(count, layouts.shard) for place, count in params_by_place(params).items()}
     update["layer"] = update["layer"] + optimizer(params["experts"], layouts.expert_shard)
     suffix = {"layer": "", "first": "_first", "last": "_last"}
     grow = task.growth
@@ -344,16 +360,16 @@ def _dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats]
     ns |= {f"floor{suffix[p]}": _ns(grow * a.dp_floor * step[p]) for p in step}
     ns |= {f"update{suffix[p]}": _ns(grow * update[p]) for p in step}
     ns["hide"] = np.floor(grow * a.dp_window * (forward + backward) * 1e9).astype(np.int64)
-    return _DpTraffic(exposed[0], exposed[1], ns)
+    return DpTraffic(exposed[0], exposed[1], ns)
 
 
-def _places(params: dict[str, Floats]) -> dict[str, Floats]:
+def params_by_place(params: dict[str, Floats]) -> dict[str, Floats]:
     """Parameters by place: of a layer, of the first rank's extras, of the last rank's."""
     return {"layer": params["layer"], "first": params["embedding"], "last": params["own_head"] + params["norm"]}
 
 
 def _layer_ns(
-    task: Task, seconds: operators.LayerSeconds, compute: tuple[Floats, Floats], traffic: _DpTraffic, to_block: Ints
+    task: Task, seconds: operators.LayerSeconds, compute: tuple[Floats, Floats], traffic: DpTraffic, to_block: Ints
 ) -> dict[str, Ints]:
     forward = (seconds.tp_forward + seconds.cp_forward + seconds.ep_forward)[to_block]
     backward = (seconds.tp_backward + seconds.cp_backward + seconds.ep_backward)[to_block]
@@ -368,12 +384,12 @@ def _layer_ns(
 
 def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
     """Bytes of parameters, gradients and optimizer states of a layer and of the first and last rank's extras."""
-    a, params = task.accounting, memory.rank_params(task, layouts)
+    params = memory.rank_params(task, layouts)
     per = memory.state_bytes(task, layouts.zero, layouts.shard, layouts.microbatches)
     routed = memory.state_bytes(task, layouts.zero, layouts.expert_shard, layouts.microbatches)
     zeros = np.zeros(len(layouts))
     backward, update = sum(per.backward.values(), zeros), sum(per.update.values(), zeros)
-    place, experts = _places(params), params["experts"]
+    place, experts = params_by_place(params), params["experts"]
     more = {"state": sum(routed.backward.values(), zeros) * experts, "updating": sum(routed.update.values(), zeros) * experts}
     result = {}
     for name, suffix in (("layer", ""), ("first", "_first"), ("last", "_last")):
@@ -382,8 +398,7 @@ def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
     beside_head = ceil(per.resident * params["head"])
     result["state_last"] += beside_head
     result["updating_last"] += beside_head
-    rest = task.model.embedding_params - task.model.embedding_params / layouts.tp
-    rest = rest if a.embedding_gradient_whole else np.zeros(len(layouts))
+    rest = embedding_rest(task, layouts)
     result["state_first"] += ceil(per.whole_gradients * rest)
     return result | {
         # Weight-gradient buffers exist once for each shape: one expert stands for all.
@@ -398,3 +413,9 @@ def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
         "carried": ceil(per.carried * params["layer"] + routed.carried * experts),
         "carried_first": ceil(per.carried * params["embedding"]),
     }
+
+
+def embedding_rest(task: Task, layouts: LayoutArray) -> Floats:
+    """Parameters of the embedding on other ranks of the tp group, where its gradient is made whole before it is split."""
+    rest = task.model.embedding_params - task.model.embedding_params / layouts.tp
+    return rest if task.accounting.embedding_gradient_whole else np.zeros(len(layouts))

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 
 from planner.cost.primitives import Primitives, primitive_table
 from planner.cost.schedules import in_flight, in_flight_layers
 from planner.cost.task import Bools, Ints, LayoutArray, StageArray, Task, even_runs
+from planner.specs.layout import Layout, chunk_layers
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,12 @@ def stage_once(p: Primitives, first: Ints, last: Ints, layers: Ints) -> Ints:
     """d of ranks, ns: exposed step-wise traffic and the optimizer."""
     traffic = layers * (p.comm - p.hide) + first * p.comm_first + last * p.comm_last
     floor = layers * p.floor + first * p.floor_first + last * p.floor_last
-    return np.maximum(traffic, floor) + layers * p.update + first * p.update_first + last * p.update_last
+    return np.maximum(traffic, floor) + stage_update(p, first, last, layers)
+
+
+def stage_update(p: Primitives, first: Ints, last: Ints, layers: Ints) -> Ints:
+    """The optimizer's part of d, ns."""
+    return layers * p.update + first * p.update_first + last * p.update_last
 
 
 def stage_base_bytes(p: Primitives, first: Ints, last: Ints, flight: Ints) -> Ints:
@@ -76,17 +83,46 @@ def receive_bytes(p: Primitives, first: Ints, last: Ints) -> Ints:
 
 
 def stage_transient(p: Primitives, first: Ints, last: Ints, mode: int) -> Ints:
-    """Peak temporaries of a rank whose strongest recompute mode is `mode` (0 none, 1 selective, 2 full).
+    """Peak temporaries of a rank whose strongest recompute mode is `mode` (0 none, 1 selective, 2 full)."""
+    m = moments(p, first, mode)
+    begins = np.where(last == 1, np.maximum(m.head.bytes, m.head_reduction.bytes), m.layer.bytes)
+    return np.maximum(begins, m.reduction.bytes)
 
-    The largest of: the first unit's backward (the head's on the last rank, a layer's elsewhere) beside what the micro-batch
-    before left to be reduced; on the last rank a layer's beside the head's reduction; and a layer's beside the reduction of
-    the one before, whose saved activations are gone.
-    """
+
+class Moment(NamedTuple):
+    """A moment of backward: what a unit's own backward takes, and the reduction buffers beside it."""
+
+    unit: Ints
+    beside: Ints
+
+    @property
+    def bytes(self) -> Ints:
+        """All of it."""
+        return self.unit + self.beside
+
+
+class Moments(NamedTuple):
+    """The moments of backward at which a rank's temporaries may peak."""
+
+    head: Moment
+    """The last rank's first unit, beside what the micro-batch before left to be reduced."""
+    layer: Moment
+    """The first unit of the other ranks, beside the same."""
+    head_reduction: Moment
+    """A layer of the last rank beside the head's reduction."""
+    reduction: Moment
+    """A layer beside the reduction of the one before, whose saved activations are gone."""
+
+
+def moments(p: Primitives, first: Ints, mode: int) -> Moments:
+    """The moments at which a rank's temporaries may peak, under its strongest recompute mode."""
     act = (p.act0, p.act1, p.act2)[mode]
     layer = p.transient + p.act0 - act
     carried = np.where(first == 1, p.carried_first, p.carried)
-    begins = np.where(last == 1, np.maximum(p.head_transient + carried, layer + p.head_reduction), layer + carried)
-    return np.maximum(begins, layer + np.maximum(p.reduction - act, 0))
+    return Moments(
+        Moment(p.head_transient, carried), Moment(layer, carried), Moment(layer, p.head_reduction),
+        Moment(layer, np.maximum(p.reduction - act, 0)),
+    )  # fmt: skip
 
 
 def stage_update_bytes(p: Primitives, first: Ints, last: Ints, layers: Ints) -> Ints:
@@ -125,18 +161,54 @@ def blend(kinds: Sequence[Primitives], counts: Ints) -> Primitives:
     return Primitives(**values)
 
 
+def layers_by_kind(task: Task, layout: Layout) -> Ints:
+    """Layers of each kind on each pipeline rank, shape (ranks, kinds); chunk c of rank s is stage c pp + s of the model."""
+    kinds = task.model.kind_of_layer
+    counts = np.zeros((layout.pp, len(task.model.kinds)), dtype=np.int64)
+    chunks = [chunk_layers(s.layers, layout.virtual_stages) for s in layout.stages]
+    at = 0
+    for c in range(layout.virtual_stages):
+        for s in range(layout.pp):
+            for kind in kinds[at : at + chunks[s][c]]:
+                counts[s, kind] += 1
+            at += chunks[s][c]
+    return counts
+
+
+class Held(NamedTuple):
+    """What ranks hold of micro-batches in flight."""
+
+    flight: Ints
+    """Micro-batches (of a chunk each) at most."""
+    layers: Ints
+    """(Layer, micro-batch) pairs whose activations are saved."""
+    selective: Ints
+    """Those of selectively recomputed layers."""
+    full: Ints
+    """Those of fully recomputed layers."""
+
+
+def held(layouts: LayoutArray, stages: StageArray) -> Held:
+    """What ranks hold when the most micro-batches are in flight; `layouts` has an entry for each of `stages`.
+
+    With chunks a rank is recomputed as a whole or not at all, so its saved layers weigh all or nothing.
+    """
+    x, n1, n2 = layouts, stages.selective, stages.full
+    place = (x.schedule, x.pp, x.virtual_stages, x.microbatches, stages.index)
+    flight, weight = in_flight(*place), in_flight_layers(*place, stages.layers)
+    whole = x.virtual_stages > 1
+    weight1 = np.where(whole, np.where(n1 > 0, weight, 0), flight * n1)
+    weight2 = np.where(whole, np.where(n2 > 0, weight, 0), flight * n2)
+    return Held(flight, weight, weight1, weight2)
+
+
 def stage_cost(p: Primitives, layouts: LayoutArray, stages: StageArray, blended: Primitives | None = None) -> StageCost:
     """Time and memory of each rank; `p` and `layouts` are per layout, `stages` flattened, `blended` per rank (`blend`)."""
     q, x = p.take(stages.row) if blended is None else blended, layouts.take(stages.row)
     first = (stages.index == 0).astype(np.int64)
     last = (stages.index + stages.count == x.pp).astype(np.int64)
     n, n1, n2 = stages.layers, stages.selective, stages.full
-    place = (x.schedule, x.pp, x.virtual_stages, x.microbatches, stages.index)
-    flight, weight = in_flight(*place), in_flight_layers(*place, n)
-    # With chunks a rank is recomputed as a whole or not at all, so its saved layers weigh all or nothing.
-    whole = x.virtual_stages > 1
-    weight1 = np.where(whole, np.where(n1 > 0, weight, 0), flight * n1)
-    weight2 = np.where(whole, np.where(n2 > 0, weight, 0), flight * n2)
+    flight, weight, weight1, weight2 = held(x, stages)
     saved = weight * q.act0 - weight1 * (q.act0 - q.act1) - weight2 * (q.act0 - q.act2)
     transient = np.where(
         n2 > 0,

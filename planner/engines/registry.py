@@ -27,7 +27,7 @@ def engine_named(name: str) -> Engine:
         fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(ENGINES)}"
         raise input_error("PLN501", f"no engine called '{base}'", f"engines are {', '.join(ENGINES)}", fix)
     engine = ENGINES[base]
-    return replace(engine, accounting=accounting_named(name)) if traits else engine
+    return replace(engine, name=name, accounting=accounting_named(name)) if traits else engine
 
 
 @cache

@@ -86,7 +86,7 @@ def reason(found: Sequence[Proven], chosen: int, name: str) -> str:
     slower = plan.estimate.step_time_s / fastest.estimate.step_time_s - 1.0
     parts, most = moving_parts(plan.layout), moving_parts(fastest.layout)
     more = (plan.headroom - fastest.headroom) * GIB
-    simpler = f"{parts} moving parts instead of {most}" if parts < most else f"{parts} moving parts too"
+    simpler = f"{parts} moving part{'s' * (parts != 1)} {f'instead of {most}' if parts < most else 'too'}"
     emptier = f"{gib(more)} more headroom" if more >= MIB else "the same headroom"
     time = seconds(fastest.estimate.step_time_s)
     return (

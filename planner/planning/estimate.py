@@ -13,7 +13,7 @@ from planner.cost.schedules import in_flight
 from planner.cost.step import StageCost
 from planner.cost.task import Floats, LayoutArray, StageArray, Task
 from planner.planfile import Breakdown, Estimate, Memory, MemoryInterval, StageMemory, TimeInterval
-from planner.specs.hardware import Provenance
+from planner.specs.figures import Provenance
 from planner.specs.layout import Layout
 from planner.units import GIB
 
@@ -91,9 +91,7 @@ def _breakdown(c: _Priced, seconds: float) -> Breakdown:
 def _time_interval(task: Task, seconds: float) -> TimeInterval:
     spread = intervals.time_spread(task)
     low, high = spread.around(seconds)
-    return TimeInterval(
-        low_s=low, high_s=high, relative=spread.relative, provenance=spread.provenance, source=spread.source
-    )
+    return TimeInterval(low_s=low, high_s=high, relative=spread.relative, provenance=spread.provenance, source=spread.source)
 
 
 def _memory_interval(task: Task, gib: float) -> MemoryInterval:

@@ -63,9 +63,7 @@ def prepare(request: Request) -> Setting:
     nodes, gpus = _devices(request, hardware)
     _check_size(model, request.job, hardware, gpus)
     policy = request.policy
-    task = Task(
-        model, request.job, hardware, gpus, engine.accounting, policy.max_memory_fraction, policy.max_oom_probability
-    )
+    task = Task(model, request.job, hardware, gpus, engine.accounting, policy.max_memory_fraction, policy.max_oom_probability)
     device = hardware.device
     cluster = Cluster(
         hardware=hardware.name,

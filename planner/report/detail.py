@@ -97,13 +97,8 @@ def _memory_lines(rank: Rank) -> Iterator[tuple[str, str, float, str, str]]:
     for line in rank.parts:
         yield line.part, line.name, line.n_bytes, _inputs(line.inputs), _least(line.least_certain, line.provenance)
     yield "", f"allocated ({rank.moment})", rank.allocated, "", ""
-    yield (
-        "reserved",
-        "kept by the allocator beside it",
-        rank.reserved - rank.allocated,
-        f"{rank.reserved_ratio:.4g} times allocated",
-        "",
-    )
+    ratio = f"{rank.reserved_ratio:.4g} times allocated"
+    yield "reserved", "kept by the allocator beside it", rank.reserved - rank.allocated, ratio, ""
     for line in rank.outside:
         yield line.part, line.name, line.n_bytes, _inputs(line.inputs), _least(line.least_certain, line.provenance)
     yield "", "total", rank.total, "", ""

@@ -29,7 +29,7 @@ def _full(results: Sequence[CheckResult]) -> str:
             m = r.estimate.memory
             lines.append(
                 f"{_path(r.file)}: feasible, {m.peak_gib:.1f} of {m.limit_gib:.1f} GiB on stage {m.peak_stage} "
-                f"(limit: {m.limit_by}), probability to run out of memory {probability(m.oom_probability)}"
+                f"(limit: {m.limit_by}), OOM probability {probability(m.oom_probability)}"
             )
     errors = sum(p.severity == "error" for r in results for p in r.findings)
     warnings = sum(p.severity == "warning" for r in results for p in r.findings)

@@ -134,7 +134,7 @@ def _memory_text(plan: Plan) -> str:
     value, low, high = (gib(v * GIB) for v in (m.peak_gib, m.interval.low_gib, m.interval.high_gib))
     peak = with_interval(value, low, high, m.interval.provenance)
     headroom = min(s.headroom for s in m.stages) * GIB
-    return f"peak {peak}, headroom {gib(headroom)}; probability to run out of memory {probability(m.oom_probability)}"
+    return f"peak {peak}, headroom {gib(headroom)}; OOM probability {probability(m.oom_probability)}"
 
 
 def _folded(stages: list[StageMemory], most: int = 12) -> list[tuple[str, StageMemory]]:
@@ -148,7 +148,7 @@ def _folded(stages: list[StageMemory], most: int = 12) -> list[tuple[str, StageM
 
 def _alternatives_table(plan: Plan) -> Table:
     table = _table("\nRunners-up, each the best of its (tp, cp, pp, ep)")
-    for name in ("layout", "step", "slower", "peak GiB", "runs out", "tokens/s/device"):
+    for name in ("layout", "step", "slower", "peak GiB", "P(OOM)", "tokens/s/device"):
         table.add_column(name, justify="left" if name == "layout" else "right", overflow="fold")
     for other in plan.alternatives:
         table.add_row(

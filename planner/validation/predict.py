@@ -15,7 +15,6 @@ from planner.engines.registry import accounting_named
 from planner.errors import InputError, input_error
 from planner.specs import files
 from planner.specs.hardware import HardwareProfile
-from planner.specs.layout import Layout, chunk_layers
 from planner.units import GIB
 from planner.validation.prediction import MemoryKind, Outcome, Predicted, Prediction
 from planner.validation.profilemap import ProfileMap, load_map
@@ -61,21 +60,7 @@ class Batch:
     @cached_property
     def kind_counts(self) -> Ints:
         """Layers of each kind on each pipeline rank, shape (ranks, kinds)."""
-        return np.concatenate([_kind_counts(self.task, e.run.layout) for e in self.entries])
-
-
-def _kind_counts(task: Task, layout: Layout) -> Ints:
-    """Layers by kind of each rank; chunk c of rank s is stage c pp + s of the model."""
-    kinds = task.model.kind_of_layer
-    counts = np.zeros((layout.pp, len(task.model.kinds)), dtype=np.int64)
-    chunks = [chunk_layers(s.layers, layout.virtual_stages) for s in layout.stages]
-    at = 0
-    for c in range(layout.virtual_stages):
-        for s in range(layout.pp):
-            for kind in kinds[at : at + chunks[s][c]]:
-                counts[s, kind] += 1
-            at += chunks[s][c]
-    return counts
+        return np.concatenate([step.layers_by_kind(self.task, e.run.layout) for e in self.entries])
 
 
 @dataclass(frozen=True)

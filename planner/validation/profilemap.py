@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from planner.engines.registry import accounting_named
+from planner.engines.traits import TRAITS
 from planner.errors import input_error
 from planner.specs import files
 from planner.specs.base import Spec
@@ -72,6 +73,19 @@ class EngineRule(Rule):
     """Which pipeline rank the figure is of."""
 
 
+class TraitRule(Rule):
+    """A trait that some rows add to their engine's accounting."""
+
+    add: str
+
+    @field_validator("add")
+    @classmethod
+    def _trait_exists(cls, name: str) -> str:
+        if name not in TRAITS:
+            raise ValueError(f"no engine trait called '{name}'; there are {', '.join(TRAITS)}")
+        return name
+
+
 class Exclusion(Rule):
     """Rows kept out of a metric by a written rule: over the configuration or a missing field, never the measured value."""
 
@@ -80,10 +94,11 @@ class Exclusion(Rule):
 
 
 class ProfileMap(Spec):
-    """First match wins, in profiles and in engines; every matching exclusion counts."""
+    """First match wins, in profiles and in engines; every matching trait and exclusion counts."""
 
     profiles: list[ProfileRule] = Field(default_factory=list)
     engines: list[EngineRule] = Field(default_factory=list)
+    traits: list[TraitRule] = Field(default_factory=list)
     exclude: list[Exclusion] = Field(default_factory=list)
 
     def profile_of(self, row: Mapping[str, str]) -> str | None:
@@ -91,8 +106,13 @@ class ProfileMap(Spec):
         return next((r.profile for r in self.profiles if r.matches(row)), None)
 
     def engine_of(self, row: Mapping[str, str]) -> EngineRule | None:
-        """The row's engine accounting."""
-        return next((r for r in self.engines if r.matches(row)), None)
+        """The row's engine accounting, its traits added."""
+        rule = next((r for r in self.engines if r.matches(row)), None)
+        if rule is None:
+            return None
+        present = rule.engine.split("+")
+        added = [t.add for t in self.traits if t.matches({**row, "engine": rule.engine}) and t.add not in present]
+        return rule.model_copy(update={"engine": "+".join([rule.engine, *dict.fromkeys(added)])})
 
     def excluded(self, row: Mapping[str, str], metric: str) -> str:
         """Why a row stays out of a metric, empty when it does not."""
@@ -111,8 +131,9 @@ def load_map(path: str | None) -> ProfileMap:
     profiles = [
         r.model_copy(update={"profile": str(base / r.profile)}) if (base / r.profile).is_file() else r for r in own.profiles
     ]
-    if not (own.profiles or own.engines or own.exclude):
-        raise input_error("PLN140", f"{path} holds no rules", "a map has profiles, engines or exclude", "")
+    if not (own.profiles or own.engines or own.traits or own.exclude):
+        raise input_error("PLN140", f"{path} holds no rules", "a map has profiles, engines, traits or exclude", "")
     return ProfileMap(
-        profiles=profiles + shipped.profiles, engines=own.engines + shipped.engines, exclude=own.exclude + shipped.exclude
-    )
+        profiles=profiles + shipped.profiles, engines=own.engines + shipped.engines,
+        traits=own.traits + shipped.traits, exclude=own.exclude + shipped.exclude,
+    )  # fmt: skip

@@ -29,11 +29,11 @@ from planner.validation.prediction import Predicted
 from planner.validation.profilemap import load_map
 
 WIDTHS: dict[str, dict[str, float]] = {
-    "compute": {"all": 0.10, "device": 0.12, "engine": 0.10, "own": 0.06},
-    "elementwise": {"all": 0.20, "device": 0.10, "engine": 0.25, "own": 0.30},
+    "compute": {"all": 0.05, "device": 0.10, "engine": 0.08, "own": 0.06},
+    "elementwise": {"all": 0.15, "device": 0.10, "engine": 0.15, "own": 0.25},
     "host": {"all": 0.30, "device": 0.05, "engine": 0.50, "own": 0.40},
-    "tp": {"all": 0.15, "device": 0.20, "engine": 0.20, "own": 0.25},
-    "dp": {"all": 0.25, "device": 0.05, "engine": 0.25, "own": 0.50},
+    "tp": {"all": 0.15, "device": 0.15, "engine": 0.15, "own": 0.40},
+    "dp": {"all": 0.20, "device": 0.05, "engine": 0.15, "own": 0.60},
     "pp": {"all": 0.30, "device": 0.05, "engine": 0.40, "own": 0.60},
     "ep": {"all": 0.25, "device": 0.30, "engine": 0.15, "own": 0.35},
     "scale": {"all": 0.005, "device": 0.001, "engine": 0.002, "own": 0.006},

@@ -6,7 +6,7 @@ from typing import Any
 
 from machines import profile
 
-from planner.planfile import Breakdown, Cluster, Estimate, Inputs, Memory, Plan
+from planner.planfile import Breakdown, Cluster, Estimate, Inputs, Memory, MemoryInterval, Plan, TimeInterval
 from planner.specs.job import Job
 from planner.specs.layout import Layout, Stage, even_stages
 from planner.specs.model import Attention, LayerGroup, Mlp, Model
@@ -33,10 +33,13 @@ def gpt(layers: int = LAYERS, hidden: int = 32, vocab: int = 64, **changes: Any)
 
 def estimate() -> Estimate:
     """A prediction that nothing reads."""
-    sizes = {"limit_gib": 1.0, "usable_gib": 1.0, "peak_gib": 0.5, "peak_allocated_gib": 0.5}
-    memory = Memory(**sizes, peak_stage=0, peak_cause="", fits=True, stages=[])
+    sizes = {"limit_gib": 1.0, "usable_gib": 1.0, "peak_gib": 0.5, "peak_allocated_gib": 0.5, "oom_probability": 0.0}
+    origin = {"relative": 1.0, "provenance": "assumed", "source": "test"}
+    around = MemoryInterval(low_gib=0.25, high_gib=1.0, **origin)
+    memory = Memory(**sizes, limit_by="max_memory_fraction", interval=around, peak_stage=0, peak_cause="", fits=True, stages=[])
     return Estimate(
         step_time_s=1.0,
+        interval=TimeInterval(low_s=0.5, high_s=2.0, **origin),
         tokens_per_s=1.0,
         tokens_per_s_per_gpu=1.0,
         tflops_per_gpu=1.0,

@@ -1,0 +1,103 @@
+"""One layout with all that was computed for it: by kind of layers, and by pipeline rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from planner.cost import memory, operators, primitives, step
+from planner.cost.primitives import Primitives
+from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
+from planner.planfile import Plan
+from planner.planning.detail.source import Book
+from planner.specs.layout import Layout
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of layers, priced for the layout."""
+
+    task: Task
+    label: str
+    """What its lines begin with, where there are several kinds."""
+    shapes: operators.Shapes
+    seconds: operators.LayerSeconds
+    compute: tuple[Floats, Floats]
+    traffic: primitives.DpTraffic
+    params: dict[str, Floats]
+    p: Primitives
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout, priced."""
+
+    task: Task
+    plan: Plan
+    x: LayoutArray
+    stages: StageArray
+    kinds: tuple[Kind, ...]
+    counts: Ints
+    """Layers by kind of each rank, shape (ranks, kinds)."""
+    q: Primitives
+    """Primitives of each rank."""
+    cost: step.StageCost
+    held: step.Held
+    book: Book
+
+    @property
+    def layout(self) -> Layout:
+        """The plan's layout."""
+        return self.plan.layout
+
+    @cached_property
+    def m(self) -> int:
+        """Micro-batches."""
+        return int(self.x.microbatches[0])
+
+    @cached_property
+    def slowest(self) -> int:
+        """The rank that all others wait for."""
+        return int(np.argmax(self.cost.time))
+
+    @cached_property
+    def updating(self) -> int:
+        """The rank whose traffic and optimizer take longest."""
+        return int(np.argmax(self.cost.once))
+
+    def ns(self, name: str, rank: int = 0) -> float:
+        """A time of the integer model, seconds."""
+        return float(getattr(self.q, name)[rank]) / 1e9
+
+    def ends(self, rank: int) -> tuple[bool, bool]:
+        """Whether a rank is the first one, the last one."""
+        return rank == 0, rank == self.layout.pp - 1
+
+    def at(self, rank: int) -> tuple[Primitives, Ints, Ints]:
+        """(primitives, whether first, whether last) of one rank, as the functions of `step` take them."""
+        first, last = self.ends(rank)
+        return self.q.take(np.array([rank])), np.array([int(first)]), np.array([int(last)])
+
+
+def case_of(task: Task, plan: Plan) -> Case:
+    """Price a plan's layout."""
+    x, stages = LayoutArray.of([plan.layout], task.job), StageArray.of([plan.layout])
+    mixed = len(task.model.kinds) > 1
+    kinds = [_kind(task.only(k) if mixed else task, x, f"kind {k}: " if mixed else "") for k in range(len(task.model.kinds))]
+    priced = [k.p.take(stages.row) for k in kinds]
+    counts = step.layers_by_kind(task, plan.layout)
+    blended = step.blend(priced, counts) if mixed else None
+    cost = step.stage_cost(kinds[0].p, x, stages, blended)
+    held, book = step.held(x.take(stages.row), stages), Book(task, plan.layout.zero)
+    return Case(task, plan, x, stages, tuple(kinds), counts, blended or priced[0], cost, held, book)
+
+
+def _kind(task: Task, x: LayoutArray, label: str) -> Kind:
+    """Price one kind of layers."""
+    seconds, here = operators.layer_seconds(task, x), np.zeros(1, dtype=np.int64)
+    compute = primitives.layer_compute(task, x, seconds, here)
+    traffic = primitives.dp_traffic(task, x, compute)
+    shapes, params = operators.shapes_of(task, x), memory.rank_params(task, x)
+    return Kind(task, label, shapes, seconds, compute, traffic, params, primitives.price(task, x))

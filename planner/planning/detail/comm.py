@@ -1,0 +1,238 @@
+"""Every kind of collective on the slowest rank: its group, bytes, time, and what of it is exposed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from planner.cost import memory, operators, primitives, step
+from planner.cost.accounting import Traffic
+from planner.cost.collectives import collective_seconds, crossed_tiers
+from planner.cost.task import Task
+from planner.planning.detail.case import Case, Kind
+from planner.planning.detail.source import growth_figures, tier_figures
+from planner.planning.detail.tables import Collective
+from planner.specs.hardware import Tier
+from planner.specs.layout import RECOMPUTE_MODES
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One kind of call before its exposed time is known; group of n ranks at a stride."""
+
+    group: str
+    op: str
+    n: float
+    stride: float
+    n_bytes: float
+    calls: float
+    factor: float = 1.0
+    """The fitted constant of its time."""
+    copies: int = 1
+
+
+_PASSES = {"all_reduce": 2.0}
+"""Passes of the tensor through a link that bus bandwidth counts."""
+
+_HIDE = "{:.0%} hides under compute, by the engine's share"
+
+
+def collectives_of(c: Case) -> tuple[Collective, ...]:
+    """Every kind of collective on the slowest rank (step-wise ones: on the rank that they hold up longest)."""
+    rows: list[Collective] = []
+    for i, kind in enumerate(c.kinds):
+        count = float(c.counts[c.slowest, i])
+        for k in (0, 1):
+            rows += _layer_rows(c, kind, k, count)
+            rows += _recompute_rows(c, kind, k, count)
+    if c.ends(c.slowest)[1]:
+        rows += _head_rows(c, c.task.growth * c.m * float(c.kinds[0].seconds.head_tp[0]))
+    return (*rows, *_pipeline_rows(c), *_step_rows(c))
+
+
+def _layer_rows(c: Case, kind: Kind, direction: int, count: float) -> list[Collective]:
+    """Collectives of `count` layers, forward (0) or backward (1)."""
+    where, layers, t = ("forward", "backward")[direction], c.m * count, kind.seconds
+    tp, cp, ep = (c.task.growth * layers * float(getattr(t, f"{axis}_{where}")[0]) for axis in ("tp", "cp", "ep"))
+    zero = c.task.growth * layers * float(getattr(kind.traffic, where)[0])
+    return [
+        *_tensor_rows(c, kind, where, layers, tp),
+        *_context_rows(c, kind, where, layers, cp),
+        *_expert_rows(c, kind, where, layers, ep),
+        *_zero_rows(c, kind, where, layers, zero),
+    ]
+
+
+def _recompute_rows(c: Case, kind: Kind, k: int, count: float) -> list[Collective]:
+    """Collectives that selective (0) or full (1) recompute repeats, where `count` of the rank's layers are of this kind."""
+    mode, again = RECOMPUTE_MODES[k + 1], int((c.stages.selective, c.stages.full)[k][c.slowest])
+    times = c.m * again * count / max(int(c.stages.layers[c.slowest]), 1)
+    tp, ep = (c.task.growth * times * float(t[k][0]) for t in (kind.seconds.tp_recompute, kind.seconds.ep_recompute))
+    repeated = c.task.accounting.recomputed[mode].get("experts", 0.0)
+    return _tensor_rows(c, kind, mode, times, tp) + _expert_rows(c, kind, mode, times * repeated, ep)
+
+
+def _priced(
+    c: Case, part: str, where: str, calls: Sequence[_Call], exposed: float, hides: str, figures: tuple[str, ...]
+) -> list[Collective]:
+    """Rows of calls that expose `exposed` seconds together, each in proportion to its busy time."""
+    made = [(x, _seconds(c.task, x)) for x in calls if x.calls > 0 and x.n > 1]
+    total = sum(x.calls * each for x, each in made)
+    rows = []
+    for x, each in made:
+        busy, moved = x.calls * each, _PASSES.get(x.op, 1.0) * (x.n - 1.0) / x.n * x.n_bytes
+        tiers = _tiers(c.task, x.n, x.stride)
+        names = tuple(n for tier in tiers for n in tier_figures(tier) if x.op == "all_reduce" or "all_reduce" not in n)
+        rows.append(
+            Collective(
+                part, where, x.group, x.op, int(x.n), int(x.stride), tuple(t.name for t in tiers), x.n_bytes, x.calls, each,
+                busy, exposed * busy / total if total else 0.0, moved / each if each else 0.0, hides,
+                (*figures, *names, *growth_figures(c.task)),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _seconds(task: Task, x: _Call) -> float:
+    """Time of one call."""
+    n, stride, n_bytes = (np.array([v], dtype=float) for v in (x.n, x.stride, x.n_bytes))
+    return task.growth * x.factor * float(collective_seconds(x.op, n, stride, n_bytes, task.hardware, x.copies)[0])
+
+
+def _tiers(task: Task, n: float, stride: float) -> list[Tier]:
+    """The tiers that a group pays for."""
+    return [t.tier for t in crossed_tiers(np.array([float(n)]), np.array([float(stride)]), task.hardware) if t.crosses[0]]
+
+
+def _place(where: str) -> str:
+    """`forward`, `backward`, or the recompute mode in words."""
+    return where if where in ("forward", "backward") else f"{where} recompute"
+
+
+def _tensor_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) -> list[Collective]:
+    """Collectives of the layers over the tp group."""
+    a, task = kind.task.accounting, kind.task
+    traffic = a.tp_sequence if c.layout.sequence_parallel else a.tp_plain
+    counts = {"forward": traffic.forward, "backward": traffic.backward}.get(where, traffic.recompute.get(where, {}))
+    n_bytes = float(operators.hidden_bytes(task, kind.shapes)[0])
+    tp, factor, layers = float(c.layout.tp), task.constant("tp"), times * operators.tp_share(task)
+    calls = [_Call("tp", op, tp, 1.0, n_bytes, count * layers, factor) for op, count in counts.items()]
+    hides = _HIDE.format(a.tp_overlap)
+    figures = ("engine.tp_overlap", "constant.tp")
+    return _priced(c, "tp_comm", f"{kind.label}layers, {_place(where)}", calls, exposed, hides, figures)
+
+
+def _context_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) -> list[Collective]:
+    """Keys and values around the cp ring, their gradients too in backward."""
+    n_bytes = float(operators.key_value_bytes(kind.task, kind.shapes)[0])
+    calls = [_Call("cp", "all_gather", c.layout.cp, c.layout.tp, n_bytes, times * (1.0 if where == "forward" else 2.0))]
+    hides = "hides under attention, all but the engine's floor"
+    return _priced(c, "cp_comm", f"{kind.label}keys and values, {where}", calls, exposed, hides, _OVERLAPPED)
+
+
+_OVERLAPPED = ("engine.dp_floor", "overlap_slowdown")
+
+
+def _expert_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) -> list[Collective]:
+    """Routed tokens to their experts and back."""
+    task, a, mlp = kind.task, kind.task.accounting, kind.task.model.layer.mlp
+    if not mlp.routed:
+        return []
+    sent = float(operators.routed_bytes(task, kind.shapes)[0])
+    factor, copies = task.constant("ep"), mlp.top_k if a.ep_once else 1
+    ep, etp, both = float(c.layout.ep), float(c.layout.etp), 2.0 * times
+    calls = [
+        _Call("ep", "all_to_all", ep, etp, sent, both, factor, copies),
+        _Call("etp", "all_gather", etp, 1.0, sent * etp, both, factor),
+    ]
+    hides = _HIDE.format(a.ep_overlap)
+    figures = ("engine.ep_overlap", "constant.ep")
+    return _priced(c, "ep_comm", f"{kind.label}routed tokens, {_place(where)}", calls, exposed, hides, figures)
+
+
+def _state_calls(c: Case, kind: Kind, item: Traffic, times: dict[str, float]) -> list[_Call]:
+    """Calls of one collective over the ranks that share parameters, by place; `times` a step."""
+    size = kind.task.accounting.size(item.size, kind.task.job.compute_bytes)
+    x, factor, p = c.x, kind.task.constant("dp"), kind.params
+    dense = {k: size * float(v[0]) for k, v in primitives.params_by_place(p).items()}
+    shard, stride = float(x.shard[0]), float(x.tp[0])
+    calls = [_Call("dp x cp", item.op, shard, stride, dense[k], n, factor) for k, n in times.items() if dense[k]]
+    if float(p["experts"][0]):
+        routed, apart = size * float(p["experts"][0]), float((x.ep * x.etp)[0])
+        calls.append(_Call("expert dp", item.op, float(x.expert_shard[0]), apart, routed, times["layer"], factor))
+    return calls
+
+
+def _zero_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) -> list[Collective]:
+    """Gathers and reductions of every micro-batch (ZeRO 2 and 3)."""
+    rule = kind.task.accounting.zero[c.layout.zero]
+    items = [t for t in rule.traffic if t.per == "microbatch" and t.under == where]
+    calls = [call for item in items for call in _state_calls(c, kind, item, {"layer": times})]
+    hides = f"hides under the layer's {where}, all but the engine's floor"
+    figures = (*_OVERLAPPED, "engine.zero", "constant.dp")
+    return _priced(c, "zero_comm", f"{kind.label}layers, {where}", calls, exposed, hides, figures)
+
+
+def _step_rows(c: Case) -> list[Collective]:
+    """Gathers and reductions once a step, on the rank that they hold up longest."""
+    d = c.updating
+    (first, last), at = c.ends(d), c.at(d)
+    calls: list[_Call] = []
+    for i, kind in enumerate(c.kinds):
+        times = {"layer": float(c.counts[d, i])} | ({"first": float(first), "last": float(last)} if i == 0 else {})
+        for item in kind.task.accounting.zero[c.layout.zero].traffic:
+            if item.per == "step":
+                calls += _state_calls(c, kind, item, times)
+    hidden = int(c.stages.layers[d]) * c.ns("hide", d)
+    hides = f"{hidden:.4g} s hide under backward, all but the engine's floor"
+    figures = ("engine.dp_window", "engine.dp_floor", "engine.zero", "constant.dp")
+    exposed = int(c.cost.once[d]) - int(step.stage_update(*at, c.stages.layers[d : d + 1])[0])
+    return _joined(_priced(c, "dp_comm", f"once a step, rank {d}", calls, exposed / 1e9, hides, figures))
+
+
+def _joined(rows: list[Collective]) -> list[Collective]:
+    """Rows of equal group and operation as one: bytes a call are their mean."""
+    done: dict[tuple[str, str], Collective] = {}
+    for r in rows:
+        seen = done.get((r.group, r.op))
+        if seen is None:
+            done[r.group, r.op] = r
+            continue
+        calls, busy = seen.calls + r.calls, seen.busy + r.busy
+        done[r.group, r.op] = replace(
+            seen, calls=calls, busy=busy, exposed=seen.exposed + r.exposed, seconds_per_call=busy / calls,
+            bytes_per_call=(seen.bytes_per_call * seen.calls + r.bytes_per_call * r.calls) / calls,
+            bandwidth=(seen.bandwidth * seen.busy + r.bandwidth * r.busy) / busy if busy else 0.0,
+        )  # fmt: skip
+    return list(done.values())
+
+
+def _head_rows(c: Case, exposed: float) -> list[Collective]:
+    """The head's collectives over tp."""
+    n_bytes = float(operators.hidden_bytes(c.task, c.kinds[0].shapes)[0])
+    op, count = ("all_gather", 2.0) if c.layout.sequence_parallel else ("all_reduce", 1.0)
+    calls = [_Call("tp", op, c.layout.tp, 1.0, n_bytes, c.m * count, c.task.constant("tp"))]
+    return _priced(c, "tp_comm", "head, forward and backward", calls, exposed, "nothing", ("constant.tp",))
+
+
+def _pipeline_rows(c: Case) -> list[Collective]:
+    """Activations to the next rank and gradients back; they pay for the outermost tier that the pipeline crosses."""
+    task, layout = c.task, c.layout
+    if layout.pp == 1:
+        return []
+    sent = primitives.sent_bytes(task, c.x, memory.activation_bytes(c.kinds[0].task, c.x).boundary)
+    hops = primitives.hop_seconds(task, sent)
+    tiers = _tiers(task, layout.world_size, 1.0)
+    tier, each = tiers[-1], task.growth * float(hops[len(tiers) - 1][0])
+    calls, stride = 2.0 * c.m * layout.virtual_stages, layout.tp * layout.cp * layout.dp
+    names = tuple(n for n in tier_figures(tier) if n.endswith(("bandwidth", "latency", "efficiency")))
+    hides = _HIDE.format(1.0 - task.accounting.pp_exposed.get(layout.schedule, 1.0))
+    return [
+        Collective(
+            "pp_comm", "activations and gradients", "pp", "send and receive", layout.pp, stride, (tier.name,), float(sent[0]),
+            calls, each, calls * each, c.m * c.ns("p2p"), float(sent[0]) / each, hides,
+            ("engine.pp_exposed", "constant.pp", *names, *growth_figures(task)),
+        )
+    ]  # fmt: skip

@@ -1,0 +1,153 @@
+"""Memory of every pipeline rank at its peak: states, saved activations, buffers, and what lies outside the allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+
+from planner.cost import memory, primitives, step
+from planner.planning.detail.case import Case, Kind
+from planner.planning.detail.held import Held
+from planner.planning.detail.peak import peak_lines, update_lines
+from planner.planning.detail.tables import Bytes, Inputs, Rank
+from planner.specs.layout import RECOMPUTE_MODES
+from planner.units import GIB
+
+
+def ranks_of(c: Case) -> tuple[Rank, ...]:
+    """Every rank at its peak."""
+    return tuple(_rank(c, s) for s in range(c.layout.pp))
+
+
+def _rank(c: Case, s: int) -> Rank:
+    """One pipeline rank at its peak."""
+    held = Held(c, s)
+    _state_lines(held)
+    if held.updating:
+        cause = update_lines(held)
+    else:
+        _saved_lines(held)
+        cause = peak_lines(held)
+    _boundary_lines(held)
+    _resident_lines(held)
+    allocated, ratio = int(c.cost.allocated[s]), c.task.reserved_ratio
+    held.add("rounding", "rounding", allocated - sum(b.n_bytes for b in held.found), {})
+    total, limit = allocated * ratio + int(c.q.outside[s]), c.plan.estimate.memory.limit_gib * GIB
+    return Rank(
+        str(s), "optimizer update" if held.updating else "backward", cause, tuple(held.found), allocated, ratio,
+        allocated * ratio, _outside(c), total, limit, limit - total,
+    )  # fmt: skip
+
+
+def folded(ranks: Sequence[Rank]) -> tuple[Rank, ...]:
+    """Equal neighbours as one entry."""
+    runs = [list(run) for _, run in groupby(ranks, key=lambda rank: replace(rank, ranks=""))]
+    return tuple(run[0] if len(run) == 1 else replace(run[0], ranks=f"{run[0].ranks}-{run[-1].ranks}") for run in runs)
+
+
+# ---- states and saved activations ---------------------------------------------------------------------------------
+
+
+def _state_lines(held: Held) -> None:
+    """Parameters, gradients and optimizer states."""
+    for part in memory.PARTS:
+        for name, count, each, per in _states(held, part):
+            inputs: Inputs = {} if count is None else {"layers": count}
+            inputs |= {"parameters" if count is None else "parameters a layer": each, "bytes a parameter": per}
+            held.add(part, name, (1 if count is None else count) * each * per, inputs, "engine.zero")
+
+
+def _states(held: Held, part: str) -> Iterator[tuple[str, int | None, float, float]]:
+    """(name, layers, parameters of one, bytes a parameter); without layers for the ends of the model."""
+    c, x = held.c, held.c.x
+    moment = "update" if held.updating else "backward"
+    for kind, count in held.kinds:
+        for key, shard, what in (("layer", x.shard, "layers"), ("experts", x.expert_shard, "routed experts")):
+            states = memory.state_bytes(kind.task, x.zero, shard, x.microbatches)
+            each, per = float(kind.params[key][0]), float(getattr(states, moment)[part][0])
+            yield f"{kind.label}{part} of {what}", count, each, per
+    base, (first, last) = c.kinds[0], c.ends(held.rank)
+    states, places = memory.state_bytes(base.task, x.zero, x.shard, x.microbatches), primitives.params_by_place(base.params)
+    for there, key, name in ((first, "first", "embedding"), (last, "last", "head and final norm")):
+        if there:
+            yield f"{part} of {name}", None, float(places[key][0]), float(getattr(states, moment)[part][0])
+
+
+def _saved_lines(held: Held) -> None:
+    """Saved activations by tensor."""
+    c, s = held.c, held.rank
+    pairs, selective, full = (int(weights[s]) for weights in (c.held.layers, c.held.selective, c.held.full))
+    weights = (pairs - selective - full, selective, full)
+    n = int(c.stages.layers[s])
+    for kind, count in held.kinds:
+        for name, (n_bytes, inputs) in _saved_tensors(c, kind, [w * count / n for w in weights]).items():
+            inputs["in flight at most"] = int(c.held.flight[s])
+            held.add("activations", f"{kind.label}saved: {name}", n_bytes, inputs, "engine.saved")
+
+
+def _saved_tensors(c: Case, kind: Kind, weights: Sequence[float]) -> dict[str, tuple[float, Inputs]]:
+    """Bytes of each saved tensor by name; `weights` are (layer, micro-batch) pairs held, by recompute mode."""
+    rows: dict[str, tuple[float, Inputs]] = {}
+    tokens, several = float(kind.shapes.tokens[0]), sum(w > 0 for w in weights) > 1
+    for item in kind.task.accounting.saved:
+        for mode, pairs in zip(RECOMPUTE_MODES, weights, strict=True):
+            each = float(memory.saved_bytes(kind.task, [item], mode, c.x)[0])
+            if each and pairs:
+                n_bytes, inputs = rows.get(item.name, (0.0, {"tokens": tokens}))
+                key, suffix = "bytes a token and layer", f" ({mode})" if several else ""
+                inputs[key + suffix] = float(inputs.get(key + suffix, 0.0)) + each
+                inputs["layers x in flight" + suffix] = pairs
+                rows[item.name] = (n_bytes + tokens * each * pairs, inputs)
+    return rows
+
+
+# ---- buffers, and what lies outside the allocator -----------------------------------------------------------------
+
+
+def _boundary_lines(held: Held) -> None:
+    """Buffers between ranks, and what the last rank keeps of the loss."""
+    c, s = held.c, held.rank
+    p, first, last = c.at(s)
+    inputs: Inputs = {"buffers": int(2 * p.chunks[0] - first[0] - last[0]), "bytes each": int(p.receive[0])}
+    received = int(step.receive_bytes(p, first, last)[0])
+    held.add("buffers", "receive buffers", received, inputs, "engine.receive_all_microbatches", "engine.receive_count")
+    if held.updating:
+        return
+    flight, sends = int(c.held.flight[s]), int(p.chunks[0] > 1 or not last[0])
+    inputs = {"in flight": flight, "bytes each": int(p.boundary[0])}
+    held.add("buffers", "stage outputs in flight", sends * flight * int(p.boundary[0]), inputs, "engine.keeps_stage_output")
+    waiting, figures = int(last[0] * p.waiting[0]), ("engine.logits_wait", "engine.pipeline_logits")
+    held.add("buffers", "logits of waiting micro-batches, stage output", waiting, {}, *figures)
+
+
+def _resident_lines(held: Held) -> None:
+    """Workspaces, and gradient buffers that stay."""
+    c, x, base = held.c, held.c.x, held.c.kinds[0]
+    first, last = c.ends(held.rank)
+    workspace = c.task.hardware.device.workspace.base
+    held.add("buffers", "library workspaces", workspace, {}, "device.workspace")
+    fixed = int(c.q.fixed[held.rank])
+    held.add("buffers", "resident gradient buffers of a layer", fixed - workspace, {}, "engine.zero")
+    states = memory.state_bytes(base.task, x.zero, x.shard, x.microbatches)
+    if last:
+        beside = float(states.resident[0] * base.params["head"][0])
+        held.add("buffers", "resident gradient buffer of the head", beside, {}, "engine.zero")
+    if first and not held.updating:
+        rest = float(primitives.embedding_rest(base.task, x)[0] * states.whole_gradients[0])
+        name = "gradient of the whole embedding, before it is split over tp"
+        held.add("grads", name, rest, {}, "engine.embedding_gradient_whole")
+
+
+def _outside(c: Case) -> tuple[Bytes, ...]:
+    """What the device holds outside the allocator."""
+    d, a, held = c.task.hardware.device, c.task.accounting, Held(c, 0)
+    factor, groups = c.task.constant("outside"), int(memory.communicators(c.x)[0])
+    once: Inputs = {} if factor == 1.0 else {"times, fitted": factor}
+    held.add("outside", "driver context and kernels", factor * d.context.base, once, "device.context", "constant.outside")
+    inputs: Inputs = {"process groups": groups, "bytes each": d.communicator.base, **once}
+    names = ("device.communicator", "constant.outside")
+    held.add("outside", "communicators", factor * groups * d.communicator.base, inputs, *names)
+    held.add("outside", "others", factor * a.outside_bytes, once, "engine.outside_bytes", "constant.outside")
+    held.add("rounding", "rounding", int(c.q.outside[0]) - sum(b.n_bytes for b in held.found), {})
+    return tuple(held.found)
