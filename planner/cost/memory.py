@@ -73,7 +73,7 @@ def saved_bytes(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArr
     model = task.model
     attention, mlp = model.layer.attention, model.layer.mlp
     routed = mlp.top_k * (mlp.capacity or 1.0) if mlp.routed else 0.0
-    widths = {
+    widths: dict[str, Any] = {
         "hidden": model.hidden,
         "q": model.q_width,
         "kv": model.kv_width,

@@ -231,12 +231,12 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
     acts = memory.activation_bytes(task, block)
     blocks = {
         "embedding": ns(seconds.embedding), "head": ns(seconds.head + seconds.head_tp),
-        "recompute1": ns(seconds.recompute[0] + seconds.tp_recompute[0] + seconds.ep_recompute[0]),
-        "recompute2": ns(seconds.recompute[1] + seconds.tp_recompute[1] + seconds.ep_recompute[1]),
         "act0": acts.layer[0], "act1": acts.layer[1], "act2": acts.layer[2],
     }  # fmt: skip
     layer = _layer_ns(task, seconds, compute, traffic, spread)
-    columns = {k: v[spread] for k, v in blocks.items()} | layer | traffic.ns | states
+    again = [seconds.recompute[i] + seconds.tp_recompute[i] + seconds.ep_recompute[i] for i in range(2)]
+    repeated = {f"recompute{i + 1}": ns(_recomputed(task, again[i][spread], compute[1], traffic)) for i in range(2)}
+    columns = repeated | {k: v[spread] for k, v in blocks.items()} | layer | traffic.ns | states
     columns["transient"] = acts.backward[spread] + columns.pop("unit")
     columns["head_transient"] = acts.head[spread] + columns.pop("head_unit")
     times = {
@@ -293,6 +293,8 @@ class DpTraffic:
     forward: Floats
     """Exposed seconds of a layer's per-micro-batch traffic under forward."""
     backward: Floats
+    behind: Floats
+    """Seconds of a layer's per-micro-batch traffic beside backward, hidden or not."""
     ns: dict[str, Ints]
     """Step-wise primitives."""
 
@@ -360,12 +362,18 @@ def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats])
     ns |= {f"floor{suffix[p]}": _ns(grow * a.dp_floor * step[p]) for p in step}
     ns |= {f"update{suffix[p]}": _ns(grow * update[p]) for p in step}
     ns["hide"] = np.floor(grow * a.dp_window * (forward + backward) * 1e9).astype(np.int64)
-    return DpTraffic(exposed[0], exposed[1], ns)
+    return DpTraffic(exposed[0], exposed[1], each["backward"], ns)
 
 
 def params_by_place(params: dict[str, Floats]) -> dict[str, Floats]:
     """Parameters by place: of a layer, of the first rank's extras, of the last rank's."""
     return {"layer": params["layer"], "first": params["embedding"], "last": params["own_head"] + params["norm"]}
+
+
+def _recomputed(task: Task, again: Floats, backward: Floats, traffic: DpTraffic) -> Floats:
+    """Seconds that recomputing a layer adds: what it takes, less the traffic that hides under it and would be exposed."""
+    slow, floor = task.hardware.overlap_slowdown.base, task.accounting.dp_floor
+    return again + overlapped(backward + again, traffic.behind, slow, floor) - traffic.backward
 
 
 def _layer_ns(

@@ -45,7 +45,7 @@ class Rule:
     def field(self) -> str:
         """The first key that its text names: where a finding points to."""
         names = [name for _, name, _, _ in string.Formatter().parse(self.what) if name]
-        return next((n for n in names if n not in ("model", "gpus", "heads", "kv_heads", "microbatches")), "")
+        return next((n for n in names if n not in ("model", "gpus", "heads", "kv_heads", "microbatches", "experts")), "")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Engine:
     """Choices when tp > 1."""
     context_parallel: bool
     """Whether it splits the sequence (cp > 1)."""
+    expert_parallel: bool = False
+    """Whether it spreads experts (ep > 1)."""
 
     @property
     def all_rules(self) -> tuple[Rule, ...]:
@@ -96,9 +98,9 @@ COMMON_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "PLN203", "mlp width % tp",
-        lambda t, x: ~_divides(t.model.mlp_width, x.tp),
-        "tp {tp} does not divide the MLP width {mlp_width}",
-        "{mlp_width} / {tp} is not a whole number",
+        lambda t, x: ~_divides(t.model.layer.mlp.dense_width, x.tp),
+        "tp {tp} does not divide the MLP width {dense_width}",
+        "{dense_width} / {tp} is not a whole number",
         "choose another tp",
     ),
     Rule(
@@ -137,6 +139,13 @@ COMMON_RULES: tuple[Rule, ...] = (
         "choose fewer stages",
     ),
     Rule(
+        "PLN219", "layers % chunks",
+        lambda t, x: (x.virtual_stages > 1) & ~_divides(t.model.n_layers, x.virtual_stages),
+        "{n_layers} layers with {virtual_stages} virtual stages",
+        "every rank holds equal chunks, so that none waits for another chunk by chunk",
+        "choose virtual_stages from the divisors of {n_layers}",
+    ),
+    Rule(
         "PLN209", "interleaved: micro-batches % pp",
         lambda t, x: (x.schedule == INTERLEAVED) & ~_divides(x.microbatches, x.pp),
         "interleaved runs {microbatches} micro-batches on pp {pp}",
@@ -173,10 +182,31 @@ COMMON_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "PLN214", "expert degrees need experts",
-        lambda t, x: (x.ep > 1) | (x.etp > 1),
+        lambda t, x: ((x.ep > 1) | (x.etp > 1)) & (not t.model.layer.mlp.routed),
         "ep {ep}, etp {etp} on a model without experts",
         "expert parallelism spreads experts",
         "set ep: 1 and etp: 1",
+    ),
+    Rule(
+        "PLN216", "experts % ep",
+        lambda t, x: ~_divides(t.model.layer.mlp.experts, x.ep),
+        "ep {ep} does not divide the {experts} experts",
+        "every expert-parallel rank holds as many experts",
+        "choose ep from the divisors of {experts}",
+    ),
+    Rule(
+        "PLN217", "tp cp dp % ep etp",
+        lambda t, x: ~_divides(x.tp * x.cp * x.dp, x.ep * x.etp),
+        "tp {tp} x cp {cp} x dp {dp} is not a multiple of ep {ep} x etp {etp}",
+        "experts are spread over the ranks of one pipeline stage",
+        "choose ep and etp whose product divides the ranks of a stage",
+    ),
+    Rule(
+        "PLN218", "expert width % etp",
+        lambda t, x: ~_divides(t.model.layer.mlp.width, x.etp),
+        "etp {etp} does not divide the expert width {mlp_width}",
+        "{mlp_width} / {etp} is not a whole number",
+        "choose another etp",
     ),
     Rule(
         "PLN215", "sequence <= learned positions",
@@ -201,6 +231,17 @@ def kv_heads_replicable(task: Subject | Task, layouts: LayoutArray) -> Bools:
     return ~(_divides(kv, layouts.tp) | (layouts.tp % kv == 0))
 
 
+def routed_without_sequence_parallel(task: Subject | Task, layouts: LayoutArray) -> Bools:
+    """Routed experts with tp but without sequence parallelism: each token would be routed tp times."""
+    return (layouts.tp > 1) & (layouts.sequence_parallel == 0) & task.model.layer.mlp.routed
+
+
+def unsupported_layers(task: Subject | Task, layouts: LayoutArray) -> Bools:
+    """Experts or latent attention, for engines that have neither."""
+    layer = task.model.layer
+    return _all(layouts, layer.mlp.routed or layer.attention.kind == "latent")
+
+
 def microbatches_below_pp(task: Subject | Task, layouts: LayoutArray) -> Bools:
     """1F1B with fewer micro-batches than stages."""
     return (layouts.schedule == ONE_F_ONE_B) & (layouts.microbatches < layouts.pp)
@@ -217,7 +258,8 @@ def values_of(task: Subject | Task, layout: Layout) -> dict[str, Any]:
     return {
         **layout.model_dump(exclude={"stages"}),
         "product": layout.world_size, "shard": layout.dp * layout.cp, "gpus": task.gpus, "microbatches": layout.microbatches(job),
-        "heads": model.heads, "kv_heads": model.kv_heads, "mlp_width": model.mlp_width, "vocab": model.vocab,
+        "heads": model.heads, "kv_heads": model.kv_heads, "mlp_width": model.mlp_width,
+        "dense_width": model.layer.mlp.dense_width, "experts": model.layer.mlp.experts, "vocab": model.vocab,
         "n_layers": model.n_layers, "max_positions": model.max_positions, "model": model.name,
         "seq_len": job.seq_len, "global_batch": job.global_batch, "precision": job.precision,
     }  # fmt: skip
@@ -254,9 +296,9 @@ def stage_problems(model: Model, layout: Layout) -> list[Problem]:
             "every layer belongs to exactly one stage", "correct the stages' layers",
         ),
         (
-            any(s.layers < v for s in layout.stages), "PLN223",
-            f"a stage holds fewer layers than its {v} chunks",
-            "every chunk holds a layer", "give each stage more layers, or use fewer chunks",
+            any(s.layers < v or s.layers % v for s in layout.stages), "PLN223",
+            "a stage holds no layer" if v == 1 else f"a stage's layers are not a multiple of its {v} chunks",
+            "every chunk holds as many layers, at least one", "give each stage a multiple of its chunks, or use fewer chunks",
         ),
         (
             v > 1 and any(max(s.counts) not in (0, s.layers) for s in layout.stages), "PLN224",

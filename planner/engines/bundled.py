@@ -15,7 +15,7 @@ from planner.cost.accounting import (
     Saved,
     TpTraffic,
 )
-from planner.engines.base import Engine, Rule, kv_heads_divisible, microbatches_below_pp
+from planner.engines.base import Engine, Rule, kv_heads_divisible, microbatches_below_pp, unsupported_layers
 from planner.engines.fsdp2 import ZERO
 
 RULES: tuple[Rule, ...] = (
@@ -68,6 +68,14 @@ RULES: tuple[Rule, ...] = (
         "precision fp16",
         "this version of the runtime has no loss scaling",
         "use bf16 or fp32",
+        whole_job=True,
+    ),
+    Rule(
+        "PLN517", "bundled: experts and latent attention",
+        unsupported_layers,
+        "{model} has routed experts or latent attention",
+        "this version of the runtime builds neither",
+        "use another engine",
         whole_job=True,
     ),
 )  # fmt: skip

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from planner.cost.accounting import COMPUTE, EAGER_KERNELS, Held, Saved, TpTraffic, Traffic, ZeroRule
 from planner.engines import megatron
-from planner.engines.base import Engine, Rule, gpipe, kv_heads_replicable
+from planner.engines.base import Engine, Rule, gpipe, kv_heads_replicable, unsupported_layers
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -36,6 +36,14 @@ RULES: tuple[Rule, ...] = (
         "cp {cp}",
         "Ulysses sequence parallelism is not part of this accounting",
         "set cp: 1",
+    ),
+    Rule(
+        "PLN534", "deepspeed: experts and latent attention",
+        unsupported_layers,
+        "{model} has routed experts or latent attention",
+        "this accounting of deepspeed has neither",
+        "use megatron or torchtitan",
+        whole_job=True,
     ),
 )  # fmt: skip
 

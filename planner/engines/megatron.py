@@ -16,7 +16,7 @@ from planner.cost.accounting import (
     Traffic,
     ZeroRule,
 )
-from planner.engines.base import Engine, Rule, gpipe, kv_heads_replicable
+from planner.engines.base import Engine, Rule, gpipe, kv_heads_replicable, routed_without_sequence_parallel
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -46,6 +46,13 @@ RULES: tuple[Rule, ...] = (
         "interleaved with pp 2",
         "Megatron requires pp > 2 for it when point-to-point traffic is not overlapped",
         "use 1f1b, or pp of 4 or more",
+    ),
+    Rule(
+        "PLN524", "megatron: experts with tp",
+        routed_without_sequence_parallel,
+        "tp {tp} without sequence_parallel on a model with experts",
+        "every tensor-parallel rank would route the same tokens",
+        "set sequence_parallel: true",
     ),
 )  # fmt: skip
 
@@ -163,4 +170,5 @@ MEGATRON = Engine(
     schedules=("1f1b", "interleaved"),
     sequence_parallel=(0, 1),
     context_parallel=True,
+    expert_parallel=True,
 )

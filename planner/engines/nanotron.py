@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from planner.cost.accounting import COMPUTE, EAGER_KERNELS, Held, Saved, Traffic, ZeroRule
 from planner.engines import megatron
-from planner.engines.base import Engine, Rule, gpipe, kv_heads_divisible
+from planner.engines.base import Engine, Rule, gpipe, kv_heads_divisible, unsupported_layers
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -36,6 +36,14 @@ RULES: tuple[Rule, ...] = (
         "cp {cp}",
         "context parallelism is not part of this accounting",
         "set cp: 1",
+    ),
+    Rule(
+        "PLN554", "nanotron: experts and latent attention",
+        unsupported_layers,
+        "{model} has routed experts or latent attention",
+        "this accounting of nanotron has neither",
+        "use megatron or torchtitan",
+        whole_job=True,
     ),
 )  # fmt: skip
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from planner.cost.accounting import COMPUTE, EAGER_KERNELS, Held, Saved, TpTraffic, Traffic, ZeroRule
 from planner.engines import bundled, megatron
-from planner.engines.base import Engine, Rule, kv_heads_divisible
+from planner.engines.base import Engine, Rule, kv_heads_divisible, unsupported_layers
 from planner.engines.fsdp2 import ZERO
 
 RULES: tuple[Rule, ...] = (
@@ -115,6 +115,7 @@ TORCHTITAN = Engine(
     schedules=("gpipe", "1f1b", "interleaved"),
     sequence_parallel=(1,),
     context_parallel=True,
+    expert_parallel=True,
 )
 
 _MASTER = (Held("params", 4, shard=True), Held("optimizer", 8, shard=True))
@@ -175,6 +176,14 @@ FSDP1 = Engine(
             "tp {tp}, pp {pp}, cp {cp}",
             "FSDP alone shards over data-parallel ranks",
             "set tp, pp and cp to 1",
+        ),
+        Rule(
+            "PLN546", "fsdp1: experts and latent attention",
+            unsupported_layers,
+            "{model} has routed experts or latent attention",
+            "this accounting of fsdp1 has neither",
+            "use megatron or torchtitan",
+            whole_job=True,
         ),
     ),
     accounting=FSDP1_ACCOUNTING,

@@ -99,9 +99,7 @@ def _routing(routed: float, experts: float) -> Callable[[Accounting], Accounting
         def other(e: dict[str, Elementwise]) -> dict[str, Elementwise]:
             return {k: replace(v, routed=routed, experts=experts) for k, v in e.items()}
 
-        return replace(
-            a, elementwise_forward=other(a.elementwise_forward), elementwise_backward=other(a.elementwise_backward)
-        )
+        return replace(a, elementwise_forward=other(a.elementwise_forward), elementwise_backward=other(a.elementwise_backward))
 
     return apply
 

@@ -77,7 +77,7 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
         "tp": tuple(d for d in divisors if d <= fast),
         "cp": tuple(d for d in divisors if d & (d - 1) == 0 and d <= 64) if engine.context_parallel else (1,),
         "pp": tuple(d for d in divisors if d <= layers),
-        "dp": (), "ep": (1,), "etp": (1,),
+        "dp": (), "ep": _expert_degrees(task, engine), "etp": (1,),
         "micro_batch": tuple(2**i for i in range(MAX_MICRO_BATCH.bit_length())),
         "zero": engine.zero_stages,
     }  # fmt: skip
@@ -107,6 +107,14 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
     return Space(
         **values, schedules=tuple(schedules), sequence_parallel=sequence, modes=modes,
     )  # fmt: skip
+
+
+def _expert_degrees(task: Task, engine: Engine) -> tuple[int, ...]:
+    """Divisors of the experts that fit the cluster; 1 for dense models and engines that do not spread experts."""
+    mlp = task.model.layer.mlp
+    if not (mlp.routed and engine.expert_parallel):
+        return (1,)
+    return tuple(d for d in _divisors(mlp.experts) if d <= task.gpus)
 
 
 def _divisors(n: int) -> list[int]:

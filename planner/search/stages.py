@@ -60,7 +60,8 @@ def tables(g: Group, reach: int | None = None) -> Tables:
     fits, selective, full = _uniform(g, layers) if v > 1 else _mixed(g, layers)
     first, last = g.first[0][:, None], g.last[0][:, None]
     time = step.stage_time(p, first, last, layers, selective, full)
-    time = np.where(fits & (layers <= most[:, None]), time, BIG)
+    whole = layers % v == 0  # ranks of equal chunks: a rule
+    time = np.where(fits & whole & (layers <= most[:, None]), time, BIG)
     once = np.broadcast_to(step.stage_once(p, first, last, layers), time.shape)
     factor = v * int(x.microbatches[0]) - 1
     return Tables(time, once, selective, full, v, g.n_layers, factor, v)

@@ -260,31 +260,37 @@ def leave_one_out(table: Table, at: Linearised) -> Predicted:
 
 
 def after_calibration(table: Table, at: Linearised, rows: int = 5, draws: int = 3) -> dict[str, float]:
-    """Mean absolute error by source on the rows left, after calibrating an unseen source on a few of its own."""
-    result = {}
+    """Mean absolute error by source after calibrating each unseen machine on a few runs of its own, on the others.
+
+    As `planner calibrate` does it: a source on several machines is calibrated machine by machine.
+    """
+    errors: dict[str, list[float]] = defaultdict(list)
     for source in sorted(set(at.sources)):
-        fit, errors = at.without(source), []
-        batches = [
-            Batch(b.task, own) for b in table.batches if (own := [e for e in b.entries if e.row.get("source", "") == source])
-        ]
-        lines = [name for runs in [timed(batches)] if runs for name in runs.ids]
-        if len(lines) <= rows + 1:
-            continue
-        for draw in range(draws):
-            chosen = set(np.random.default_rng(draw).permutation(lines)[:rows].tolist())
-            rest = [x for x in lines if x not in chosen]
-            rest = [rest[i] for i in np.unique(np.linspace(0, len(rest) - 1, 80).round().astype(int))]
-            groups: dict[tuple[str, str], list[Batch]] = defaultdict(list)
-            for b in batches:
-                groups[(b.entries[0].profile, b.entries[0].engine.partition("+")[0])].append(b)
-            for (profile, engine), own in groups.items():
-                start = fit.vector(profile, engine, own[0].task.hardware.device.name)
-                seen, unseen = timed(own, list(chosen)), timed(own, rest)
-                vector = start if seen is None else posterior(without_sick(seen, start)[0], start)[0]
-                if unseen is not None:
-                    errors += np.abs(np.expm1(unseen.log_errors(vector))).tolist()
-        result[source] = float(np.mean(errors))
-    return result
+        fit = at.without(source)
+        groups: dict[tuple[str, str], list[Batch]] = defaultdict(list)
+        for b in table.batches:
+            own = [e for e in b.entries if e.row.get("source", "") == source]
+            if own:
+                groups[(own[0].profile, own[0].engine.partition("+")[0])].append(Batch(b.task, own))
+        for (profile, engine), batches in groups.items():
+            runs = timed(batches)
+            if runs is not None and len(runs.ids) > rows:
+                start = fit.vector(profile, engine, batches[0].task.hardware.device.name)
+                for draw in range(draws):
+                    errors[source] += _calibrated_errors(batches, list(runs.ids), start, rows, draw)
+    return {source: float(np.mean(e)) for source, e in errors.items()}
+
+
+def _calibrated_errors(batches: list[Batch], lines: list[str], start: Floats, rows: int, draw: int) -> list[float]:
+    """Absolute errors of rows (at most 80) after calibrating on `rows` others, chosen at random."""
+    chosen = set(np.random.default_rng(draw).permutation(lines)[:rows].tolist())
+    rest = [x for x in lines if x not in chosen]
+    rest = [rest[i] for i in np.unique(np.linspace(0, len(rest) - 1, 80).round().astype(int))]
+    seen, unseen = timed(batches, list(chosen)), timed(batches, rest)
+    assert seen is not None
+    assert unseen is not None
+    vector = posterior(without_sick(seen, start)[0], start)[0]
+    return [float(x) for x in np.abs(np.expm1(unseen.log_errors(vector)))]
 
 
 # ---- writing profiles ----------------------------------------------------------------------------------------------

@@ -64,7 +64,6 @@ def test_terms_add_up_to_the_step_time(name):
     seconds, parts = plan.estimate.step_time_s, _by_part(detail)
     assert sum(t.total for t in detail.time) == pytest.approx(seconds, rel=1e-6)
     assert abs(parts["rounding"]) < 1e-5 * seconds
-    assert not any("other products" in t.name for t in detail.time), "a projection of the cost model is not listed"
     for part in ("compute", "recompute", "tp_comm", "cp_comm", "zero_comm", "pp_comm", "bubble", "dp_comm", "optimizer"):
         assert parts.get(part, 0.0) == pytest.approx(getattr(plan.estimate.breakdown, part), abs=1e-6 * seconds), part
 
@@ -180,7 +179,6 @@ def test_mixed_layers_add_up_by_kind(engine, degrees):
     detail = detail_of(plan)
     assert sum(t.total for t in detail.time) == pytest.approx(seconds, rel=1e-6)
     assert abs(_by_part(detail)["rounding"]) < 1e-5 * seconds
-    assert not any("other products" in t.name for t in detail.time)
     ranks = [r for r in detail.memory for _ in range(_count(r.ranks))]
     assert [r.allocated for r in ranks] == allocated.tolist()
     for rank in ranks:

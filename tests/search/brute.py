@@ -44,6 +44,8 @@ def row_values(task: Task, x: LayoutArray, row: int, modes: tuple[int, ...]) -> 
     pp, v, n_layers = int(one.pp[0]), int(one.virtual_stages[0]), task.model.n_layers
     best: int | None = None
     for split in splits(n_layers, pp, v):
+        if any(n % v for n in split):
+            continue
         options = [mixes(n, modes, v > 1) for n in split]
         combos = list(itertools.product(*options))
         size = len(combos)

@@ -90,7 +90,7 @@ def test_the_last_target_is_infinite(seed):
 def test_deep_interleaved_rows_equal_brute_force(seed):
     """Many chunks a rank: up to 16, where the last target times v is largest."""
     rng = np.random.default_rng(seed)
-    layers, memory = int(rng.integers(9, 21)), float(rng.uniform(2.3, 8.0))
+    layers, memory = int(rng.choice([8, 10, 12, 16, 18, 20])), float(rng.uniform(2.3, 8.0))
     t = task(llama(layers, 1024, 8, 4, 2048), 4, 1024, 8, "bundled", profile(memory=f"{memory} GiB", node_size=4))
     e = engine_named("bundled")
     space = declared_space(t, e, {"schedule": ["interleaved"], "pp": [2], "micro_batch": [1], "zero": [0, 3]}, [])
