@@ -125,6 +125,8 @@ class Breakdown(Spec):
     recompute: float
     tp_comm: float
     cp_comm: float
+    ep_comm: float
+    """Exposed exchanges of routed tokens."""
     zero_comm: float
     """Exposed gathers and reductions of every micro-batch (ZeRO 2 and 3)."""
     pp_comm: float

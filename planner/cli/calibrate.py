@@ -56,9 +56,7 @@ def _mape(errors: Any) -> float | None:
 
 
 def _as_dict(fit: EngineFit) -> dict[str, Any]:
-    constants = {
-        m.name: {"before": m.before, "after": m.after, "weight": m.weight} for m in (*fit.constants, *fit.memory)
-    }
+    constants = {m.name: {"before": m.before, "after": m.after, "weight": m.weight} for m in (*fit.constants, *fit.memory)}
     return {
         "rows": fit.rows, "time_mape_before": _mape(fit.before), "time_mape_after": _mape(fit.after),
         "time_mape_left_out": _mape(fit.left_out), "memory_rows": fit.memory_rows,

@@ -201,6 +201,8 @@ class Accounting:
     """Rate of its attention kernels over those of the device's profile."""
     score_bytes: tuple[float, float] = (9.0, 11.0)
     """Bytes moved for each score of unfused attention, forward and backward: fused scale, mask and softmax, and dropout."""
+    backward_scores: float = 0.0
+    """Temporary bytes of each score in the backward of unfused attention."""
     wgrad: float = 1.05
     """Time of a weight gradient's product over that of an input gradient's of the same size: it also accumulates."""
     pp_split: bool = False

@@ -52,6 +52,7 @@ def activation_bytes(task: Task, combos: LayoutArray) -> ActivationBytes:
     layers = tuple(ceil(tokens * saved_bytes(task, a.saved, mode, combos)) for mode in RECOMPUTE_MODES)
     mlp = model.layer.mlp
     temporaries = e * (a.backward_mlp * mlp.dense_width / tp + a.backward_hidden * model.hidden)
+    temporaries = temporaries + a.backward_scores * model.heads * task.job.seq_len / tp
     if mlp.routed:
         rows = e * mlp.top_k * (mlp.capacity or 1.0) / split
         temporaries = np.maximum(temporaries, rows * (a.backward_mlp * mlp.width + 2.0 * model.hidden * combos.etp))

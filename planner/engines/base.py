@@ -257,7 +257,8 @@ def values_of(task: Subject | Task, layout: Layout) -> dict[str, Any]:
     model, job = task.model, task.job
     return {
         **layout.model_dump(exclude={"stages"}),
-        "product": layout.world_size, "shard": layout.dp * layout.cp, "gpus": task.gpus, "microbatches": layout.microbatches(job),
+        "product": layout.world_size, "shard": layout.dp * layout.cp, "gpus": task.gpus,
+        "microbatches": layout.microbatches(job),
         "heads": model.heads, "kv_heads": model.kv_heads, "mlp_width": model.mlp_width,
         "dense_width": model.layer.mlp.dense_width, "experts": model.layer.mlp.experts, "vocab": model.vocab,
         "n_layers": model.n_layers, "max_positions": model.max_positions, "model": model.name,

@@ -92,6 +92,8 @@ SAVED = (
     Saved("norm inputs, outputs", "hidden", 4, "sequence"),
     # Without sequence parallelism the outputs of row-parallel products stay whole on every rank.
     Saved("row-parallel outputs", "hidden", 2, "none", only=("not_gathered",)),
+    # With it the gathered inputs of the first products do.
+    Saved("gathered inputs", "hidden", 2, "none", only=("gathered",)),
     Saved("layer input", "hidden", 1, "sequence", kept=("selective", "full")),
     Saved("query, attention output", "q", 2, "tensor"),
     Saved("key, value", "kv", 2, "tensor"),

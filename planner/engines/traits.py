@@ -40,7 +40,8 @@ def _eager_norms(a: Accounting) -> Accounting:
 
 def _unfused_attention(a: Accounting) -> Accounting:
     """Scores are written: mask and softmax output of every score are kept, unless attention is recomputed."""
-    return replace(a, attention="unfused", saved=(*a.saved, Saved("scores", "scores", 1, "tensor", size=5, kept=("none",))))
+    saved = (*a.saved, Saved("scores", "scores", 1, "tensor", size=5, kept=("none",)))
+    return replace(a, attention="unfused", saved=saved, backward_scores=8.0)
 
 
 def _bf16_gradients(a: Accounting) -> Accounting:
@@ -87,9 +88,14 @@ def _eager(a: Accounting) -> Accounting:
 
     saved = (*a.saved, Saved("silu", "mlp", 1, "tensor", only=("gated",)))
     return replace(
-        a, saved=saved, kernels_forward=EAGER_KERNELS[0], kernels_backward=EAGER_KERNELS[1], reserved_ratio=a.reserved_ratio + 0.05,
-        elementwise_forward=more(a.elementwise_forward, 30, 4), elementwise_backward=more(a.elementwise_backward, 36, 8),
-    )  # fmt: skip
+        a,
+        saved=saved,
+        kernels_forward=EAGER_KERNELS[0],
+        kernels_backward=EAGER_KERNELS[1],
+        reserved_ratio=a.reserved_ratio + 0.05,
+        elementwise_forward=more(a.elementwise_forward, 30, 4),
+        elementwise_backward=more(a.elementwise_backward, 36, 8),
+    )
 
 
 def _routing(routed: float, experts: float) -> Callable[[Accounting], Accounting]:
@@ -111,13 +117,24 @@ def _era_2021(a: Accounting) -> Accounting:
     zero[0] = replace(zero[0], traffic=(Traffic("all_reduce", 2, "step", "backward"),), resident=())
     # Since 2022 (Megatron-LM's and DeepSpeed's ZeRO 1) the fp16 gradients are reduced and the parameters gathered.
     zero[1] = replace(
-        zero[1], traffic=(Traffic("reduce_scatter", 2, "step", "backward"), Traffic("all_gather", 2, "step", "forward")),
+        zero[1],
+        traffic=(Traffic("reduce_scatter", 2, "step", "backward"), Traffic("all_gather", 2, "step", "forward")),
         resident=(),
-    )  # fmt: skip
+    )
     return replace(
-        a, zero=zero, tp_overlap=0.0, dp_window=0.0, dp_floor=1.0, pp_split=True, pp_exposed=dict.fromkeys(a.pp_exposed, 1.0),
-        kernels_forward=EAGER_KERNELS[0], kernels_backward=EAGER_KERNELS[1], optimizer_bytes=50.0, logit_bytes=14.0, loss_traffic=48.0,
-    )  # fmt: skip
+        a,
+        zero=zero,
+        tp_overlap=0.0,
+        dp_window=0.0,
+        dp_floor=1.0,
+        pp_split=True,
+        pp_exposed=dict.fromkeys(a.pp_exposed, 1.0),
+        kernels_forward=EAGER_KERNELS[0],
+        kernels_backward=EAGER_KERNELS[1],
+        optimizer_bytes=50.0,
+        logit_bytes=14.0,
+        loss_traffic=48.0,
+    )
 
 
 def _megatron_fsdp(a: Accounting) -> Accounting:
@@ -142,45 +159,84 @@ TRAITS: dict[str, Trait] = {
     for t in (
         Trait("2021", "Megatron of 2021 and 2022", _era_2021, "Narayanan 2021 (scatter-gather, section 4.1), Korthikanti 2022"),
         Trait("unfused-attention", "attention writes its scores", _unfused_attention, "Korthikanti 2022: 5 a s^2 b / t bytes"),
-        Trait("fp32-softmax", "softmax of unfused attention through fp32 copies", _set(score_bytes=(23.0, 19.0)),
-              "eager scale, mask, cast and softmax: 14 and 8 bytes more a score"),
+        Trait(
+            "fp32-softmax",
+            "softmax of unfused attention through fp32 copies",
+            _set(score_bytes=(23.0, 19.0)),
+            "eager scale, mask, cast and softmax: 14 and 8 bytes more a score",
+        ),
         Trait("flash-1", "FlashAttention 1 kernels", _set(attention_rate=0.72), "Dao 2023: about 0.4 of the A100's peak"),
         Trait("flash-2-hopper", "FlashAttention 2 on Hopper", _set(attention_rate=0.62), "flash against cuDNN on H200"),
         Trait("triton-attention", "Triton attention of 2022", _set(attention_rate=0.70), "Dao 2023, its Triton baseline"),
         Trait(
-            "no-overlap", "all communication exposed",
+            "no-overlap",
+            "all communication exposed",
             _set(tp_overlap=0.0, dp_window=0.0, dp_floor=1.0, pp_exposed={"gpipe": 1.0, "1f1b": 1.0, "interleaved": 1.0}),
             "the overlap options of Megatron-Core switched off",
         ),
         Trait("fp8-gather", "parameters gathered in fp8", _fp8_gather, "torchtitan's enable_fsdp_float8_all_gather"),
-        Trait("async-tp", "products decomposed to hide tp collectives", _set(tp_overlap=0.5), "torch's asynchronous tensor parallel"),
+        Trait(
+            "async-tp",
+            "products decomposed to hide tp collectives",
+            _set(tp_overlap=0.5),
+            "torch's asynchronous tensor parallel",
+        ),
         Trait("no-tp-overlap", "tensor-parallel collectives exposed", _set(tp_overlap=0.0), "tp_comm_overlap: false"),
         Trait("bf16-grads", "gradients kept and reduced in bf16", _bf16_gradients, "grad_reduce_in_fp32: false"),
-        Trait("unfused-loss", "cross-entropy over fp32 copies of the logits",
-              _set(logit_bytes=14.0, loss_traffic=48.0), "logits, and three fp32 tensors of their size"),
+        Trait(
+            "unfused-loss",
+            "cross-entropy over fp32 copies of the logits",
+            _set(logit_bytes=14.0, loss_traffic=48.0),
+            "logits, and three fp32 tensors of their size",
+        ),
         Trait("compiled-loss", "compiled cross-entropy", _set(logit_bytes=6.0, loss_traffic=24.0), "torchtitan since 2025"),
         Trait("eager-norms", "norms without a fused kernel", _eager_norms, "fp32 copies kept by an eager RMS norm"),
         Trait(
-            "gathered-logits", "the logits of the whole vocabulary on every tp rank",
-            _set(logits_split=False, logit_bytes=18.0, loss_traffic=48.0), "bf16, gathered bf16, fp32, log-softmax and gradients",
+            "gathered-logits",
+            "the logits of the whole vocabulary on every tp rank",
+            _set(logits_split=False, logit_bytes=18.0, loss_traffic=48.0),
+            "bf16, gathered bf16, fp32, log-softmax and gradients",
         ),
-        Trait("fp16-states", "fp16 ZeRO 1: 4 + 18 / D bytes a parameter", _states(4, 18), "Megatron-DeepSpeed's fp16 optimizer"),
+        Trait(
+            "fp16-states", "fp16 ZeRO 1: 4 + 18 / D bytes a parameter", _states(4, 18), "Megatron-DeepSpeed's fp16 optimizer"
+        ),
         Trait("bf16-optimizer", "8 + 12 / D bytes a parameter", _states(8, 12), "Megatron-DeepSpeed's BF16 optimizer"),
-        Trait("cuda-graphs", "layers replayed as CUDA graphs", _set(kernels_forward=2, kernels_backward=2, kernels_routed=(0, 0)),
-              "a replay is one launch"),
+        Trait(
+            "cuda-graphs",
+            "layers replayed as CUDA graphs",
+            _set(kernels_forward=2, kernels_backward=2, kernels_routed=(0, 0)),
+            "a replay is one launch",
+        ),
         Trait("eager", "layers not compiled", _eager, "ten to twenty launches more for norms, rotary and activations"),
         Trait("compiled", "layers compiled", _set(kernels_forward=30, kernels_backward=45), "fused kernels: half the launches"),
-        Trait("pipe-buffers", "a stage's input and output kept for every micro-batch in flight",
-              _set(keeps_stage_output=True, boundary_copies=2.0, outside_bytes=3.0 * 2**30), "DeepSpeed's pipe buffers"),
+        Trait(
+            "pipe-buffers",
+            "a stage's input and output kept for every micro-batch in flight",
+            _set(keeps_stage_output=True, boundary_copies=2.0, outside_bytes=3.0 * 2**30),
+            "DeepSpeed's pipe buffers",
+        ),
         Trait("fsdp", "Megatron-FSDP", _megatron_fsdp, "Megatron-Core's custom FSDP, optim_grads_params"),
         Trait("deep-ep", "a token is sent once to each rank and node", _set(ep_once=True), "DeepEP and HybridEP dispatchers"),
-        Trait("fused-experts", "grouped products with activation and quantisation fused, permutation by the dispatcher",
-              lambda a: replace(_routing(3.0, 0.3)(a), kernels_routed=(5.0, 5.0)), "Megatron-Core of mid 2026: fused grouped products"),
-        Trait("unfused-routing", "permutation and combination as chains of kernels", _routing(24.0, 1.5),
-              "token dispatchers before fused permutation (2025): index_add takes 11 times the time of its bytes on H200"),
-        Trait("light-recompute", "selective recompute of norms, activations or latent up-projections only",
-              lambda a: replace(a, recomputed={**a.recomputed, "selective": {"gemm": 0.05, "elementwise": 0.5}}),
-              "Megatron-Core's recompute_modules without core_attn"),
-        Trait("hidden-experts", "expert exchanges hidden behind compute", _set(ep_overlap=0.8), "1F1B overlap of Megatron-Core"),
+        Trait(
+            "fused-experts",
+            "grouped products with activation and quantisation fused, permutation by the dispatcher",
+            lambda a: replace(_routing(3.0, 0.3)(a), kernels_routed=(5.0, 5.0)),
+            "Megatron-Core of mid 2026: fused grouped products",
+        ),
+        Trait(
+            "unfused-routing",
+            "permutation and combination as chains of kernels",
+            _routing(24.0, 1.5),
+            "token dispatchers before fused permutation (2025): index_add takes 11 times the time of its bytes on H200",
+        ),
+        Trait(
+            "light-recompute",
+            "selective recompute of norms, activations or latent up-projections only",
+            lambda a: replace(a, recomputed={**a.recomputed, "selective": {"gemm": 0.05, "elementwise": 0.5}}),
+            "Megatron-Core's recompute_modules without core_attn",
+        ),
+        Trait(
+            "hidden-experts", "expert exchanges hidden behind compute", _set(ep_overlap=0.8), "1F1B overlap of Megatron-Core"
+        ),
     )
-}  # fmt: skip
+}

@@ -66,7 +66,7 @@ def _breakdown(c: _Priced, seconds: float) -> Breakdown:
     n, n1, n2 = (int(a[s]) for a in (c.stages.layers, c.stages.selective, c.stages.full))
     last = s == c.layout.pp - 1
     m, v = int(c.x.microbatches[0]), c.layout.virtual_stages
-    one = {k: float(getattr(c.parts, k)[0]) for k in ("compute", "tp", "cp", "zero", "head_tp")}
+    one = {k: float(getattr(c.parts, k)[0]) for k in ("compute", "tp", "cp", "ep", "zero", "head_tp")}
     again_tp = [n1 * float(c.parts.recompute_tp[0][0]), n2 * float(c.parts.recompute_tp[1][0])]
     again = (n1 * int(c.p.recompute1[0]) + n2 * int(c.p.recompute2[0])) / 1e9
     ends = (int(c.p.embedding[0]) if s == 0 else 0) + (int(c.p.head[0]) if last else 0)
@@ -79,6 +79,7 @@ def _breakdown(c: _Priced, seconds: float) -> Breakdown:
         "recompute": m * (again - sum(again_tp)),
         "tp_comm": m * (n * one["tp"] + head_tp + sum(again_tp)),
         "cp_comm": m * n * one["cp"],
+        "ep_comm": m * n * one["ep"],
         "zero_comm": m * n * one["zero"],
         "pp_comm": m * int(c.p.p2p[0]) / 1e9,
         "bubble": (int(time.sum()) - int(time[s])) / v / 1e9,

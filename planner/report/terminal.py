@@ -21,6 +21,7 @@ _BREAKDOWN = (
     ("recompute", "recompute"),
     ("tp_comm", "tensor-parallel traffic"),
     ("cp_comm", "context-parallel traffic"),
+    ("ep_comm", "expert-parallel traffic"),
     ("zero_comm", "ZeRO traffic of micro-batches"),
     ("pp_comm", "pipeline traffic"),
     ("bubble", "pipeline bubble"),

@@ -94,7 +94,9 @@ def _reasons(table: Table) -> str:
 def fit_engine(engine: str, batches: list[Batch]) -> EngineFit | None:
     """The constants of one engine; None when no row is usable."""
     prior = batches[0].task.calibration
-    memory_entries = [(b, e) for b in batches for e in b.entries if e.outcome == "ran" and e.measured_memory and not e.memory_excluded]
+    memory_entries = [
+        (b, e) for b in batches for e in b.entries if e.outcome == "ran" and e.measured_memory and not e.memory_excluded
+    ]
     runs = timed(batches)
     if runs is None and not memory_entries:
         return None
@@ -131,12 +133,11 @@ def without_sick(runs: TimedRuns, start: Floats) -> tuple[TimedRuns, tuple[str, 
     return kept, names
 
 
-def posterior(runs: TimedRuns, start: Floats, weight: Floats | None = None, guess: Floats | None = None) -> tuple[Floats, Floats]:
-    """(constants, share of prior variance removed): the maximum of the posterior. `weight` 0 leaves a row out."""
+def posterior(runs: TimedRuns, start: Floats) -> tuple[Floats, Floats]:
+    """(constants, share of prior variance removed): the maximum of the posterior around the priors `start`."""
     from scipy.optimize import least_squares
 
     free = [i for i, name in enumerate(TIME_CONSTANTS) if any(name in moves(b) for b in runs.batches)]
-    scale = np.ones(len(runs.measured)) if weight is None else weight
 
     def expand(x: Floats) -> Floats:
         vector = start.copy()
@@ -144,16 +145,15 @@ def posterior(runs: TimedRuns, start: Floats, weight: Floats | None = None, gues
         return vector
 
     def residuals(x: Floats) -> Floats:
-        return np.concatenate([_soft(runs.log_errors(expand(x)) * scale / NOISE), x])
+        return np.concatenate([_soft(runs.log_errors(expand(x)) / NOISE), x])
 
     def jacobian(x: Floats) -> Floats:
         vector = expand(x)
         errors = runs.log_errors(vector)
-        slope = _soft_slope(errors * scale / NOISE) * scale / NOISE
+        slope = _soft_slope(errors / NOISE) / NOISE
         return np.concatenate([slope[:, None] * runs.jacobian(vector, errors, free)[:, free] * SPREAD[free], np.eye(len(free))])
 
-    x0 = np.zeros(len(free)) if guess is None else (guess - start)[free] / SPREAD[free]
-    found = least_squares(residuals, x0, jac=jacobian, max_nfev=12, xtol=1e-4, ftol=1e-4)
+    found = least_squares(residuals, np.zeros(len(free)), jac=jacobian, max_nfev=12, xtol=1e-4, ftol=1e-4)
     weights = np.zeros(len(TIME_CONSTANTS))
     weights[free] = 1.0 - np.diag(np.linalg.inv(found.jac.T @ found.jac))
     return expand(found.x), np.clip(weights, 0.0, 1.0)
@@ -218,7 +218,8 @@ def _fit_memory(prior: Calibration, entries: list[tuple[Batch, Entry]]) -> tuple
     def errors(values: Floats) -> Floats:
         result = []
         for allocated, own, outside, measured, kind in rows:
-            held = allocated * (own * values[0] if kind != "allocated" else 1.0) + (outside * values[1] if kind == "device" else 0.0)
+            held = allocated * (own * values[0] if kind != "allocated" else 1.0)
+            held += outside * values[1] if kind == "device" else 0.0
             result.append(np.log(held / measured))
         return np.array(result)
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.cost import risk, step
+from planner.cost import intervals, risk, step
 from planner.cost.primitives import Primitives, TimeParts, primitive_table
 from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
 from planner.engines.registry import accounting_named
@@ -234,8 +234,7 @@ def _predictions(batch: Batch, f: Figures) -> list[Prediction]:
     task = batch.task
     ratio = task.reserved_ratio
     probability = risk.out_of_memory_probability(task, f.allocated)
-    error = task.calibration.time_error
-    spread = error.base if error else DEFAULT_TIME_ERROR
+    spread = intervals.time_spread(task).relative
     result = []
     for i, e in enumerate(batch.entries):
         allocated = (f.allocated_first if e.memory_rank == "first" else f.allocated)[i]
@@ -260,10 +259,6 @@ def _predictions(batch: Batch, f: Figures) -> list[Prediction]:
             )
         )  # fmt: skip
     return result
-
-
-DEFAULT_TIME_ERROR = 0.30
-"""Relative error within which four of five uncalibrated predictions lie: `assumed`, from the published runs."""
 
 
 def describe(run: Run, row: Row) -> str:

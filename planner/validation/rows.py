@@ -210,7 +210,8 @@ def _layout(row: Row, model: Model, job: Job, accounting: Accounting, zero_defau
         zero = accounting.pipeline_zero
     mode = row.get("recompute", "")
     mode = mode if mode in ("selective", "full") else "none"
-    stages = balanced_stages(model, pp, mode) if accounting.balanced_stages and pp > 1 else even_stages(model.n_layers, pp, mode)
+    by_cost = accounting.balanced_stages and pp > 1
+    stages = balanced_stages(model, pp, mode) if by_cost else even_stages(model.n_layers, pp, mode)
     layout = Layout(
         tp=tp, cp=cp, pp=pp, dp=dp, ep=whole(row, "ep", 1), etp=whole(row, "etp", 1),
         zero=zero if dp * cp > 1 or zero >= 2 else 0, micro_batch=micro,

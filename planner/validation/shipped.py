@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from planner.cost.task import Floats
+from planner.specs import files
 from planner.validation.calibrate import posterior, residual, without_sick
 from planner.validation.constants import PRIOR, TIME_CONSTANTS, TimedRuns, moves, timed, to_values, with_constants
 from planner.validation.predict import Batch, Table, load_table, predict_table
-from planner.validation.prediction import Predicted
+from planner.validation.prediction import Predicted, Prediction
 from planner.validation.profilemap import load_map
 
 WIDTHS: dict[str, dict[str, float]] = {
@@ -250,7 +251,7 @@ def linearise(classes: list[Class], fit: Fit, workers: int = 2) -> Linearised:
 
 def leave_one_out(table: Table, at: Linearised) -> Predicted:
     """Every source predicted with constants fitted without it."""
-    rows = []
+    rows: list[Prediction] = []
     for source in sorted(set(at.sources)):
         part = tuple(
             Batch(b.task, own) for b in table.batches if (own := [e for e in b.entries if e.row.get("source", "") == source])
@@ -298,16 +299,49 @@ def _calibrated_errors(batches: list[Batch], lines: list[str], start: Floats, ro
 _MARK = "# Fitted by planner.validation.shipped; do not edit by hand.\n"
 
 
-def write_profiles(classes: list[Class], fit: Fit, predicted: Predicted, folder: Path) -> None:
-    """Replace the `engines` block at the end of each profile's file."""
-    names = sorted({c.profile for c in classes})
-    for name in names:
-        path = folder / f"{name}.yaml"
-        text = path.read_text(encoding="utf-8").partition(_MARK)[0]
+ENGINES = ("megatron", "deepspeed", "torchtitan", "fsdp1", "nanotron")
+"""Engines that every profile of a GPU gets constants for."""
+GENERAL = ("compute", "elementwise", "tp", "dp", "scale")
+"""Constants that engines without runs of their own take from the device's effects."""
+
+
+def write_profiles(classes: list[Class], fit: Fit, predicted: Predicted, left_out: Predicted, folder: Path) -> None:
+    """Replace the `engines` block at the end of the file of each profile of a GPU."""
+    known = {(c.profile, c.engine): c for c in classes}
+    for path in sorted(folder.glob("*.yaml")):
+        hardware = files.load_hardware(str(path))[0]
+        if hardware.device.kind == "cpu":
+            continue
         lines = [_MARK, "engines:\n"]
-        for c in (c for c in classes if c.profile == name):
-            lines += _engine_lines(c, fit, predicted)
+        for engine in ENGINES:
+            c = known.get((path.stem, engine))
+            if c is not None:
+                lines += _engine_lines(c, fit, predicted)
+            else:
+                lines += _carried_lines(path.stem, engine, hardware.device.name, fit, left_out)
+        values = Fit({e: v for e, v in fit.effects.items() if e[0] in ("all", "device")}).values("", "", hardware.device.name)
+        lines.append("  any:\n    constants:\n")
+        lines += [_constant_line(name, values[name], "effects of this device over all engines") for name in GENERAL]
+        text = path.read_text(encoding="utf-8").partition(_MARK)[0]
         path.write_text(text + "".join(lines), encoding="utf-8")
+
+
+def _constant_line(name: str, value: float, source: str) -> str:
+    return f"      {name}: {{value: {value:.4g}, provenance: fitted, source: {json.dumps(source)}}}\n"
+
+
+def _carried_lines(profile: str, engine: str, device: str, fit: Fit, left_out: Predicted) -> list[str]:
+    """An engine without runs on a machine: what other machines with its device and other runs of the engine say."""
+    values = fit.values(profile, engine, device)
+    lines = [f"  {engine}:\n    constants:\n"]
+    source = "carried over from this device's and this engine's runs elsewhere"
+    lines += [_constant_line(name, values[name], source) for name in TIME_CONSTANTS]
+    rows = [r for r in left_out.rows if r.engine.partition("+")[0] == engine]
+    times = np.array([r.time_error for r in rows if r.time_error is not None and not r.excluded])
+    if (value := residual(times)) is not None:
+        source = f"80 % of {len(times)} runs of the engine lie within, their sources left out"
+        lines.append(f"    time_error: {{value: {value:.3g}, provenance: fitted, source: {json.dumps(source)}}}\n")
+    return lines
 
 
 def _engine_lines(c: Class, fit: Fit, predicted: Predicted) -> list[str]:
@@ -317,8 +351,8 @@ def _engine_lines(c: Class, fit: Fit, predicted: Predicted) -> list[str]:
     active = {name for b in c.runs.batches for name in moves(b)}
     lines = [f"  {c.engine}:\n    constants:\n"]
     for name in TIME_CONSTANTS:
-        source = origin if name in active else "other engines and devices"
-        lines.append(f"      {name}: {{value: {values[name]:.4g}, provenance: fitted, source: {json.dumps(source)}}}\n")
+        source = origin if name in active else "carried over from this device's and this engine's runs elsewhere"
+        lines.append(_constant_line(name, values[name], source))
     rows = [r for r in predicted.rows if r.profile == c.profile and r.engine.partition("+")[0] == c.engine]
     times = np.array([r.time_error for r in rows if r.time_error is not None and not r.excluded])
     sizes = np.array([r.memory_error for r in rows if r.memory_error is not None and not r.memory_excluded])
@@ -326,6 +360,8 @@ def _engine_lines(c: Class, fit: Fit, predicted: Predicted) -> list[str]:
         if (value := residual(errors)) is not None:
             source = f"80 % of {len(errors)} runs lie within"
             lines.append(f"    {key}: {{value: {value:.3g}, provenance: fitted, source: {json.dumps(source)}}}\n")
+    if any(r.outcome == "oom" for r in rows):
+        lines.append(f"    memory_labels: {sum(r.outcome in ('oom', 'ran') for r in rows)}\n")
     return lines
 
 
@@ -353,7 +389,7 @@ def main() -> None:
     if options.report:
         Path(options.report).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.write:
-        write_profiles(classes, found, fitted, Path(options.write))
+        write_profiles(classes, found, fitted, levels["source left out"], Path(options.write))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,19 @@ from planner.specs.files import data_folder, load_hardware, shipped
 from planner.specs.hardware import HardwareProfile
 
 VENDOR_GIB = {
-    "a100-40gb-efa": 40, "a100-80gb-aleph": 80, "a100-80gb-efa": 80, "a100-80gb-hdr4": 80, "a100-80gb-jean-zay": 80,
-    "b300-sxm": 288, "gb300-nvl72": 288, "h100-96gb-grand-teton": 96, "h200-sxm-node4": 141,
-    "h800-sxm": 80, "mi325x": 256, "mi350x": 288, "mi355x": 288,
+    "a100-40gb-efa": 40,
+    "a100-80gb-aleph": 80,
+    "a100-80gb-efa": 80,
+    "a100-80gb-hdr4": 80,
+    "a100-80gb-jean-zay": 80,
+    "b300-sxm": 288,
+    "gb300-nvl72": 288,
+    "h100-96gb-grand-teton": 96,
+    "h200-sxm-node4": 141,
+    "h800-sxm": 80,
+    "mi325x": 256,
+    "mi350x": 288,
+    "mi355x": 288,
     "a100-80gb-sxm": 80,
     "a100-80gb-selene": 80,
     "a100-40gb-sxm": 40,

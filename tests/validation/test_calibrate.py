@@ -116,7 +116,7 @@ def _map(tmp_path: Path, profile: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "arguments, code",
+    ("arguments", "code"),
     [
         (["missing.csv", "--profile", PROFILE], "PLN101"),
         (["RUNS", "--profile", "h100"], "PLN"),

@@ -28,7 +28,7 @@ def test_a_dense_row() -> None:
 
 
 @pytest.mark.parametrize(
-    "name, columns, total, active",
+    ("name", "columns", "total", "active"),
     [
         # parameters as published: DeepSeek-V3 671 B of which 37 B active, Mixtral 46.7 / 12.9, Qwen3 235 / 22 and 30.5 / 3.3
         (
@@ -64,7 +64,7 @@ def test_mixtures_of_experts(name: str, columns: dict[str, Any], total: float, a
 
 
 @pytest.mark.parametrize(
-    "changes, reason",
+    ("changes", "reason"),
     [
         ({"micro_batch": None}, "micro_batch not stated"),
         ({"global_batch": None}, "global_batch not stated"),
@@ -169,7 +169,7 @@ def test_a_users_map_goes_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "body, what",
+    ("body", "what"),
     [
         ("engines:\n  - {when: {}, engine: megatrn}\n", "no engine called 'megatrn'"),
         ("traits:\n  - {when: {}, add: fast}\n", "no engine trait called 'fast'"),
