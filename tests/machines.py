@@ -88,6 +88,17 @@ def gpt(layers: int = 8, hidden: int = 1024, heads: int = 16, vocab: int = 51200
     )  # fmt: skip
 
 
+def mixture(
+    layers: int = 4, hidden: int = 1024, experts: int = 8, top_k: int = 2, width: int = 1024, shared: int = 0, **model: Any
+) -> Model:
+    group = {
+        "count": layers,
+        "attention": {"heads": 16, "kv_heads": 4},
+        "mlp": {"kind": "gated", "width": width, "experts": experts, "top_k": top_k, "shared_width": shared},
+    }
+    return Model.model_validate({"name": "test-moe", "hidden": hidden, "vocab": 32000, "layers": [group]} | model)
+
+
 def task(
     model: Model | None = None,
     gpus: int = 8,

@@ -12,14 +12,14 @@ from planner.search import bounds
 from planner.search.solve import search
 from planner.search.space import declared_space, enumerate_rows
 from search.brute import all_rows
-from search.instances import instance
+from search.instances import instance, mixture_instance
 
 FAST, MORE = range(60), range(60, 400)
 
 
-def check_instance(seed: int) -> bool:
+def check_instance(seed: int, made=instance) -> bool:
     """Compare one instance with brute force; returns whether anything fits."""
-    task, engine, space = instance(seed)
+    task, engine, space = made(seed)
     x, values = all_rows(task, engine, space)
     outcome = search(task, engine, space, k=3)
     c = outcome.counts
@@ -50,6 +50,11 @@ def check_alternatives(x, values, outcome, k) -> None:
 @pytest.mark.parametrize("seed", FAST)
 def test_search_equals_brute_force(seed):
     check_instance(seed)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_search_over_experts_equals_brute_force(seed):
+    check_instance(seed, mixture_instance)
 
 
 @pytest.mark.slow
