@@ -51,6 +51,8 @@ class Calibration(Spec):
     """Relative error of the step time that 80 % of the runs behind the constants stay within."""
     memory_error: Ratio | None = None
     """The same of peak memory."""
+    runs: str = ""
+    """The measured runs behind the constants: how many, from which sources."""
     memory_labels: int = Field(default=0, ge=0)
     """Runs that fitted or ran out of memory, which the engine's buffers were checked against."""
 

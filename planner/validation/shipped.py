@@ -296,6 +296,7 @@ def _calibrated_errors(batches: list[Batch], lines: list[str], start: Floats, ro
 
 # ---- writing profiles ----------------------------------------------------------------------------------------------
 
+CARRIED = "carried over: runs of this device and of this engine elsewhere"
 _MARK = "# Fitted by planner.validation.shipped; do not edit by hand.\n"
 
 
@@ -334,8 +335,7 @@ def _carried_lines(profile: str, engine: str, device: str, fit: Fit, left_out: P
     """An engine without runs on a machine: what other machines with its device and other runs of the engine say."""
     values = fit.values(profile, engine, device)
     lines = [f"  {engine}:\n    constants:\n"]
-    source = "carried over from this device's and this engine's runs elsewhere"
-    lines += [_constant_line(name, values[name], source) for name in TIME_CONSTANTS]
+    lines += [_constant_line(name, values[name], CARRIED) for name in TIME_CONSTANTS]
     rows = [r for r in left_out.rows if r.engine.partition("+")[0] == engine]
     times = np.array([r.time_error for r in rows if r.time_error is not None and not r.excluded])
     if (value := residual(times)) is not None:
@@ -349,9 +349,9 @@ def _engine_lines(c: Class, fit: Fit, predicted: Predicted) -> list[str]:
     origin = f"{len(c.runs.measured)} runs: {'; '.join(sources)}"
     values = fit.values(c.profile, c.engine, c.device)
     active = {name for b in c.runs.batches for name in moves(b)}
-    lines = [f"  {c.engine}:\n    constants:\n"]
+    lines = [f"  {c.engine}:\n    runs: {json.dumps(origin)}\n    constants:\n"]
     for name in TIME_CONSTANTS:
-        source = origin if name in active else "carried over from this device's and this engine's runs elsewhere"
+        source = f"{len(c.runs.measured)} runs" if name in active else CARRIED
         lines.append(_constant_line(name, values[name], source))
     rows = [r for r in predicted.rows if r.profile == c.profile and r.engine.partition("+")[0] == c.engine]
     times = np.array([r.time_error for r in rows if r.time_error is not None and not r.excluded])
