@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.cli import common
-from planner.errors import input_error
 
 if TYPE_CHECKING:
+    from planner.specs.hardware import HardwareProfile
     from planner.validation.calibrate import EngineFit
 
 
@@ -33,20 +33,29 @@ def calibrate(
     common.checked_format(output_format, ("table", "json"))
     common.writable(output)
     base, document = files.load_hardware(profile)
-    if output is not None and Path(document.path).resolve() == output.resolve():
-        raise input_error("PLN144", f"{output} is the profile that it would extend", "", "write another file")
+    common.distinct(output, runs, profile_map, document.path)
+    _warn_of_repeats(base, runs)
     fits = fitting.calibrate(runs, profile, profile_map, engine)
     if output is not None:
         reference = profile if not Path(profile).is_file() else str(Path(profile).resolve())
         data = fitting.profile_document(reference, output.stem, fits, Path(runs).name)
-        output.write_text(common.to_yaml(data), encoding="utf-8")
-        files.load_hardware(str(output))
+        part = output.with_name(output.name + ".part")
+        part.write_text(common.to_yaml(data), encoding="utf-8")
+        files.load_hardware(str(part))
+        part.replace(output)
     if output_format == "json":
         common.write_result(common.to_json({"profile": base.name, "engines": {f.engine: _as_dict(f) for f in fits}}))
     else:
         _print(fits, base.name)
     if output is None:
         print("nothing written: give -o FILE for a profile with these constants", file=sys.stderr)
+
+
+def _warn_of_repeats(base: HardwareProfile, runs: str) -> None:
+    """Constants that already come from the same table would count its runs twice."""
+    name = Path(runs).name
+    if any(name in f.source for c in base.engines.values() for f in c.constants.values()):
+        print(f"{base.name} was already calibrated on {name}: calibrate the profile that it extends instead", file=sys.stderr)
 
 
 def _mape(errors: Any) -> float | None:

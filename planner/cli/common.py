@@ -29,7 +29,13 @@ Gpus = Annotated[int | None, typer.Option("--gpus", help="Devices of the cluster
 SeqLen = Annotated[int, typer.Option("--seq-len", help="Tokens of one sequence.")]
 GlobalBatch = Annotated[int, typer.Option("--global-batch", help="Sequences of one optimizer step.")]
 Precision = Annotated[str, typer.Option("--precision", help="bf16, fp16 or fp32.")]
-EngineName = Annotated[str, typer.Option("--engine", help="What executes the plan: bundled or megatron.")]
+EngineName = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        help="bundled, megatron, torchtitan, deepspeed, nanotron or fsdp1; with recipes: megatron+bf16-grads.",
+    ),
+]
 Fraction = Annotated[float, typer.Option("--max-memory-fraction", help="Share of usable device memory that a plan may fill.")]
 OomProbability = Annotated[
     float | None,
@@ -160,6 +166,15 @@ def parse_assignments(items: list[str], flag: str) -> dict[str, list[object]]:
     if problems:
         raise InputError(problems)
     return result
+
+
+def distinct(output: Path | None, *inputs: str | None) -> None:
+    """A result never overwrites what it was made from. Raises InputError."""
+    if output is None:
+        return
+    for name in inputs:
+        if name is not None and Path(name).exists() and Path(name).resolve() == output.resolve():
+            raise input_error("PLN114", f"{output} is an input of this command", "it would be lost", "write another file")
 
 
 def writable(path: Path | None) -> None:

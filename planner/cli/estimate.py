@@ -33,6 +33,8 @@ def estimate(
     cp: Annotated[int, typer.Option(help="Context parallel degree.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline parallel degree.")] = 1,
     dp: Annotated[int | None, typer.Option(help="Data parallel degree; the remaining devices when left out.")] = None,
+    ep: Annotated[int, typer.Option(help="Expert parallel degree.")] = 1,
+    etp: Annotated[int, typer.Option(help="Tensor parallel degree inside experts.")] = 1,
     zero: Annotated[int, typer.Option(help="ZeRO stage, 0 to 3.")] = 0,
     micro_batch: Annotated[int, typer.Option("--micro-batch", help="Sequences a rank processes at once.")] = 1,
     schedule: Annotated[str | None, typer.Option(help="gpipe, 1f1b or interleaved; 1f1b when pp > 1 is left out.")] = None,
@@ -145,7 +147,7 @@ def _from_flags(flags: dict[str, Any]) -> Plan:
     missing = [f"--{k.replace('_', '-')}" for k in ("hardware", "seq_len", "global_batch") if flags[k] is None]
     if missing:
         raise input_error("PLN105", f"{', '.join(missing)} missing", "a model alone does not say what is trained where", "")
-    names = ("tp", "cp", "pp", "dp", "zero", "micro_batch", "schedule", "virtual_stages", "sequence_parallel")
+    names = ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "schedule", "virtual_stages", "sequence_parallel")
     layout: dict[str, Any] = {k: flags[k] for k in names if flags[k] is not None}
     layout["recompute"] = flags["recompute"]
     if flags["layers"] is not None:

@@ -41,6 +41,7 @@ def validate(
     qualities = _qualities(quality)
     _checked_grouping(by)
     common.writable(output)
+    common.distinct(output, runs, profile_map)
     from planner.validation.metrics import summarize
     from planner.validation.predict import predict_file
 

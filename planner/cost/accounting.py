@@ -28,6 +28,11 @@ EAGER_KERNELS = (175.0, 325.0)
 with the bundled runtime beside an H200 (torch 2.11). Other eager engines are taken to be alike."""
 
 
+TP_CALL = 60e-6
+"""Seconds that a tensor-parallel collective takes beyond its transfer where Python calls it between eager kernels: measured
+for small messages between two H200 (torch 2.11)."""
+
+
 @dataclass(frozen=True)
 class Saved:
     """A tensor that one layer keeps for backward: `count` rows of `width`, a token.
@@ -174,6 +179,8 @@ class Accounting:
     """Boundary tensors kept for each micro-batch in flight where `keeps_stage_output`."""
     pp_exposed: dict[str, float]
     """Share of the pipeline's point-to-point time that is not hidden, by schedule."""
+    tp_call: float = field(default=0.0, kw_only=True)
+    """Fixed seconds of each tensor-parallel collective besides: the call and the streams' synchronisation."""
     tp_overlap: float
     """Share of tp collectives that hides under compute."""
     dp_window: float

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from planner.cost.task import Bools, Floats
-from planner.specs.hardware import HardwareProfile, Tier
+from planner.specs.hardware import DomainCurve, HardwareProfile, Tier
 
 _MOVED = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
 
@@ -24,14 +24,13 @@ def _efficiency(tier: Tier, n_bytes: Floats) -> Floats:
     return np.interp(np.log(np.maximum(n_bytes, 1.0)), sizes, [p[1] for p in points])
 
 
-def _measured_rate(tier: Tier, domains: Floats) -> Floats:
+def _measured_rate(curve: DomainCurve, domains: Floats) -> Floats:
     """Bus bandwidth of a whole domain as measured over `domains` of them; groups that share it are not slowed further.
 
     The measured curve falls with the number of domains for reasons other than the adapters' line rate, so a group that uses
     an eighth of the adapters does not get an eighth of it (fitted on 1 to 64 nodes of an EFA cluster).
     """
-    assert tier.by_domains is not None
-    points = tier.by_domains.points
+    points = curve.points
     return np.interp(np.log(np.maximum(domains, 1.0)), np.log([p[0] for p in points]), [p[1] for p in points])
 
 
@@ -67,7 +66,8 @@ def collective_seconds(
     A ring moves (n - 1) / n of the tensor through every link, an all-reduce twice that, or less where the switches add
     (Thakur 2005; NCCL's algorithm bandwidths). Latency: the ring's steps, or two tree depths when that is less.
     All-to-all counts only bytes that leave the domain on outer tiers; with `copies` > 1, the bytes hold each row that many
-    times, and a row is sent only once to each rank, or to each domain.
+    times, and a row is sent only once to each rank, or to each domain. There every rank sends `n_bytes` of its own, through
+    its own uplink; the other operations share one tensor over the uplinks of a domain's ranks.
     """
     n, stride, n_bytes = np.broadcast_arrays(np.asarray(n, float), stride, n_bytes)
     moved = (n - 1.0) / np.maximum(n, 1.0) * n_bytes
@@ -78,13 +78,16 @@ def collective_seconds(
         domains = np.ceil(n / ranks)
         if tier.size is not None:
             domains = np.minimum(domains, np.maximum(1.0, np.ceil(tier.size / np.maximum(stride, inner))))
-        factor = tier.all_reduce.base if op == "all_reduce" and tier.all_reduce else _MOVED[op]
+        switched = op == "all_reduce" and tier.all_reduce is not None and tier.all_reduce_by_domains is None
+        factor = tier.all_reduce.base if switched and tier.all_reduce else _MOVED[op]
         share = moved if op != "all_to_all" or depth == 0 else n_bytes * np.maximum(n - ranks, 0.0) / np.maximum(n, 1.0)
         if copies > 1:
             share = share * _once(copies, n if depth == 0 else domains)
-        rate = tier.bandwidth.base * (ranks if depth else 1.0) * _efficiency(tier, n_bytes)
-        if tier.by_domains is not None:
-            rate = np.minimum(rate, _measured_rate(tier, domains))
+        uplinks = ranks if depth and op != "all_to_all" else 1.0
+        rate = tier.bandwidth.base * uplinks * _efficiency(tier, n_bytes)
+        curve = tier.all_reduce_by_domains if op == "all_reduce" else tier.by_domains
+        if curve is not None:
+            rate = np.minimum(rate, _measured_rate(curve, domains) / (ranks if op == "all_to_all" else 1.0))
         total = np.where(crosses, np.maximum(total, factor * share / rate), total)
         steps = np.minimum(domains - 1.0, 2.0 * np.ceil(np.log2(np.maximum(domains, 1.0))))
         latency = np.where(crosses, latency + factor * tier.latency.base * steps, latency)

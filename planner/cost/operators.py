@@ -317,7 +317,8 @@ def _tp_traffic(task: Task, s: Shapes, sequence: np.ndarray) -> tuple[Floats, Fl
     n_bytes = hidden_bytes(task, s)
     share = (1.0 - a.tp_overlap) * task.constant("tp") * tp_share(task)
     cost = {
-        op: share * collective_seconds(op, s.tp, np.ones_like(s.tp), n_bytes, task.hardware)
+        op: share
+        * (collective_seconds(op, s.tp, np.ones_like(s.tp), n_bytes, task.hardware) + np.where(s.tp > 1, a.tp_call, 0.0))
         for op in ("all_reduce", "all_gather", "reduce_scatter")
     }
 

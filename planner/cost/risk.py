@@ -31,7 +31,6 @@ class RiskCurve:
         return 1.0 + (float(np.log(probability / (1.0 - probability))) - self.b0) / self.b1
 
 
-ROUGH = RiskCurve(2.29, 16.9, "engine roughly known")
 KNOWN = RiskCurve(2.01, 19.6, "the engine's main buffers are known")
 CALIBRATED = RiskCurve(1.44, 22.1, "memory calibrated on this engine")
 """Fitted to the 502 labels with this package's own figures; half of the runs at u = 0.935 ran out."""

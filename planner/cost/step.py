@@ -155,7 +155,8 @@ def blend(kinds: Sequence[Primitives], counts: Ints) -> Primitives:
             round_ = np.floor if f.name == "hide" else np.ceil
             values[f.name] = round_((columns * weight).sum(axis=1) + 0.0).astype(np.int64)
         elif f.name in _PEAKS:
-            values[f.name] = np.where(counts > 0, columns, 0).max(axis=1)
+            present = (counts > 0) | (counts.sum(axis=1, keepdims=True) == 0)  # a rank without layers keeps the workspace
+            values[f.name] = np.where(present, columns, 0).max(axis=1)
         else:
             values[f.name] = columns[:, 0]
     return Primitives(**values)

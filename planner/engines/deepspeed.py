@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planner.cost.accounting import COMPUTE, EAGER_KERNELS, Held, Saved, TpTraffic, Traffic, ZeroRule
+from planner.cost.accounting import COMPUTE, EAGER_KERNELS, TP_CALL, Held, Saved, TpTraffic, Traffic, ZeroRule
 from planner.engines import megatron
 from planner.engines.base import Engine, Rule, gpipe, kv_heads_replicable, unsupported_layers
 
@@ -126,6 +126,7 @@ ACCOUNTING = replace(
     keeps_stage_output=True,
     kernels_forward=EAGER_KERNELS[0],
     kernels_backward=EAGER_KERNELS[1],
+    tp_call=TP_CALL,
     optimizer_bytes=50.0,
     reserved_ratio=1.05,
     origin={

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planner.cost.accounting import COMPUTE, EAGER_KERNELS, Held, Saved, Traffic, ZeroRule
+from planner.cost.accounting import COMPUTE, EAGER_KERNELS, TP_CALL, Held, Saved, Traffic, ZeroRule
 from planner.engines import megatron
 from planner.engines.base import Engine, Rule, gpipe, kv_heads_divisible, unsupported_layers
 
@@ -90,6 +90,7 @@ ACCOUNTING = replace(
     pp_exposed={"1f1b": 1.0},
     kernels_forward=EAGER_KERNELS[0],
     kernels_backward=EAGER_KERNELS[1],
+    tp_call=TP_CALL,
     optimizer_bytes=50.0,
     reserved_ratio=1.05,
     balanced_stages=True,

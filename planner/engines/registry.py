@@ -27,7 +27,13 @@ def engine_named(name: str) -> Engine:
         fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(ENGINES)}"
         raise input_error("PLN501", f"no engine called '{base}'", f"engines are {', '.join(ENGINES)}", fix)
     engine = ENGINES[base]
-    return replace(engine, name=name, accounting=accounting_named(name)) if traits else engine
+    if not traits:
+        return engine
+    accounting = accounting_named(name)
+    lifted = {code for t in traits for code in TRAITS[t].lifts}
+    stages = next((TRAITS[t].zero_stages for t in traits if TRAITS[t].zero_stages), engine.zero_stages)
+    rules = tuple(r for r in engine.rules if r.code not in lifted)
+    return replace(engine, name=name, accounting=accounting, rules=rules, zero_stages=stages)
 
 
 @cache
@@ -36,6 +42,8 @@ def accounting_named(name: str) -> Accounting:
     base, *traits = name.split("+")
     accounting = engine_named(base).accounting
     for trait in traits:
+        if traits.count(trait) > 1:
+            raise input_error("PLN502", f"engine trait '{trait}' is given twice", f"in '{name}'", "name it once")
         if trait not in TRAITS:
             near = difflib.get_close_matches(trait, list(TRAITS), n=1)
             fix = f"did you mean {near[0]}?" if near else f"use some of {', '.join(TRAITS)}"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from planner.cost.accounting import COMPUTE, EAGER_KERNELS, Accounting, Elementwise, Held, Saved, Traffic, ZeroRule
+from planner.cost.accounting import COMPUTE, EAGER_KERNELS, TP_CALL, Accounting, Elementwise, Held, Saved, Traffic, ZeroRule
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,10 @@ class Trait:
     what: str
     apply: Callable[[Accounting], Accounting]
     source: str
+    zero_stages: tuple[int, ...] = ()
+    """ZeRO stages that the engine has with it, where they are others."""
+    lifts: tuple[str, ...] = ()
+    """Codes of the engine's rules that no longer hold."""
 
 
 def _set(**fields: Any) -> Callable[[Accounting], Accounting]:
@@ -132,6 +136,7 @@ def _era_2021(a: Accounting) -> Accounting:
         kernels_forward=EAGER_KERNELS[0],
         kernels_backward=EAGER_KERNELS[1],
         optimizer_bytes=50.0,
+        tp_call=TP_CALL,
         logit_bytes=14.0,
         loss_traffic=48.0,
     )
@@ -215,7 +220,14 @@ TRAITS: dict[str, Trait] = {
             _set(keeps_stage_output=True, boundary_copies=2.0, outside_bytes=3.0 * 2**30),
             "DeepSpeed's pipe buffers",
         ),
-        Trait("fsdp", "Megatron-FSDP", _megatron_fsdp, "Megatron-Core's custom FSDP, optim_grads_params"),
+        Trait(
+            "fsdp",
+            "Megatron-FSDP",
+            _megatron_fsdp,
+            "Megatron-Core's custom FSDP, optim_grads_params",
+            zero_stages=(2, 3),
+            lifts=("PLN521",),
+        ),
         Trait("deep-ep", "a token is sent once to each rank and node", _set(ep_once=True), "DeepEP and HybridEP dispatchers"),
         Trait(
             "fused-experts",

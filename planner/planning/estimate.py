@@ -174,15 +174,18 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
 
 
 def _states(c: _Priced, s: int, updating: bool) -> dict[str, int]:
-    """Bytes of parameters, gradients and optimizer states on one rank."""
-    held = c.states.update if updating else c.states.backward
-    params = c.params
-    count = int(c.stages.layers[s]) * float(params["layer"][0])
+    """Bytes of parameters, gradients and optimizer states on one rank, its experts included."""
+    x, params = c.x, c.params
+    routed = memory.state_bytes(c.task, x.zero, x.expert_shard, x.microbatches)
+    held, experts = (c.states.update, routed.update) if updating else (c.states.backward, routed.backward)
+    layers = int(c.stages.layers[s])
+    count = layers * float(params["layer"][0])
     if s == 0:
         count += float(params["embedding"][0])
     if s == c.layout.pp - 1:
         count += float(params["own_head"][0] + params["norm"][0])
-    return {part: int(held[part][0] * count) for part in memory.PARTS}
+    owned = layers * float(params["experts"][0])
+    return {part: int(held[part][0] * count + experts[part][0] * owned) for part in memory.PARTS}
 
 
 def _transient(c: _Priced, s: int, updating: bool) -> int:

@@ -298,9 +298,10 @@ def _relaxed(g: Group, layers: Ints, short: Ints, modes: tuple[int, ...]) -> Int
         best = np.where(n * saves[a] >= need - 0.5, np.minimum(best, n * costs[a]), best)
         for b in range(a + 1, len(modes)):
             gain = saves[b] - saves[a]
-            part = np.where(gain > 0, (need - n * saves[a]) / np.maximum(gain, 1e-9), np.inf)
-            part = np.maximum(part, 0.0)
-            best = np.where(part <= n, np.minimum(best, (n - part) * costs[a] + part * costs[b]), best)
+            part = np.maximum((need - n * saves[a]) / np.maximum(gain, 1e-9), 0.0)
+            possible = (gain > 0) & (part <= n)
+            part = np.where(possible, part, 0.0)
+            best = np.where(possible, np.minimum(best, (n - part) * costs[a] + part * costs[b]), best)
     return np.where(np.isfinite(best), np.floor(np.where(np.isfinite(best), best, 0) * (1 - 1e-12)), float(BIG)).astype(
         np.int64
     )

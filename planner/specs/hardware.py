@@ -162,6 +162,8 @@ class Tier(Spec):
     """Share of the bandwidth that a ring reaches, over the bytes of the full tensor (the gathered one)."""
     by_domains: DomainCurve | None = None
     """Bus bandwidth of collectives by how many domains (nodes) they join, where it was measured."""
+    all_reduce_by_domains: DomainCurve | None = None
+    """The same of all-reduces, which trees and in-network reduction carry otherwise than rings."""
     all_reduce: Ratio | None = None
     """How often an all-reduce passes the tensor through a link: 2 (a ring) when left out, less where switches add."""
 

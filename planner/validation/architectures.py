@@ -35,7 +35,9 @@ FAMILIES = (
     Family(r"deepseek.?v2.?lite", {**_V2, "q_lora_rank": None}, shared_experts=2, dense_first=1),
     Family(r"deepseek.?v2", _V2, shared_experts=2, dense_first=1),
     Family(r"deepseek.?v3.*trunc", _V2, shared_experts=1, dense_first=1),
-    Family(r"deepseek.?(v3|r1)|kimi.?k2", _V2, shared_experts=1, dense_first=3),
+    Family(r"deepseek.?(v3|r1)", _V2, shared_experts=1, dense_first=3),
+    # moonshotai/Kimi-K2-Base config.json
+    Family(r"kimi.?k2", _V2, shared_experts=1, dense_first=1),
     # moonshotai/Moonlight-16B-A3B config.json
     Family(r"moonlight", {**_V2, "q_lora_rank": None}, shared_experts=2, dense_first=1),
     # Qwen/Qwen3-* config.json

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.cost.task import Floats
+from planner.engines.registry import engine_named
 from planner.errors import input_error
 from planner.specs.calibration import CONSTANTS, Calibration
 from planner.units import GIB
-from planner.validation.constants import SPREAD, TIME_CONSTANTS, TimedRuns, moves, timed, to_values, to_vector
+from planner.validation.constants import SPREAD, TIME_CONSTANTS, TimedRuns, moves, soft, timed, to_values, to_vector
 from planner.validation.predict import Batch, Entry, Table, figures, load_table
-from planner.validation.profilemap import ProfileMap, ProfileRule, load_map
+from planner.validation.profilemap import load_map
 
 NOISE = 0.04
 """Standard deviation of a run's logarithmic time around a good model."""
@@ -70,7 +71,9 @@ def residual(errors: Floats) -> float | None:
 
 def calibrate(path: str, profile: str, profile_map: str | None = None, engine: str | None = None) -> list[EngineFit]:
     """Fit the constants of `profile` to the runs of `path`, engine by engine. Raises InputError."""
-    table = load_table(path, rules_for(profile, load_map(profile_map)))
+    if engine is not None:
+        engine_named(engine)
+    table = load_table(path, load_map(profile_map), profile=profile)
     groups: dict[str, list[Batch]] = defaultdict(list)
     for batch in table.batches:
         name = batch.entries[0].engine.partition("+")[0]
@@ -78,13 +81,10 @@ def calibrate(path: str, profile: str, profile_map: str | None = None, engine: s
             groups[name].append(batch)
     fits = [fit for name, batches in sorted(groups.items()) if (fit := fit_engine(name, batches)) is not None]
     if not fits:
-        raise input_error("PLN143", f"no run of {path} can calibrate {profile}", _reasons(table), "see the README for columns")
+        present = sorted({b.entries[0].engine.partition("+")[0] for b in table.batches})
+        why = f"its usable runs are of {', '.join(present)}" if present and engine else _reasons(table)
+        raise input_error("PLN143", f"no run of {path} can calibrate {profile}", why, "see the README for columns")
     return fits
-
-
-def rules_for(profile: str, rules: ProfileMap) -> ProfileMap:
-    """The map with every row on one profile."""
-    return rules.model_copy(update={"profiles": [ProfileRule(when={}, profile=profile)]})
 
 
 def _reasons(table: Table) -> str:
@@ -111,7 +111,7 @@ def fit_engine(engine: str, batches: list[Batch]) -> EngineFit | None:
         first = runs.log_errors(start)
         vector, weights = posterior(runs, start)
         before, after = np.expm1(first), np.expm1(runs.log_errors(vector))
-        left_out = _left_out(runs, start, vector)
+        left_out = _left_out(runs, start)
         count = len(first)
         values, old = to_values(vector), to_values(start)
         moved = tuple(Moved(n, old[n], values[n], float(w)) for n, w in zip(TIME_CONSTANTS, weights, strict=True))
@@ -145,12 +145,12 @@ def posterior(runs: TimedRuns, start: Floats) -> tuple[Floats, Floats]:
         return vector
 
     def residuals(x: Floats) -> Floats:
-        return np.concatenate([_soft(runs.log_errors(expand(x)) / NOISE), x])
+        return np.concatenate([soft(runs.log_errors(expand(x)) / NOISE)[0], x])
 
     def jacobian(x: Floats) -> Floats:
         vector = expand(x)
         errors = runs.log_errors(vector)
-        slope = _soft_slope(errors / NOISE) / NOISE
+        slope = soft(errors / NOISE)[1] / NOISE
         return np.concatenate([slope[:, None] * runs.jacobian(vector, errors, free)[:, free] * SPREAD[free], np.eye(len(free))])
 
     found = least_squares(residuals, np.zeros(len(free)), jac=jacobian, max_nfev=12, xtol=1e-4, ftol=1e-4)
@@ -159,42 +159,21 @@ def posterior(runs: TimedRuns, start: Floats) -> tuple[Floats, Floats]:
     return expand(found.x), np.clip(weights, 0.0, 1.0)
 
 
-def _soft(r: Floats) -> Floats:
-    """Residuals whose squares are the soft-L1 loss; priors stay quadratic."""
-    return np.asarray(np.sign(r) * np.sqrt(2.0 * (np.sqrt(1.0 + r * r) - 1.0)))
-
-
-def _soft_slope(r: Floats) -> Floats:
-    soft = np.abs(_soft(r))
-    return np.where(soft < 1e-9, 1.0, np.abs(r) / np.sqrt(1.0 + r * r) / np.maximum(soft, 1e-12))
-
-
-def _left_out(runs: TimedRuns, start: Floats, vector: Floats) -> Floats:
-    """Signed relative error of each row fitted without it (ten groups when there are more than ten rows).
-
-    One Gauss-Newton step from the common solution: the derivatives are those found there.
-    """
+def _left_out(runs: TimedRuns, start: Floats) -> Floats:
+    """Signed relative error of each row when fitted without it; ten groups when there are more than ten rows."""
     n = len(runs.measured)
     if n < 2:
         return np.zeros(0)
-    free = [i for i, name in enumerate(TIME_CONSTANTS) if any(name in moves(b) for b in runs.batches)]
-    errors = runs.log_errors(vector)
-    j = runs.jacobian(vector, errors, free)[:, free] * SPREAD[free]
-    x = (vector - start)[free] / SPREAD[free]
     result = np.zeros(n)
-    fold = np.arange(n) % min(n, 10)
-    for k in range(min(n, 10)):
-        kept = fold != k
-        slope = _soft_slope(errors[kept] / NOISE) / NOISE
-        a = np.concatenate([slope[:, None] * j[kept], np.eye(len(free))])
-        b = np.concatenate([_soft(errors[kept] / NOISE), x])
-        step = np.linalg.lstsq(a, -b, rcond=None)[0]
-        moved = start.copy()
-        moved[free] += np.clip(x + step, -3.0, 3.0) * SPREAD[free]
-        out = timed(runs.batches, [name for name, keep in zip(runs.ids, kept, strict=True) if not keep])
+    place = {name: i for i, name in enumerate(runs.ids)}
+    groups = min(n, 10)
+    for k in range(groups):
+        kept = timed(runs.batches, [name for i, name in enumerate(runs.ids) if i % groups != k])
+        out = timed(runs.batches, [name for i, name in enumerate(runs.ids) if i % groups == k])
+        assert kept is not None
         assert out is not None
-        place = {name: i for i, name in enumerate(runs.ids)}
-        result[[place[name] for name in out.ids]] = np.expm1(out.log_errors(moved))
+        vector, _ = posterior(kept, start)
+        result[[place[name] for name in out.ids]] = np.expm1(out.log_errors(vector))
     return result
 
 
@@ -224,7 +203,7 @@ def _fit_memory(prior: Calibration, entries: list[tuple[Batch, Entry]]) -> tuple
         return np.array(result)
 
     def residuals(x: Floats) -> Floats:
-        return np.concatenate([_soft(errors(old * np.exp(x * spread)) / MEMORY_NOISE), x])
+        return np.concatenate([soft(errors(old * np.exp(x * spread)) / MEMORY_NOISE)[0], x])
 
     low = np.log(np.array([CONSTANTS[n].low for n in names]) / old) / spread
     high = np.log(np.array([CONSTANTS[n].high for n in names]) / old) / spread
@@ -250,6 +229,7 @@ def profile_document(profile: str, name: str, fits: list[EngineFit], source: str
         }  # fmt: skip
         entry: dict[str, object] = {"constants": constants}
         for key, errors in (("time_error", fit.left_out), ("memory_error", fit.memory_after)):
+            entry[key] = None  # an error recorded for other constants no longer holds
             if (value := residual(errors)) is not None:
                 how = "left-out runs" if key == "time_error" else "runs"
                 entry[key] = {

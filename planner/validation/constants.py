@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.cost import step
-from planner.cost.primitives import primitive_table
 from planner.cost.task import Floats, Task
 from planner.specs.calibration import CONSTANTS, Calibration
 from planner.specs.figures import Number
-from planner.validation.predict import Batch
+from planner.validation.predict import Batch, priced
 
 TIME_CONSTANTS = ("compute", "elementwise", "host", "tp", "dp", "pp", "ep", "scale", "narrow")
 """Constants that step times can tell, in the order of vectors."""
@@ -44,10 +43,19 @@ def with_constants(task: Task, values: Mapping[str, float]) -> Task:
 def step_seconds(batch: Batch, values: Mapping[str, float] | None = None) -> Floats:
     """Predicted step time of a batch's rows, with other constants than its profile's if given."""
     task = batch.task if values is None else with_constants(batch.task, values)
-    x, stages = batch.layouts, batch.stages
-    priced = [primitive_table(task.only(k), x).of(slice(None)) for k in range(len(task.model.kinds))]
-    blended = step.blend([p.take(stages.row) for p in priced], batch.kind_counts) if len(priced) > 1 else None
-    return step.step_cost(priced[0], x, stages, blended).step / 1e9
+    _, p, blended = priced(batch, task)
+    return step.step_cost(p, batch.layouts, batch.stages, blended).step / 1e9
+
+
+def soft(r: Floats, width: float = 1.0) -> tuple[Floats, Floats]:
+    """(values whose squares are the soft-L1 loss of `r`, their derivative); `width`: where it turns from square to linear.
+
+    Kept apart from scipy's own loss, which would bend the priors too.
+    """
+    z = np.sqrt(1.0 + (r / width) ** 2)
+    value = width * np.sqrt(np.maximum(2.0 * (z - 1.0), 0.0))
+    slope = np.where(value < 1e-9, 1.0, np.abs(r) / z / np.maximum(value, 1e-12))
+    return np.sign(r) * value, slope
 
 
 def moves(batch: Batch) -> frozenset[str]:

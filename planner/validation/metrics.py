@@ -64,7 +64,7 @@ class MemoryErrors:
 class Sweep:
     """One job measured under several layouts, and how well the predictions rank them."""
 
-    key: tuple[str, str, str, int, int, int, str]
+    key: tuple[str, str, str, int, int, int, str, str]
     layouts: int
     spearman: float | None
     """Rank correlation of predicted and measured times; None when all of either are equal."""
@@ -232,7 +232,7 @@ def memory_errors(rows: Iterable[Prediction]) -> MemoryErrors:
 
 def sweeps(rows: Iterable[Prediction]) -> list[Sweep]:
     """Every sweep with at least SMALLEST_SWEEP layouts among the timed rows; repeats of a layout are averaged first."""
-    found: dict[tuple[str, str, str, int, int, int, str], dict[str, list[tuple[float, float]]]] = {}
+    found: dict[tuple[str, str, str, int, int, int, str, str], dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
         if signed_time_error(row) is not None and not row.excluded and row.measured_time is not None:
             runs = found.setdefault(row.sweep, {}).setdefault(row.layout, [])
@@ -295,7 +295,7 @@ def row_dict(row: Prediction) -> dict[str, Any]:
     return {k: _number(v) if isinstance(v, float) else v for k, v in data.items()}
 
 
-def _sweep(key: tuple[str, str, str, int, int, int, str], layouts: dict[str, list[tuple[float, float]]]) -> Sweep:
+def _sweep(key: tuple[str, str, str, int, int, int, str, str], layouts: dict[str, list[tuple[float, float]]]) -> Sweep:
     """The ranking of one sweep's layouts, given each one's (predicted, measured) times."""
     names = sorted(layouts)
     predicted, measured = np.array([np.mean(layouts[name], axis=0) for name in names]).T

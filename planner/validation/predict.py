@@ -9,16 +9,16 @@ from functools import cached_property
 import numpy as np
 
 from planner.cost import intervals, risk, step
-from planner.cost.primitives import Primitives, TimeParts, primitive_table
+from planner.cost.primitives import Primitives, PrimitiveTable, TimeParts, primitive_table
 from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
 from planner.engines.registry import accounting_named
-from planner.errors import InputError, input_error
+from planner.errors import InputError
 from planner.specs import files
 from planner.specs.hardware import HardwareProfile
 from planner.units import GIB
 from planner.validation.prediction import MemoryKind, Outcome, Predicted, Prediction
 from planner.validation.profilemap import ProfileMap, load_map
-from planner.validation.rows import Row, Run, Unusable, number, read_table, run_of
+from planner.validation.rows import Row, Run, Unusable, positive, read_table, run_of
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,11 @@ def predict_file(path: str, profile_map: str | None = None, quality: frozenset[s
     return predict_table(load_table(path, load_map(profile_map), quality))
 
 
-def load_table(path: str, rules: ProfileMap, quality: frozenset[str] | None = None) -> Table:
-    """Read and sort a table. Raises InputError for a table or a profile that cannot be read."""
+def load_table(path: str, rules: ProfileMap, quality: frozenset[str] | None = None, profile: str | None = None) -> Table:
+    """Read and sort a table. With `profile`, every row is put on it, and rows of another device are skipped.
+
+    Raises InputError for a table or a profile that cannot be read.
+    """
     skipped: Counter[str] = Counter()
     profiles: dict[str, HardwareProfile] = {}
     batches: dict[tuple[str, ...], Batch] = {}
@@ -90,7 +93,9 @@ def load_table(path: str, rules: ProfileMap, quality: frozenset[str] | None = No
             skipped[f"quality {row['quality']}"] += 1
             continue
         try:
-            entry = _entry(line, row, rules, outcome)
+            entry = _entry(line, row, rules, outcome, profile)
+            if profile is not None:
+                _same_device(rules.profile_of(row), profile, profiles)
         except Unusable as why:
             skipped[str(why)] += 1
             continue
@@ -108,12 +113,24 @@ def load_table(path: str, rules: ProfileMap, quality: frozenset[str] | None = No
     return Table(tuple(b for b in batches.values() if b.entries), skipped)
 
 
+def _same_device(own: str | None, wanted: str, known: dict[str, HardwareProfile]) -> None:
+    """Raises Unusable when the row's own columns name another device than the profile's."""
+    if own is None:
+        return
+    devices = []
+    for name in (own, wanted):
+        known[name] = _profile(name, known)
+        devices.append(known[name].device.name)
+    if devices[0] != devices[1]:
+        raise Unusable(f"another device than the profile's ({devices[0]})")
+
+
 def _profile(name: str, known: dict[str, HardwareProfile]) -> HardwareProfile:
     return known[name] if name in known else files.load_hardware(name)[0]
 
 
-def _entry(line: int, row: Row, rules: ProfileMap, outcome: Outcome) -> Entry:
-    profile, engine = rules.profile_of(row), rules.engine_of(row)
+def _entry(line: int, row: Row, rules: ProfileMap, outcome: Outcome, wanted: str | None) -> Entry:
+    profile, engine = wanted or rules.profile_of(row), rules.engine_of(row)
     if engine is None:
         raise Unusable(f"no engine accounting for {row.get('framework') or 'a blank framework'}")
     if profile is None:
@@ -123,7 +140,7 @@ def _entry(line: int, row: Row, rules: ProfileMap, outcome: Outcome) -> Entry:
     if run.layout.zero not in accounting.zero:
         raise Unusable(f"ZeRO {run.layout.zero} is not part of {engine.engine}")
     measured = _measured_time(row, run) if outcome == "ran" else None
-    found = number(row, "peak_memory_gib") if outcome == "ran" else None
+    found = positive(row, "peak_memory_gib", 1e-3, 1e5) if outcome == "ran" else None
     if outcome == "ran" and measured is None and found is None:
         raise Unusable("neither time nor memory measured")
     kind: MemoryKind = engine.memory
@@ -146,10 +163,10 @@ def _outcome(row: Row) -> Outcome:
 
 def _measured_time(row: Row, run: Run) -> float | None:
     """Seconds of a step: as measured, or from tokens a second."""
-    seconds = number(row, "iteration_time_s")
+    seconds = positive(row, "iteration_time_s", 1e-6, 1e7)
     if seconds is not None:
-        return seconds if seconds > 0 else None
-    rate = number(row, "tokens_per_s_per_gpu")
+        return seconds
+    rate = positive(row, "tokens_per_s_per_gpu", 1e-6, 1e9)
     return run.job.tokens_per_step / (rate * run.gpus) if rate else None
 
 
@@ -170,23 +187,26 @@ class Figures:
 
 
 def predict_table(table: Table) -> Predicted:
-    """Predict every row."""
+    """Predict every row of the table."""
     rows: list[Prediction] = []
     for batch in table.batches:
         rows += _predictions(batch, figures(batch))
-    if not rows:
-        reasons = "; ".join(f"{why}: {n}" for why, n in table.skipped.most_common(5))
-        raise input_error("PLN142", "no row could be predicted", reasons or "the table is empty", "see the README for columns")
     return Predicted(tuple(sorted(rows, key=lambda r: r.line)), table.skipped)
+
+
+def priced(batch: Batch, task: Task) -> tuple[list[PrimitiveTable], Primitives, Primitives | None]:
+    """(tables by kind of layer, the first kind's primitives, blended primitives of ranks that mix kinds)."""
+    x, stages = batch.layouts, batch.stages
+    kinds = [primitive_table(task.only(k), x) for k in range(len(task.model.kinds))]
+    tables = [table.of(slice(None)) for table in kinds]
+    mixed = len(kinds) > 1
+    return kinds, tables[0], step.blend([p.take(stages.row) for p in tables], batch.kind_counts) if mixed else None
 
 
 def figures(batch: Batch, task: Task | None = None) -> Figures:
     """Price a batch, with another task's constants if one is given."""
-    task, x, stages = task or batch.task, batch.layouts, batch.stages
-    kinds = [primitive_table(task.only(k), x) for k in range(len(task.model.kinds))]
-    priced = [table.of(slice(None)) for table in kinds]
-    blended = step.blend([p.take(stages.row) for p in priced], batch.kind_counts) if len(kinds) > 1 else None
-    p = priced[0]
+    x, stages = batch.layouts, batch.stages
+    kinds, p, blended = priced(batch, task or batch.task)
     cost = step.stage_cost(p, x, stages, blended)
     done = step.step_cost(p, x, stages, blended)
     first = stages.index == 0

@@ -64,9 +64,10 @@ class Prediction:
         return None if self.measured_memory is None else self.predicted_memory / self.measured_memory - 1.0
 
     @property
-    def sweep(self) -> tuple[str, str, str, int, int, int, str]:
-        """Rows of one sweep differ in their layout only."""
-        return (self.source, self.model, self.hardware, self.gpus, self.seq_len, self.global_batch, self.precision)
+    def sweep(self) -> tuple[str, str, str, int, int, int, str, str]:
+        """Rows of one sweep differ in their layout only: not in engine or recipe either."""
+        job = (self.gpus, self.seq_len, self.global_batch, self.precision)
+        return (self.source, self.model, self.hardware, *job, self.engine)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from planner.cost.accounting import Accounting
+from planner.cost.task import MAX_DEVICES
 from planner.errors import input_error
 from planner.specs import files
 from planner.specs.job import Job
@@ -23,7 +24,9 @@ from planner.specs.layout import Layout, Stage, even_stages
 from planner.specs.model import Attention, LayerGroup, Mlp, Model
 from planner.validation.architectures import Family, family_of
 
-REQUIRED = ("model_name", "gpus", "seq_len", "layers", "hidden", "heads", "tp", "pp")
+REQUIRED = (
+    "model_name", "layers", "hidden", "heads", "vocab", "seq_len", "gpus", "tp", "pp", "micro_batch", "global_batch",
+)  # fmt: skip
 """Columns that a table must have; the others may be missing."""
 
 Row = Mapping[str, str]
@@ -47,15 +50,24 @@ class Run:
 
 def read_table(path: str) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, row) of a CSV table. Raises InputError when a needed column is missing."""
-    reader = csv.DictReader(io.StringIO(files.read_text(path)))
-    columns = reader.fieldnames or []
+    reader = csv.DictReader(io.StringIO(files.read_text(path).removeprefix("\ufeff")))
+    try:
+        columns = list(reader.fieldnames or [])
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        why = f"line {reader.line_num}: {error}"
+        raise input_error(
+            "PLN141", f"{path} is no table of comma-separated values", why, "quote long or broken cells"
+        ) from None
+    if len(columns) == 1 and ";" in columns[0]:
+        raise input_error("PLN141", f"{path} is separated by semicolons", "", "separate its columns by commas")
     missing = [c for c in REQUIRED if c not in columns]
     if missing:
         why = f"it has {', '.join(columns[:8])}{' ...' if len(columns) > 8 else ''}" if columns else "it is empty"
         what = f"{path} has no column {', '.join(missing)}"
         raise input_error("PLN141", what, why, "a table of runs has one row a run and these columns; see the README")
-    for row in reader:
-        yield reader.line_num, {k: (v or "").strip() for k, v in row.items() if k is not None and not isinstance(v, list)}
+    for line, row in rows:
+        yield line, {k: (v or "").strip() for k, v in row.items() if k is not None and not isinstance(v, list)}
 
 
 def number(row: Row, column: str) -> float | None:
@@ -72,6 +84,18 @@ def number(row: Row, column: str) -> float | None:
     return value
 
 
+LIMITS = {"layers": 10_000, "gpus": MAX_DEVICES, "seq_len": 2**27, "global_batch": 2**24, "pp": 10_000, "experts": 2**16}
+"""Larger figures than anything trained: a slip of units, refused before it costs time. Other whole numbers: 2^31."""
+
+
+def positive(row: Row, column: str, low: float, high: float) -> float | None:
+    """A measured figure inside a sane range, None when blank. Raises Unusable."""
+    value = number(row, column)
+    if value is not None and not low <= value <= high:
+        raise Unusable(f"{column} is not between {low:g} and {high:g}")
+    return value
+
+
 def whole(row: Row, column: str, default: int | None = None) -> int:
     """A column's whole number. Raises Unusable when it is blank without a default, or not whole."""
     value = number(row, column)
@@ -81,6 +105,8 @@ def whole(row: Row, column: str, default: int | None = None) -> int:
         return default
     if value != int(value) or value <= 0:
         raise Unusable(f"{column} is not a positive whole number")
+    if value > LIMITS.get(column, 2**31 - 1):
+        raise Unusable(f"{column} exceeds {LIMITS.get(column, 2**31 - 1):,}")
     return int(value)
 
 
@@ -116,7 +142,7 @@ def model_of(row: Row) -> Model:
     layers = _groups(row, family, attention, gated, width)
     learned = not gated and "llama" not in row.get("model_name", "").lower()
     return Model(
-        name=row.get("model_name", "") or "model",
+        name=row.get("model_name", "").encode("ascii", "replace").decode()[:200] or "model",
         hidden=hidden,
         vocab=_vocabulary(row),
         norm="rmsnorm" if gated else "layernorm",
@@ -151,8 +177,6 @@ def _groups(row: Row, family: Family, attention: dict[str, Any], gated: bool, wi
     if experts > 1:
         shared = int(family.shared_experts * expert)
         mlp = Mlp(kind=kind, width=expert, experts=experts, top_k=whole(row, "topk"), shared_width=shared)
-    if attention.get("head_dim") and attention["head_dim"] % 2:
-        attention = {**attention, "head_dim": attention["head_dim"]}
     result: list[LayerGroup] = []
     for i in range(n):
         routed = experts > 1 and i >= family.dense_first and (i + 1) % family.routed_every == 0
@@ -202,6 +226,8 @@ def _layout(row: Row, model: Model, job: Job, accounting: Accounting, zero_defau
         raise Unusable("tp x pp x cp x dp is not gpus")
     micro = whole(row, "micro_batch")
     vpp = whole(row, "vpp", 1) if pp > 1 else 1
+    if whole(row, "ep", 1) > 1 and not any(g.mlp.routed for g, _ in model.kinds):
+        raise Unusable("ep without experts")
     if pp * vpp > model.n_layers and not accounting.balanced_stages:
         raise Unusable("more stages than layers")
     stage = number(row, "shard_stage")

@@ -24,7 +24,7 @@ import numpy as np
 from planner.cost.task import Floats
 from planner.specs import files
 from planner.validation.calibrate import posterior, residual, without_sick
-from planner.validation.constants import PRIOR, TIME_CONSTANTS, TimedRuns, moves, timed, to_values, with_constants
+from planner.validation.constants import PRIOR, TIME_CONSTANTS, TimedRuns, moves, soft, timed, to_values, with_constants
 from planner.validation.predict import Batch, Table, load_table, predict_table
 from planner.validation.prediction import Predicted, Prediction
 from planner.validation.profilemap import load_map
@@ -45,6 +45,8 @@ NOISE = 0.05
 """Standard deviation of a run's logarithmic time around a good model."""
 ROBUST = 1.5
 """Residuals beyond this many standard deviations count less (soft L1)."""
+FLOOR = 0.05
+"""Intervals of fitted constants are not narrower: runs outside those that were fitted lie further off."""
 ROWS_A_SOURCE = 150
 """Rows of one source that are used, evenly spread."""
 WEIGHT_A_SOURCE = 40.0
@@ -153,14 +155,6 @@ def _row_weights(sources: list[str]) -> Floats:
     return np.array([np.sqrt(min(1.0, WEIGHT_A_SOURCE / counts[s])) for s in sources]) / NOISE
 
 
-def _robust(r: Floats) -> tuple[Floats, Floats]:
-    """Residuals whose squares are the soft-L1 loss, and their derivative; priors stay quadratic."""
-    z = np.sqrt(1.0 + (r / ROBUST) ** 2)
-    value = ROBUST * np.sqrt(np.maximum(2.0 * (z - 1.0), 0.0))
-    slope = np.where(value < 1e-9, 1.0, np.abs(r) / z / np.maximum(value, 1e-12))
-    return np.sign(r) * value, slope
-
-
 def fit(classes: list[Class], workers: int = 2, sweeps: int = 12) -> Fit:
     """Find all effects: scipy's least squares over analytic sums and finite differences of the cost model."""
     from scipy.optimize import least_squares
@@ -179,14 +173,14 @@ def fit(classes: list[Class], workers: int = 2, sweeps: int = 12) -> Fit:
             return list(pool.map(_evaluate, [(i, PRIOR + m @ x, derivatives) for i, m in enumerate(maps)]))
 
         def residuals(x: Floats) -> Floats:
-            parts = [_robust(e * w)[0] for (e, _), w in zip(evaluate(x, False), weights, strict=True)]
+            parts = [soft(e * w, ROBUST)[0] for (e, _), w in zip(evaluate(x, False), weights, strict=True)]
             return np.concatenate([*parts, x])
 
         def jacobian(x: Floats) -> Floats:
             parts = []
             for (e, j), w, m in zip(evaluate(x, True), weights, maps, strict=True):
                 assert j is not None
-                parts.append((_robust(e * w)[1] * w)[:, None] * (j @ m))
+                parts.append((soft(e * w, ROBUST)[1] * w)[:, None] * (j @ m))
             return np.concatenate([*parts, np.eye(len(x))])
 
         found = least_squares(
@@ -229,9 +223,9 @@ class Linearised:
         w = _row_weights(sources)
         for _ in range(4):
             errors = (self.errors[kept] + self.slopes[kept] @ (x - x0)) * w
-            soft, slope = _robust(errors)
+            values, slope = soft(errors, ROBUST)
             a = np.concatenate([(slope * w)[:, None] * self.slopes[kept], np.eye(len(x))])
-            x = x + np.linalg.lstsq(a, -np.concatenate([soft, x]), rcond=None)[0]
+            x = x + np.linalg.lstsq(a, -np.concatenate([values, x]), rcond=None)[0]
         return Fit({e: float(v) for e, v in zip(self.names, x * width, strict=True)})
 
 
@@ -358,7 +352,8 @@ def _engine_lines(c: Class, fit: Fit, predicted: Predicted) -> list[str]:
     sizes = np.array([r.memory_error for r in rows if r.memory_error is not None and not r.memory_excluded])
     for key, errors in (("time_error", times), ("memory_error", sizes)):
         if (value := residual(errors)) is not None:
-            source = f"80 % of {len(errors)} runs lie within"
+            value = max(value, FLOOR)
+            source = f"80 % of the {len(errors)} runs behind the constants lie within; not below {FLOOR:g}"
             lines.append(f"    {key}: {{value: {value:.3g}, provenance: fitted, source: {json.dumps(source)}}}\n")
     if any(r.outcome == "oom" for r in rows):
         lines.append(f"    memory_labels: {sum(r.outcome in ('oom', 'ran') for r in rows)}\n")

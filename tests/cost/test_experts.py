@@ -59,6 +59,17 @@ def test_exchange_costs_only_across_ranks_and_repeated_rows_go_once():
     assert once[0] < 0.3 * spread[2]
 
 
+@pytest.mark.parametrize("op", ["all_gather", "reduce_scatter", "all_reduce", "all_to_all"])
+@pytest.mark.parametrize("ranks", [16, 64])
+def test_no_collective_beats_the_wire(op, ranks):
+    """What leaves a node goes through its adapters: eight of 50 GB/s."""
+    seconds = collectives.collective_seconds(op, array(ranks), array(1), array(1e9), profile(node_size=8))
+    nodes = ranks // 8
+    # of a shared tensor each node takes in what it lacks; of an all-to-all each rank sends its own bytes
+    wire = 1e9 * (nodes - 1) / nodes / (50e9 if op == "all_to_all" else 8 * 50e9)
+    assert seconds[0] >= wire
+
+
 def test_deep_ep_is_never_slower():
     model = mixture(experts=8, top_k=4)
     plain, deep = (task(model, 8, 1024, 16, e, profile(node_size=2)) for e in ("megatron", "megatron+deep-ep"))

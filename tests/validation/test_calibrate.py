@@ -22,7 +22,7 @@ PROFILE = "h100-sxm"
 def made_runs(tmp_path: Path, noise: float = 0.0, **true: float) -> str:
     """A table whose times the cost model made with other constants."""
     rows = rows_of_layouts()
-    table = predict.load_table(write(tmp_path / "blank.csv", rows), calibrate.rules_for(PROFILE, profilemap.load_map(None)))
+    table = predict.load_table(write(tmp_path / "blank.csv", rows), profilemap.load_map(None), profile=PROFILE)
     rng = np.random.default_rng(0)
     for batch in table.batches:
         prior = {n: batch.task.calibration.value(n) for n in TIME_CONSTANTS}
@@ -120,12 +120,34 @@ def _map(tmp_path: Path, profile: Path) -> Path:
     [
         (["missing.csv", "--profile", PROFILE], "PLN101"),
         (["RUNS", "--profile", "h100"], "PLN"),
-        (["RUNS", "--profile", PROFILE, "--engine", "nanotron"], "PLN143"),
+        (["RUNS", "--profile", PROFILE, "--engine", "nanotron"], "its usable runs are of megatron"),
+        (["RUNS", "--profile", PROFILE, "--engine", "megatrn"], "PLN501"),
+        (["RUNS", "--profile", "a100-80gb-sxm"], "another device than the profile's"),
+        (["RUNS", "--profile", PROFILE, "-o", "RUNS"], "PLN114"),
     ],
 )
 def test_bad_input_is_one_message(tmp_path: Path, arguments: list[str], code: str) -> None:
     table = write(tmp_path / "runs.csv", rows_of_layouts())
+    before = Path(table).read_text(encoding="utf-8")
     result = planner("calibrate", *[table if a == "RUNS" else a for a in arguments])
     assert result.returncode == 2
+    assert Path(table).read_text(encoding="utf-8") == before
     assert code in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_calibrating_twice_on_the_same_runs_is_said(tmp_path: Path) -> None:
+    table, first, second = made_runs(tmp_path, **TRUE), tmp_path / "mine.yaml", tmp_path / "again.yaml"
+    assert planner("calibrate", table, "--profile", PROFILE, "-o", str(first)).returncode == 0
+    result = planner("calibrate", table, "--profile", str(first), "-o", str(second))
+    assert "was already calibrated on runs.csv" in result.stderr
+
+
+def test_an_inherited_error_does_not_outlive_its_constants(tmp_path: Path) -> None:
+    """Too few rows for an error of their own: none is recorded, though the base had one."""
+    table = Path(made_runs(tmp_path, **TRUE))
+    assert files.load_hardware(PROFILE)[0].calibration("megatron").time_error is not None
+    one, out = tmp_path / "one.csv", tmp_path / "mine.yaml"
+    one.write_text("\n".join(table.read_text(encoding="utf-8").splitlines()[:2]) + "\n", encoding="utf-8")
+    assert planner("calibrate", str(one), "--profile", PROFILE, "-o", str(out)).returncode == 0
+    assert files.load_hardware(str(out))[0].calibration("megatron").time_error is None

@@ -76,6 +76,9 @@ def test_mixtures_of_experts(name: str, columns: dict[str, Any], total: float, a
         ({"pp": 64, "gpus": 1024}, "more stages than layers"),
         ({"model_name": "Llama LoRA"}, "adapter training (LoRA)"),
         ({"model_name": "Qwen3-Next 80B"}, "not modelled: linear-attention or state-space layers"),
+        ({"layers": 100_000_000}, "layers exceeds 10,000"),
+        ({"seq_len": 2_000_000_000}, "seq_len exceeds 134,217,728"),
+        ({"ep": 8}, "ep without experts"),
         ({"heads": 31, "kv_heads": 8}, "inconsistent: heads 31 is not divisible by kv_heads 8"),
         ({"iteration_time_s": "nan", "seq_len": None}, "seq_len not stated"),
     ],
@@ -83,6 +86,37 @@ def test_mixtures_of_experts(name: str, columns: dict[str, Any], total: float, a
 def test_unusable_rows_say_why(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(Unusable, match=reason.replace("(", r"\(").replace(")", r"\)")):
         run_of(text(**changes), MEGATRON)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"iteration_time_s": -1}, {"iteration_time_s": 1e-320}, {"peak_memory_gib": -3},
+        {"iteration_time_s": None, "tokens_per_s_per_gpu": -5}, {"iteration_time_s": None, "tokens_per_s_per_gpu": 1e-320},
+    ],
+)  # fmt: skip
+def test_measured_figures_outside_a_sane_range_are_skipped(tmp_path: Path, changes: dict[str, Any]) -> None:
+    columns = {"peak_memory_gib": None, "tokens_per_s_per_gpu": None}
+    predicted = predict.predict_file(write(tmp_path / "runs.csv", [row(**columns), row(**columns | changes)]))
+    assert len(predicted.rows) == 1
+    assert "is not between" in next(iter(predicted.skipped))
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [("a;b;c\n1;2;3\n", "separated by semicolons"), ('"' + "x" * 200_000 + '"\n', "PLN141"), ("", "it is empty")],
+)
+def test_broken_tables_are_refused(tmp_path: Path, text: str, what: str) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="(?s).*" + what):
+        predict.predict_file(str(path))
+
+
+def test_names_beyond_ascii_and_a_byte_order_mark(tmp_path: Path) -> None:
+    path = Path(write(tmp_path / "runs.csv", [row(model_name="Llama \u2013 8B")]))
+    path.write_text("\ufeff" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    assert predict.predict_file(str(path)).rows[0].model == "Llama ? 8B"
 
 
 def test_stages_by_cost_match_published_splits() -> None:
@@ -181,5 +215,5 @@ def test_a_users_map_goes_first(tmp_path: Path) -> None:
 def test_bad_maps_are_refused(tmp_path: Path, body: str, what: str) -> None:
     own = tmp_path / "map.yaml"
     own.write_text(body, encoding="utf-8")
-    with pytest.raises(InputError, match=what):
+    with pytest.raises(InputError, match="(?s).*" + what):
         profilemap.load_map(str(own))

@@ -31,6 +31,8 @@ class _Call:
     factor: float = 1.0
     """The fitted constant of its time."""
     copies: int = 1
+    fixed: float = 0.0
+    """Seconds of a call besides its transfer, before the constant."""
 
 
 _PASSES = {"all_reduce": 2.0}
@@ -98,7 +100,8 @@ def _priced(
 def _seconds(task: Task, x: _Call) -> float:
     """Time of one call."""
     n, stride, n_bytes = (np.array([v], dtype=float) for v in (x.n, x.stride, x.n_bytes))
-    return task.growth * x.factor * float(collective_seconds(x.op, n, stride, n_bytes, task.hardware, x.copies)[0])
+    transfer = float(collective_seconds(x.op, n, stride, n_bytes, task.hardware, x.copies)[0])
+    return task.growth * x.factor * (transfer + x.fixed)
 
 
 def _tiers(task: Task, n: float, stride: float) -> list[Tier]:
@@ -118,7 +121,7 @@ def _tensor_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) 
     counts = {"forward": traffic.forward, "backward": traffic.backward}.get(where, traffic.recompute.get(where, {}))
     n_bytes = float(operators.hidden_bytes(task, kind.shapes)[0])
     tp, factor, layers = float(c.layout.tp), task.constant("tp"), times * operators.tp_share(task)
-    calls = [_Call("tp", op, tp, 1.0, n_bytes, count * layers, factor) for op, count in counts.items()]
+    calls = [_Call("tp", op, tp, 1.0, n_bytes, count * layers, factor, fixed=a.tp_call) for op, count in counts.items()]
     hides = _HIDE.format(a.tp_overlap)
     figures = ("engine.tp_overlap", "constant.tp")
     return _priced(c, "tp_comm", f"{kind.label}layers, {_place(where)}", calls, exposed, hides, figures)
