@@ -19,6 +19,8 @@ from planner.specs.hardware import HardwareProfile
 VENDOR_GIB = {
     "a100-40gb-efa": 40,
     "a100-80gb-aleph": 80,
+    "h100-sxm-dgx-cloud": 80,
+    "b200-sxm-node": 180,
     "a100-80gb-efa": 80,
     "a100-80gb-hdr4": 80,
     "a100-80gb-jean-zay": 80,
