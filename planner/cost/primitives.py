@@ -235,7 +235,7 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
     }  # fmt: skip
     layer = _layer_ns(task, seconds, compute, traffic, spread)
     again = [seconds.recompute[i] + seconds.tp_recompute[i] + seconds.ep_recompute[i] for i in range(2)]
-    repeated = {f"recompute{i + 1}": ns(_recomputed(task, again[i][spread], compute[1], traffic)) for i in range(2)}
+    repeated = {f"recompute{i + 1}": ns(recompute_seconds(task, again[i][spread], compute[1], traffic)) for i in range(2)}
     columns = repeated | {k: v[spread] for k, v in blocks.items()} | layer | traffic.ns | states
     columns["transient"] = acts.backward[spread] + columns.pop("unit")
     columns["head_transient"] = acts.head[spread] + columns.pop("head_unit")
@@ -370,7 +370,7 @@ def params_by_place(params: dict[str, Floats]) -> dict[str, Floats]:
     return {"layer": params["layer"], "first": params["embedding"], "last": params["own_head"] + params["norm"]}
 
 
-def _recomputed(task: Task, again: Floats, backward: Floats, traffic: DpTraffic) -> Floats:
+def recompute_seconds(task: Task, again: Floats, backward: Floats, traffic: DpTraffic) -> Floats:
     """Seconds that recomputing a layer adds: what it takes, less the traffic that hides under it and would be exposed."""
     slow, floor = task.hardware.overlap_slowdown.base, task.accounting.dp_floor
     return again + overlapped(backward + again, traffic.behind, slow, floor) - traffic.backward
