@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from planner.cost.accounting import COMPUTE, EAGER_KERNELS, TP_CALL, Held, Saved, TpTraffic, Traffic, ZeroRule
-from planner.engines import megatron
+from planner.engines import megatron, sharding
 from planner.engines.base import Engine, Rule, gpipe, kv_heads_replicable, unsupported_layers
 
 RULES: tuple[Rule, ...] = (
@@ -78,13 +78,9 @@ ZERO = {
     3: ZeroRule(
         backward=(Held("params", COMPUTE, shard=True), Held("grads", COMPUTE, shard=True), *_OWN),
         update=(Held("params", COMPUTE, shard=True), Held("grads", COMPUTE, shard=True), *_OWN, *_FP32_PARTITION),
-        traffic=(
-            Traffic("all_gather", COMPUTE, "microbatch", "forward"),
-            Traffic("all_gather", COMPUTE, "microbatch", "backward"),
-            Traffic("reduce_scatter", COMPUTE, "microbatch", "backward"),
-        ),
-        unit=(Held("params", COMPUTE, shard=False), Held("params", COMPUTE, shard=False), Held("grads", COMPUTE, shard=False)),
-        head=(Held("params", COMPUTE, shard=False), Held("grads", COMPUTE, shard=False)),
+        traffic=sharding.GATHER_AND_REDUCE,
+        unit=sharding.UNIT,
+        head=sharding.HEAD,
     ),
 }
 

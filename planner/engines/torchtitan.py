@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from planner.cost.accounting import COMPUTE, EAGER_KERNELS, Held, Saved, TpTraffic, Traffic, ZeroRule
-from planner.engines import bundled, megatron
+from planner.engines import bundled, megatron, sharding
 from planner.engines.base import Engine, Rule, kv_heads_divisible, unsupported_layers
 from planner.engines.fsdp2 import ZERO
 
@@ -137,13 +137,9 @@ FSDP1_ZERO = {
     3: ZeroRule(
         backward=(*_MASTER, *_GRADS),
         update=(*_MASTER, *_GRADS),
-        traffic=(
-            Traffic("all_gather", COMPUTE, "microbatch", "forward"),
-            Traffic("all_gather", COMPUTE, "microbatch", "backward"),
-            Traffic("reduce_scatter", COMPUTE, "microbatch", "backward"),
-        ),
-        unit=(Held("params", COMPUTE, shard=False), Held("params", COMPUTE, shard=False), *_REDUCE),
-        head=(Held("params", COMPUTE, shard=False), *_REDUCE),
+        traffic=sharding.GATHER_AND_REDUCE,
+        unit=sharding.UNIT,
+        head=sharding.HEAD,
     ),
 }
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from planner.cost.accounting import COMPUTE, EAGER_KERNELS, TP_CALL, Accounting, Elementwise, Held, Saved, Traffic, ZeroRule
+from planner.engines import sharding
 
 
 @dataclass(frozen=True)
@@ -148,13 +149,9 @@ def _megatron_fsdp(a: Accounting) -> Accounting:
     rule = ZeroRule(
         backward=held,
         update=held,
-        traffic=(
-            Traffic("all_gather", COMPUTE, "microbatch", "forward"),
-            Traffic("all_gather", COMPUTE, "microbatch", "backward"),
-            Traffic("reduce_scatter", COMPUTE, "microbatch", "backward"),
-        ),
-        unit=(Held("params", COMPUTE, shard=False), Held("params", COMPUTE, shard=False), Held("grads", COMPUTE, shard=False)),
-        head=(Held("params", COMPUTE, shard=False), Held("grads", COMPUTE, shard=False)),
+        traffic=sharding.GATHER_AND_REDUCE,
+        unit=sharding.UNIT,
+        head=sharding.HEAD,
     )
     return replace(a, zero={**a.zero, 2: rule, 3: rule}, dp_floor=0.1)
 

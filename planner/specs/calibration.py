@@ -10,6 +10,11 @@ from planner.specs.base import Spec
 from planner.specs.figures import Number, Ratio
 
 
+def without_recipe(engine: str) -> str:
+    """The engine of a name such as `megatron+2021`: what constants are fitted for."""
+    return engine.partition("+")[0]
+
+
 @dataclass(frozen=True)
 class Constant:
     """A constant that calibration may move: its prior, its bounds, and how far from the prior it usually lies."""

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from planner import units
 from planner.specs.base import Spec
-from planner.specs.calibration import Calibration
+from planner.specs.calibration import Calibration, without_recipe
 from planner.specs.figures import Bandwidth, Bytes, FlopRate, Provenance, Ratio, Seconds, UsdPerHour, Watts
 from planner.specs.job import Precision
 
@@ -207,8 +207,7 @@ class HardwareProfile(Spec):
 
     def calibration(self, engine: str) -> Calibration:
         """Fitted constants of an engine, those of `any` engine where it has none of its own."""
-        base = engine.partition("+")[0]
-        for name in (engine, base, "any"):
+        for name in (engine, without_recipe(engine), "any"):
             if name in self.engines:
                 return self.engines[name]
         return Calibration()

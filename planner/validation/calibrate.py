@@ -58,11 +58,6 @@ class EngineFit:
     refused: tuple[str, ...]
     """Rows that were refused, by name."""
 
-    @property
-    def time_error(self) -> float | None:
-        """Relative error that four of five left-out rows stay within; None with too few rows."""
-        return residual(self.left_out)
-
 
 def residual(errors: Floats) -> float | None:
     """80th percentile of absolute errors, at least 1 %; None below five."""
@@ -76,12 +71,12 @@ def calibrate(path: str, profile: str, profile_map: str | None = None, engine: s
     table = load_table(path, load_map(profile_map), profile=profile)
     groups: dict[str, list[Batch]] = defaultdict(list)
     for batch in table.batches:
-        name = batch.entries[0].engine.partition("+")[0]
+        name = batch.entries[0].base_engine
         if engine in (None, name):
             groups[name].append(batch)
     fits = [fit for name, batches in sorted(groups.items()) if (fit := fit_engine(name, batches)) is not None]
     if not fits:
-        present = sorted({b.entries[0].engine.partition("+")[0] for b in table.batches})
+        present = sorted({b.entries[0].base_engine for b in table.batches})
         why = f"its usable runs are of {', '.join(present)}" if present and engine else _reasons(table)
         raise input_error("PLN143", f"no run of {path} can calibrate {profile}", why, "see the README for columns")
     return fits

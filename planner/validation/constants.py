@@ -90,8 +90,9 @@ class TimedRuns:
         start = 0
         for batch in self.batches:
             rows = slice(start, start + len(batch.entries))
+            moving = moves(batch)
             for i in range(len(TIME_CONSTANTS)) if free is None else free:
-                if TIME_CONSTANTS[i] in moves(batch):
+                if TIME_CONSTANTS[i] in moving:
                     moved = vector.copy()
                     width = 0.002 if TIME_CONSTANTS[i] == "scale" else 0.02
                     moved[i] += width
@@ -106,19 +107,11 @@ def timed(batches: Sequence[Batch], keep: Sequence[str] | None = None) -> TimedR
     wanted = None if keep is None else set(keep)
     kept: list[Batch] = []
     for b in batches:
-        entries = [
-            e for e in b.entries
-            if e.outcome == "ran" and e.measured_time and not e.excluded and (wanted is None or identity(e) in wanted)
-        ]  # fmt: skip
+        entries = [e for e in b.entries if e.is_timed and (wanted is None or e.name in wanted)]
         if entries:
             kept.append(Batch(b.task, entries))
     if not kept:
         return None
     rows = [e for b in kept for e in b.entries]
     measured = np.array([e.measured_time for e in rows], dtype=float)
-    return TimedRuns(tuple(kept), measured, tuple(e.row.get("source", "") for e in rows), tuple(identity(e) for e in rows))
-
-
-def identity(entry: object) -> str:
-    """A row's name within its table: its line."""
-    return str(entry.line)  # type: ignore[attr-defined]
+    return TimedRuns(tuple(kept), measured, tuple(e.source for e in rows), tuple(e.name for e in rows))

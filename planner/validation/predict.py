@@ -14,6 +14,7 @@ from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
 from planner.engines.registry import accounting_named
 from planner.errors import InputError
 from planner.specs import files
+from planner.specs.calibration import without_recipe
 from planner.specs.hardware import HardwareProfile
 from planner.units import GIB
 from planner.validation.prediction import MemoryKind, Outcome, Predicted, Prediction
@@ -37,6 +38,26 @@ class Entry:
     memory_rank: str
     excluded: str
     memory_excluded: str
+
+    @property
+    def name(self) -> str:
+        """Its name within the table: its line."""
+        return str(self.line)
+
+    @property
+    def source(self) -> str:
+        """Where the row comes from, blank when not stated."""
+        return self.row.get("source", "")
+
+    @property
+    def base_engine(self) -> str:
+        """The engine without its recipe."""
+        return without_recipe(self.engine)
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether its step time was measured and counts."""
+        return self.outcome == "ran" and bool(self.measured_time) and not self.excluded
 
 
 @dataclass
@@ -99,7 +120,7 @@ def load_table(path: str, rules: ProfileMap, quality: frozenset[str] | None = No
         except Unusable as why:
             skipped[str(why)] += 1
             continue
-        hardware = profiles.setdefault(entry.profile, _profile(entry.profile, profiles))
+        hardware = profiles[entry.profile] = _profile(entry.profile, profiles)
         run = entry.run
         key = (run.model.model_dump_json(), run.job.model_dump_json(), entry.profile, entry.engine, str(run.gpus))
         task = Task(run.model, run.job, hardware, run.gpus, accounting_named(entry.engine), max_memory_fraction=1.0)

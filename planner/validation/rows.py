@@ -119,7 +119,8 @@ def run_of(row: Row, accounting: Accounting, zero_default: int = 0) -> Run:
     try:
         model = model_of(row)
         job = Job(
-            seq_len=whole(row, "seq_len"), global_batch=_global_batch(row), precision=_precision(row), linears=_linears(row)
+            seq_len=whole(row, "seq_len"), global_batch=whole(row, "global_batch"),
+            precision=_precision(row), linears=_linears(row),
         )  # fmt: skip
         layout, gpus, microbatches = _layout(row, model, job, accounting, zero_default)
     except ValidationError as error:
@@ -192,10 +193,6 @@ def _groups(row: Row, family: Family, attention: dict[str, Any], gated: bool, wi
 
 
 # ---- job ---------------------------------------------------------------------------------------------------------
-
-
-def _global_batch(row: Row) -> int:
-    return whole(row, "global_batch")
 
 
 def _precision(row: Row) -> Any:

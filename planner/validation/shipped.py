@@ -23,6 +23,7 @@ import numpy as np
 
 from planner.cost.task import Floats
 from planner.specs import files
+from planner.specs.calibration import without_recipe
 from planner.validation.calibrate import posterior, residual, without_sick
 from planner.validation.constants import PRIOR, TIME_CONSTANTS, TimedRuns, moves, soft, timed, to_values, with_constants
 from planner.validation.predict import Batch, Table, load_table, predict_table
@@ -88,15 +89,15 @@ def classes_of(table: Table, without: str | None = None) -> list[Class]:
     rows: dict[str, list[str]] = defaultdict(list)
     for batch in table.batches:
         for e in batch.entries:
-            if e.outcome == "ran" and e.measured_time and not e.excluded:
-                rows[e.row.get("source", "")].append(str(e.line))
+            if e.is_timed:
+                rows[e.source].append(e.name)
     keep: list[str] = []
     for source, lines in rows.items():
         if source != without:
             keep += [lines[i] for i in np.unique(np.linspace(0, len(lines) - 1, ROWS_A_SOURCE).round().astype(int))]
     groups: dict[tuple[str, str], list[Batch]] = defaultdict(list)
     for batch in table.batches:
-        groups[(batch.entries[0].profile, batch.entries[0].engine.partition("+")[0])].append(batch)
+        groups[(batch.entries[0].profile, batch.entries[0].base_engine)].append(batch)
     result = []
     for (profile, engine), batches in sorted(groups.items()):
         runs = timed(batches, keep)
@@ -197,7 +198,7 @@ def predicted_with(table: Table, fit: Fit | None) -> Predicted:
     batches = []
     for b in table.batches:
         e = b.entries[0]
-        vector = PRIOR if fit is None else fit.vector(e.profile, e.engine.partition("+")[0], b.task.hardware.device.name)
+        vector = PRIOR if fit is None else fit.vector(e.profile, e.base_engine, b.task.hardware.device.name)
         batches.append(Batch(with_constants(b.task, to_values(vector)), b.entries))
     return predict_table(Table(tuple(batches), table.skipped))
 
@@ -247,9 +248,7 @@ def leave_one_out(table: Table, at: Linearised) -> Predicted:
     """Every source predicted with constants fitted without it."""
     rows: list[Prediction] = []
     for source in sorted(set(at.sources)):
-        part = tuple(
-            Batch(b.task, own) for b in table.batches if (own := [e for e in b.entries if e.row.get("source", "") == source])
-        )
+        part = tuple(Batch(b.task, own) for b in table.batches if (own := [e for e in b.entries if e.source == source]))
         rows += predicted_with(Table(part, table.skipped), at.without(source)).rows
     return Predicted(tuple(rows), table.skipped)
 
@@ -264,9 +263,9 @@ def after_calibration(table: Table, at: Linearised, rows: int = 5, draws: int = 
         fit = at.without(source)
         groups: dict[tuple[str, str], list[Batch]] = defaultdict(list)
         for b in table.batches:
-            own = [e for e in b.entries if e.row.get("source", "") == source]
+            own = [e for e in b.entries if e.source == source]
             if own:
-                groups[(own[0].profile, own[0].engine.partition("+")[0])].append(Batch(b.task, own))
+                groups[(own[0].profile, own[0].base_engine)].append(Batch(b.task, own))
         for (profile, engine), batches in groups.items():
             runs = timed(batches)
             if runs is not None and len(runs.ids) > rows:
@@ -330,7 +329,7 @@ def _carried_lines(profile: str, engine: str, device: str, fit: Fit, left_out: P
     values = fit.values(profile, engine, device)
     lines = [f"  {engine}:\n    constants:\n"]
     lines += [_constant_line(name, values[name], CARRIED) for name in TIME_CONSTANTS]
-    rows = [r for r in left_out.rows if r.engine.partition("+")[0] == engine]
+    rows = [r for r in left_out.rows if without_recipe(r.engine) == engine]
     times = np.array([r.time_error for r in rows if r.time_error is not None and not r.excluded])
     if (value := residual(times)) is not None:
         source = f"80 % of {len(times)} runs of the engine lie within, their sources left out"
@@ -347,7 +346,7 @@ def _engine_lines(c: Class, fit: Fit, predicted: Predicted) -> list[str]:
     for name in TIME_CONSTANTS:
         source = f"{len(c.runs.measured)} runs" if name in active else CARRIED
         lines.append(_constant_line(name, values[name], source))
-    rows = [r for r in predicted.rows if r.profile == c.profile and r.engine.partition("+")[0] == c.engine]
+    rows = [r for r in predicted.rows if r.profile == c.profile and without_recipe(r.engine) == c.engine]
     times = np.array([r.time_error for r in rows if r.time_error is not None and not r.excluded])
     sizes = np.array([r.memory_error for r in rows if r.memory_error is not None and not r.memory_excluded])
     for key, errors in (("time_error", times), ("memory_error", sizes)):

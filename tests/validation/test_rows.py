@@ -181,9 +181,9 @@ def test_every_engine_and_profile_of_the_shipped_map_exists() -> None:
     from planner.specs import files
 
     for rule in rules.profiles:
-        files.load_hardware(rule.profile)
+        assert files.load_hardware(rule.profile)[0].name == rule.profile
     for engine in rules.engines:
-        accounting_named(engine.engine)
+        assert accounting_named(engine.engine).name == engine.engine
 
 
 def test_a_users_map_goes_first(tmp_path: Path) -> None:
