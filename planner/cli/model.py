@@ -50,7 +50,7 @@ def _facts(model: Any, seq_len: int) -> dict[str, Any]:
         "flops_per_token": {
             "seq_len": seq_len,
             "full_attention": model.flops_per_token(seq_len),
-            "causal": model.flops_per_token(seq_len, causal=True),
+            "causal": model.flops_per_token(seq_len, "causal"),
         },
     }
 

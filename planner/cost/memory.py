@@ -15,6 +15,7 @@ import numpy as np
 
 from planner.cost.accounting import Held, Saved
 from planner.cost.task import Floats, Ints, LayoutArray, Task
+from planner.specs.layers import Mlp
 from planner.specs.layout import RECOMPUTE_MODES
 
 PARTS = ("params", "grads", "optimizer")
@@ -54,7 +55,7 @@ def activation_bytes(task: Task, combos: LayoutArray) -> ActivationBytes:
     temporaries = e * (a.backward_mlp * mlp.dense_width / tp + a.backward_hidden * model.hidden)
     temporaries = temporaries + a.backward_scores * model.heads * task.job.seq_len / tp
     if mlp.routed:
-        rows = e * mlp.top_k * (mlp.capacity or 1.0) / split
+        rows = e * mlp.top_k * slots(mlp, combos.ep) / split
         temporaries = np.maximum(temporaries, rows * (a.backward_mlp * mlp.width + 2.0 * model.hidden * combos.etp))
     logit = (a.logit_bytes if e == 2 else a.logit_bytes_fp32) + np.where(tp > 1, a.logit_bytes_split, 0.0)
     vocabulary = model.vocab / (tp if a.logits_split else np.ones_like(tp))
@@ -69,11 +70,16 @@ def activation_bytes(task: Task, combos: LayoutArray) -> ActivationBytes:
     )
 
 
+def slots(mlp: Mlp, ep: Ints) -> Floats:
+    """Rows that the busiest rank's experts process over its even share: padded to a capacity, or as uneven as the routing."""
+    return np.where(ep > 1, mlp.imbalance, 1.0) if mlp.capacity is None else np.full(len(ep), mlp.capacity)
+
+
 def saved_bytes(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArray) -> Floats:
     """Bytes that one layer saves for a token under a recompute mode, of the tensors `saved`."""
     model = task.model
     attention, mlp = model.layer.attention, model.layer.mlp
-    routed = mlp.top_k * (mlp.capacity or 1.0) if mlp.routed else 0.0
+    routed = mlp.top_k * slots(mlp, combos.ep) if mlp.routed else 0.0
     widths: dict[str, Any] = {
         "hidden": model.hidden,
         "q": model.q_width,
@@ -101,11 +107,13 @@ def saved_bytes(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArr
         "wide": task.job.linears == "same",
         "rmsnorm": model.norm == "rmsnorm",
         "layernorm": model.norm == "layernorm",
-        "qk_norm": attention.qk_norm,
+        "qk_norm": attention.qk_norm != "none",
         "gathered": sequence & (tp > 1),
         "not_gathered": ~(sequence & (tp > 1)),
     }
-    total = np.zeros_like(tp)
+    # Beyond the two norms that `saved` counts, each keeps its input; a block that shares one norm keeps one row less.
+    more = (model.layer.n_norms - 2) * model.hidden * task.job.compute_bytes if mode != "full" else 0.0
+    total = more / divisors["sequence"]
     for item in saved:
         if mode not in item.kept:
             continue
@@ -182,13 +190,14 @@ def rank_params(task: Task, layouts: LayoutArray) -> dict[str, Floats]:
     model, tp = task.model, layouts.tp
     group = model.layer
     split = model.matmul_params_of(group) + model.split_bias_params_of(group)
+    bias = model.vocab / tp if model.head_bias else 0.0
     return {
         "layer": split / tp + model.whole_params_of(group),
         "experts": model.expert_params_of(group) / (layouts.ep * layouts.etp),
         "expert": model.expert_params_of(group) / (group.mlp.experts * layouts.etp),
-        "embedding": model.embedding_params / tp + model.position_params,
+        "embedding": model.embedding_params / tp + model.position_params + model.front_params,
         "head": model.embedding_params / tp,
-        "own_head": np.where((layouts.pp == 1) & model.tied_embeddings, 0.0, model.embedding_params / tp),
+        "own_head": np.where((layouts.pp == 1) & model.tied_embeddings, 0.0, model.embedding_params / tp) + bias,
         "norm": np.full(len(tp), float(model.norm_params)),
     }
 

@@ -21,6 +21,7 @@ from planner.cost.compute import (
     streaming_seconds,
     unfused_attention_seconds,
 )
+from planner.cost.memory import slots
 from planner.cost.task import Floats, LayoutArray, Task
 
 
@@ -130,7 +131,7 @@ def shapes_of(task: Task, combos: LayoutArray) -> Shapes:
     split = np.where(combos.sequence_parallel == 1, tp, 1.0)
     tokens = micro * task.job.seq_len / cp
     mlp = task.model.layer.mlp
-    routed = tokens / split * etp * mlp.top_k * (mlp.capacity or 1.0)
+    routed = tokens / split * etp * mlp.top_k * slots(mlp, combos.ep)
     return Shapes(tokens, tp, cp, ep, etp, micro, split, routed)
 
 
@@ -189,7 +190,7 @@ def _attention_products(task: Task, s: Shapes) -> list[Product]:
     kv_rank = np.maximum(model.kv_heads / s.tp, 1.0) * model.head_dim  # kv heads are replicated when tp exceeds them
     q_rank = model.q_width / s.tp
     return [
-        Product("gemm", "query, key, value", s.tokens, q_rank + 2.0 * kv_rank, h),
+        Product("gemm", "query, key, value", s.tokens, q_rank * (2.0 if a.output_gate else 1.0) + 2.0 * kv_rank, h),
         Product("gemm", "attention output", s.tokens, h, q_rank),
     ]
 
@@ -257,24 +258,34 @@ def product_seconds(task: Task, p: Product) -> Floats:
 
 def _attention(task: Task, s: Shapes) -> tuple[Floats, Floats]:
     model, length = task.model, float(task.job.seq_len)
-    window = float(min(model.layer.attention.sliding_window or length, length))
-    # A window w of a sequence s sees w (1 - w / 2s) keys on average, a full causal one s / 2.
-    visible = 2.0 * window * (1.0 - window / (2.0 * length))
+    attention = model.layer.attention
+    if attention.kind == "linear":  # the state of d keys, and half of the block that is done by scores
+        visible = 2.0 * model.head_dim + LINEAR_BLOCK
+    else:
+        visible = 2.0 * attention.mean_keys_of(task.job.seq_len)
     width = model.attention_dim_of(model.layer)
     work = AttentionWork(s.micro_batch, length / s.cp, length, visible, model.heads / s.tp, width)
     a, device = task.accounting, task.hardware.device
-    if a.attention == "fused":
+    if a.attention == "fused" or attention.kind == "linear":
         forward, backward = fused_attention_seconds(work, device, task.peak)
         return forward / a.attention_rate, backward / a.attention_rate
     return unfused_attention_seconds(work, device, task.peak, a.score_bytes)
 
 
+LINEAR_BLOCK = 256
+"""Tokens of a block of linear attention, inside which scores are computed (arXiv 2501.08313, section 2.2)."""
+EXTRA_NORM = (7.0, 13.0)
+"""Bytes that one more norm moves for each element of its input, forward and backward, at e = 2: 4 and 8, times the 1.4 to
+2.2 that norms take over the time of their bytes on H200."""
+
+
 def _elementwise(task: Task, s: Shapes, forward: bool) -> Floats:
     a, model = task.accounting, task.model
     mlp = model.layer.mlp
+    norms = (model.layer.n_norms - 2) * EXTRA_NORM[0 if forward else 1]
     e = (a.elementwise_forward if forward else a.elementwise_backward)[mlp.kind]
     split = e.mlp * mlp.dense_width + e.q * model.q_width + e.kv * model.kv_width
-    moved = s.tokens * ((e.hidden + e.norm) * model.hidden / s.split + split / s.tp)
+    moved = s.tokens * ((e.hidden + e.norm + norms) * model.hidden / s.split + split / s.tp)
     if mlp.routed:
         moved = moved + s.routed * (e.routed * model.hidden + e.experts * e.mlp * mlp.width / s.etp)
     seconds = streaming_seconds(moved * task.job.compute_bytes / 2.0, task.hardware.device)
@@ -297,8 +308,10 @@ def hidden_bytes(task: Task, s: Shapes) -> Floats:
 
 
 def tp_share(task: Task) -> float:
-    """A layer of routed experts without shared ones needs the tp collectives around attention only: half of them."""
-    return 1.0 if task.model.layer.mlp.dense_width else 0.5
+    """Of a layer's two rounds of tp collectives: one where attention and MLP are summed first, and where nothing but routed
+    experts follows attention."""
+    layer = task.model.layer
+    return 1.0 if layer.mlp.dense_width and not layer.parallel else 0.5
 
 
 def routed_bytes(task: Task, s: Shapes) -> Floats:

@@ -104,8 +104,10 @@ class Task:
         return self.accounting.reserved_ratio * self.constant("reserved")
 
     def only(self, kind: int) -> Task:
-        """The task with all layers of one kind."""
-        return replace(self, model=self.model.only(kind))
+        """The task with all layers of one kind; those of a front end see its tokens."""
+        front = self.model.kinds[kind][0].front
+        job = self.job.model_copy(update={"seq_len": front.tokens}) if front else self.job
+        return replace(self, model=self.model.only(kind), job=job)
 
     @property
     def limit(self) -> int:

@@ -135,8 +135,8 @@ class Attention(nn.Module):
         self.wk = nn.Linear(model.hidden, model.kv_width, bias=spec.qkv_bias)
         self.wv = nn.Linear(model.hidden, model.kv_width, bias=spec.qkv_bias)
         self.wo = nn.Linear(model.q_width, model.hidden, bias=spec.out_bias)
-        self.q_norm = _norm(model, self.head_dim) if spec.qk_norm else None
-        self.k_norm = _norm(model, self.head_dim) if spec.qk_norm else None
+        self.q_norm = _norm(model, self.head_dim) if spec.qk_norm == "head" else None
+        self.k_norm = _norm(model, self.head_dim) if spec.qk_norm == "head" else None
         # Tables are buffers, not arguments: FSDP's mixed precision would cast arguments to bf16 and save them a block.
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
