@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 from planner.cost.task import Task
@@ -97,6 +98,27 @@ def mixture(
         "mlp": {"kind": "gated", "width": width, "experts": experts, "top_k": top_k, "shared_width": shared},
     }
     return Model.model_validate({"name": "test-moe", "hidden": hidden, "vocab": 32000, "layers": [group]} | model)
+
+
+def mixed(kind: str, layers: int, hidden: int, rng: random.Random) -> Model:
+    """Sequences of several kinds of layers: "dense first", "alternating", "encoder" in front, or "random"."""
+    plain = {"attention": {"heads": 16, "kv_heads": 4}, "mlp": {"kind": "gated", "width": 4 * hidden}}
+    expert = {"kind": "gated", "width": hidden, "experts": 4, "top_k": 2, "shared_width": rng.choice((0, hidden))}
+    routed = plain | {"mlp": expert}
+    local = plain | {"attention": {"heads": 16, "kv_heads": 4, "sliding_window": 128}}
+    if kind == "dense first":
+        groups = [plain | {"count": 1}, routed | {"count": layers}]
+    elif kind == "alternating":
+        groups = [(local if i % 3 else plain) | {"count": 1} for i in range(layers)]
+    elif kind == "encoder":
+        front = {"hidden": 512, "tokens": rng.choice((256, 2048)), "patch": 588, "merge": 4, "projector": [hidden]}
+        vision = {"heads": 8, "causal": False, "chunk": 256}
+        encoder = {"attention": vision, "mlp": {"kind": "gelu", "width": 2048}, "front": front, "count": rng.randint(1, 3)}
+        groups = [encoder, plain | {"count": layers}]
+    else:
+        groups = [rng.choice((plain, routed, local)) | {"count": 1} for _ in range(layers)]
+    data = {"name": "test-mixed", "hidden": hidden, "vocab": 32000, "layers": groups, "mtp": int(rng.random() < 0.2)}
+    return Model.model_validate(data)
 
 
 def task(

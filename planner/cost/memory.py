@@ -182,7 +182,7 @@ def state_bytes(task: Task, zero: Ints, shard: Ints, microbatches: Ints) -> Stat
 
 def rank_params(task: Task, layouts: LayoutArray) -> dict[str, Floats]:
     """Parameters that one rank holds: of a layer (without routed experts), its local experts, one expert, the embedding
-    (with positions), the head, the final norm.
+    (with positions and front ends), the head, the final norm, multi-token modules beside their layers.
 
     `own_head` is the head as parameters of its own: a tied head on the embedding's own rank has none, on another rank
     it is a copy.
@@ -195,10 +195,11 @@ def rank_params(task: Task, layouts: LayoutArray) -> dict[str, Floats]:
         "layer": split / tp + model.whole_params_of(group),
         "experts": model.expert_params_of(group) / (layouts.ep * layouts.etp),
         "expert": model.expert_params_of(group) / (group.mlp.experts * layouts.etp),
-        "embedding": model.embedding_params / tp + model.position_params + model.front_params,
+        "embedding": model.embedding_params / tp + model.position_params + sum(f.params(model.hidden) for f in task.fronts),
         "head": model.embedding_params / tp,
         "own_head": np.where((layouts.pp == 1) & model.tied_embeddings, 0.0, model.embedding_params / tp) + bias,
         "norm": np.full(len(tp), float(model.norm_params)),
+        "modules": np.full(len(tp), model.mtp * float(2 * model.hidden**2 + 3 * model.norm_params)),
     }
 
 

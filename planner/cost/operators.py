@@ -84,8 +84,28 @@ def layer_seconds(task: Task, combos: LayoutArray) -> LayerSeconds:
     return LayerSeconds(
         sum(parts_f.values(), zero), sum(parts_b.values(), zero), host_f, host_b,
         (again[0], again[1]), tp_f, tp_b, tp_r, cp_f, cp_b, ep_f, ep_b, (ep_r[0], ep_r[1]),
-        streaming_seconds(moved, task.hardware.device), head, head_tp,
+        streaming_seconds(moved, task.hardware.device) + _front_seconds(task, s), head, head_tp,
     )  # fmt: skip
+
+
+def _front_seconds(task: Task, s: Shapes) -> Floats:
+    """Patch embeddings and projectors of the front ends, forward and backward; not split over tp."""
+    total = np.zeros_like(s.tp)
+    for front in task.fronts:
+        tokens = s.micro_batch * front.tokens / s.cp
+        shapes = [(tokens, front.patch, front.hidden)]
+        shapes += [(tokens / front.merge, n, m) for n, m in front.projector_shapes(task.model.hidden)]
+        for rows, inputs, outputs in shapes:
+            whole = Product("head", front.name, rows, np.full_like(rows, float(outputs)), np.full_like(rows, float(inputs)))
+            total = total + sum(product_seconds(task, p) for p in (whole, *_gradients(whole)))
+    return total * sustained(task)
+
+
+def module_seconds(task: Task, tokens: Floats) -> Floats:
+    """The projection of a multi-token prediction module from 2 h to h, forward and backward; not split over tp."""
+    h = np.full_like(tokens, float(task.model.hidden))
+    whole = Product("gemm", "multi-token projection", tokens, h, 2.0 * h)
+    return sustained(task) * sum((product_seconds(task, p) for p in (whole, *_gradients(whole))), np.zeros_like(h))
 
 
 def layer_parts(task: Task, s: Shapes, direction: int) -> dict[str, Floats]:

@@ -102,7 +102,45 @@ class Primitives:
         """The primitives at `rows`."""
         if rows.dtype == bool:
             rows = np.nonzero(rows)[0]
-        return Primitives(**{f.name: getattr(self, f.name).take(rows, axis=0) for f in fields(self)})
+        return type(self)(**{f.name: getattr(self, f.name).take(rows, axis=0) for f in fields(self)})
+
+    def saved(self, mode: int) -> Ints:
+        """Saved activations of one layer and micro-batch under a recompute mode (0 none, 1 selective, 2 full)."""
+        return (self.act0, self.act1, self.act2)[mode]
+
+    def again(self, mode: int) -> Ints:
+        """Extra time of one layer under a recompute mode."""
+        return (np.zeros_like(self.recompute1), self.recompute1, self.recompute2)[mode]
+
+    def remade(self, mode: int) -> Ints:
+        """Activations that the backward of one layer makes again."""
+        return self.act0 - self.saved(mode)
+
+    def reduction_rest(self, mode: int) -> Ints:
+        """Reduction buffers beyond the saved activations that their layer has freed."""
+        return np.maximum(self.reduction - self.saved(mode), 0)
+
+
+@dataclass(frozen=True)
+class Blend(Primitives):
+    """Primitives of ranks that mix kinds of layers (`step.blend`): means, and of what lives at a peak the largest."""
+
+    remade_by_mode: tuple[Ints, Ints, Ints]
+    rest_by_mode: tuple[Ints, Ints, Ints]
+
+    def take(self, rows: Ints | Bools) -> Blend:
+        """The primitives at `rows`."""
+        whole = {f.name: getattr(self, f.name).take(rows, axis=0) for f in fields(Primitives)}
+        pick = [tuple(a.take(rows, axis=0) for a in group) for group in (self.remade_by_mode, self.rest_by_mode)]
+        return Blend(**whole, remade_by_mode=pick[0], rest_by_mode=pick[1])  # type: ignore[arg-type]
+
+    def remade(self, mode: int) -> Ints:
+        """Activations that the backward of the layer of the largest kind makes again."""
+        return self.remade_by_mode[mode]
+
+    def reduction_rest(self, mode: int) -> Ints:
+        """The same rest of the largest kind."""
+        return self.rest_by_mode[mode]
 
 
 @dataclass(frozen=True)
@@ -239,6 +277,7 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
     columns = repeated | {k: v[spread] for k, v in blocks.items()} | layer | traffic.ns | states
     columns["transient"] = acts.backward[spread] + columns.pop("unit")
     columns["head_transient"] = acts.head[spread] + columns.pop("head_unit")
+    _add_modules(task, columns, ns(operators.module_seconds(task, operators.shapes_of(task, block).tokens))[spread])
     times = {
         "compute": compute[0] + compute[1],
         "tp": (seconds.tp_forward + seconds.tp_backward)[spread],
@@ -255,6 +294,17 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
     return PrimitiveTable(
         task, layouts, share, columns, columns.pop("hide"), boundary, acts.waiting[spread], acts.output[spread], hops, times
     )  # fmt: skip
+
+
+def _add_modules(task: Task, columns: dict[str, Ints], projection: Ints) -> None:
+    """Multi-token prediction modules on the last rank: a layer and the head once more for each, logits kept together."""
+    n = task.model.mtp
+    if not n:
+        return
+    columns["head"] = columns["head"] + n * (columns["head"] + columns["forward"] + columns["backward"] + projection)
+    for name in ("comm", "floor", "update", "state", "updating"):
+        columns[f"{name}_last"] = columns[f"{name}_last"] + n * columns[name]
+    columns["head_transient"] = columns["head_transient"] * (1 + n) + n * columns["act0"]
 
 
 def sent_bytes(task: Task, layouts: LayoutArray, boundary: Ints) -> Floats:
@@ -367,7 +417,11 @@ def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats])
 
 def params_by_place(params: dict[str, Floats]) -> dict[str, Floats]:
     """Parameters by place: of a layer, of the first rank's extras, of the last rank's."""
-    return {"layer": params["layer"], "first": params["embedding"], "last": params["own_head"] + params["norm"]}
+    return {
+        "layer": params["layer"],
+        "first": params["embedding"],
+        "last": params["own_head"] + params["norm"] + params["modules"],
+    }
 
 
 def recompute_seconds(task: Task, again: Floats, backward: Floats, traffic: DpTraffic) -> Floats:

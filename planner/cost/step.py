@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from planner.cost.primitives import Primitives, primitive_table
+from planner.cost.primitives import Blend, Primitives, primitive_table
 from planner.cost.schedules import in_flight, in_flight_layers
 from planner.cost.task import Bools, Ints, LayoutArray, StageArray, Task, even_runs
 from planner.specs.layout import Layout, chunk_layers
@@ -52,10 +52,12 @@ def stage_time(p: Primitives, first: Ints, last: Ints, layers: Ints, selective: 
     wait for each other's chunks now and then: simulations of 600 random splits are 2 % off on average, 6 % longer at the
     95th percentile.
     """
-    return (
-        layers * (p.forward + p.backward) + selective * p.recompute1 + full * p.recompute2
-        + first * p.embedding + last * p.head + p.p2p
-    )  # fmt: skip
+    return layers * (p.forward + p.backward) + selective * p.recompute1 + full * p.recompute2 + end_time(p, first, last)
+
+
+def end_time(p: Primitives, first: Ints, last: Ints) -> Ints:
+    """The part of R that layers do not add to, ns."""
+    return first * p.embedding + last * p.head + p.p2p
 
 
 def stage_once(p: Primitives, first: Ints, last: Ints, layers: Ints) -> Ints:
@@ -116,12 +118,11 @@ class Moments(NamedTuple):
 
 def moments(p: Primitives, first: Ints, mode: int) -> Moments:
     """The moments at which a rank's temporaries may peak, under its strongest recompute mode."""
-    act = (p.act0, p.act1, p.act2)[mode]
-    layer = p.transient + p.act0 - act
+    layer = p.transient + p.remade(mode)
     carried = np.where(first == 1, p.carried_first, p.carried)
     return Moments(
         Moment(p.head_transient, carried), Moment(layer, carried), Moment(layer, p.head_reduction),
-        Moment(layer, np.maximum(p.reduction - act, 0)),
+        Moment(layer, p.reduction_rest(mode)),
     )  # fmt: skip
 
 
@@ -141,25 +142,39 @@ _LAYER = (
 )  # fmt: skip
 
 
-def blend(kinds: Sequence[Primitives], counts: Ints) -> Primitives:
-    """Primitives of ranks that mix several kinds of layers: `kinds` by kind, `counts` of shape (ranks, kinds).
+_SHARED = ("boundary", "receive", "p2p")
+_REMADE, _REST = Primitives.remade, Primitives.reduction_rest
+
+
+def blend(kinds: Sequence[Primitives], counts: Ints, text: int = 0) -> Blend:
+    """Primitives of ranks that mix several kinds of layers: `kinds` by kind, `counts` with kinds on its last axis.
 
     What a layer costs becomes its mean over the rank's layers, rounded up: n layers of the mean cost at most n units more
-    than the sum. What lives only at the peak is that of the largest kind.
+    than the sum. What lives only at the peak is that of the largest kind on the rank, what ranks send to each other that of
+    the largest kind of all; embedding and head are those of kind `text`. The fields of `kinds` broadcast against
+    `counts[..., 0]`.
     """
-    weight = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    held = counts.sum(axis=-1)
+    n, empty = np.maximum(held, 1), held == 0  # a rank without layers keeps the workspace
     values: dict[str, Ints] = {}
+
+    def largest(columns: Sequence[Ints]) -> Ints:
+        present = [np.where((counts[..., k] > 0) | empty, c, 0) for k, c in enumerate(columns)]
+        return np.asarray(np.maximum.reduce(np.broadcast_arrays(*present)))
+
     for f in fields(Primitives):
-        columns = np.stack([getattr(p, f.name) for p in kinds], axis=1)
+        columns = [getattr(p, f.name) for p in kinds]
         if f.name in _LAYER:
-            round_ = np.floor if f.name == "hide" else np.ceil
-            values[f.name] = round_((columns * weight).sum(axis=1) + 0.0).astype(np.int64)
+            total = sum((counts[..., k] * c for k, c in enumerate(columns)), np.zeros_like(held))
+            values[f.name] = total // n if f.name == "hide" else -(-total // n)
         elif f.name in _PEAKS:
-            present = (counts > 0) | (counts.sum(axis=1, keepdims=True) == 0)  # a rank without layers keeps the workspace
-            values[f.name] = np.where(present, columns, 0).max(axis=1)
+            values[f.name] = largest(columns)
+        elif f.name in _SHARED:
+            values[f.name] = np.maximum.reduce(columns)
         else:
-            values[f.name] = columns[:, 0]
-    return Primitives(**values)
+            values[f.name] = columns[text]
+    remade, rest = ([largest([part(p, mode) for p in kinds]) for mode in range(3)] for part in (_REMADE, _REST))
+    return Blend(**values, remade_by_mode=tuple(remade), rest_by_mode=tuple(rest))  # type: ignore[arg-type]
 
 
 def layers_by_kind(task: Task, layout: Layout) -> Ints:

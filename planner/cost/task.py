@@ -16,6 +16,7 @@ from planner.errors import input_error
 from planner.specs.calibration import Calibration
 from planner.specs.hardware import HardwareProfile
 from planner.specs.job import Job
+from planner.specs.layers import FrontEnd
 from planner.specs.layout import SCHEDULES, Layout, Stage
 from planner.specs.model import Model
 
@@ -56,6 +57,8 @@ class Task:
     max_memory_fraction: float = 0.92
     max_oom_probability: float | None = None
     """How likely a layout may run out of memory (see `risk`); None for no limit of its own."""
+    fronts: tuple[FrontEnd, ...] = ()
+    """Front ends whose patch embeddings and projectors the first rank holds beside the token embedding (see `only`)."""
 
     @property
     def peak(self) -> float:
@@ -104,10 +107,11 @@ class Task:
         return self.accounting.reserved_ratio * self.constant("reserved")
 
     def only(self, kind: int) -> Task:
-        """The task with all layers of one kind; those of a front end see its tokens."""
+        """The task with all layers of one kind; those of a front end see its tokens, all others keep what lies outside its
+        layers."""
         front = self.model.kinds[kind][0].front
         job = self.job.model_copy(update={"seq_len": front.tokens}) if front else self.job
-        return replace(self, model=self.model.only(kind), job=job)
+        return replace(self, model=self.model.only(kind), job=job, fronts=() if front else self.model.fronts)
 
     @property
     def limit(self) -> int:

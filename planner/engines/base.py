@@ -7,7 +7,7 @@ runtime refuses by it before it builds anything. A rule is a predicate over arra
 from __future__ import annotations
 
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from planner.cost.accounting import Accounting
 from planner.cost.task import GPIPE, INTERLEAVED, NONE, ONE_F_ONE_B, Bools, LayoutArray, Subject, Task
 from planner.errors import Problem
+from planner.specs.features import features
 from planner.specs.layout import SCHEDULES, Layout
 from planner.specs.model import Model
 
@@ -45,7 +46,9 @@ class Rule:
     def field(self) -> str:
         """The first key that its text names: where a finding points to."""
         names = [name for _, name, _, _ in string.Formatter().parse(self.what) if name]
-        return next((n for n in names if n not in ("model", "gpus", "heads", "kv_heads", "microbatches", "experts")), "")
+        return next(
+            (n for n in names if n not in ("model", "gpus", "heads", "kv_heads", "microbatches", "experts", "features")), ""
+        )
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,11 @@ def _divides(n: np.ndarray | int, d: np.ndarray) -> Bools:
     return np.asarray(n % np.maximum(d, 1) == 0)
 
 
+def _divide_each(sizes: Iterable[int], d: np.ndarray) -> Bools:
+    """Whether `d` divides every one of the sizes: those of all kinds of layers."""
+    return np.logical_and.reduce([_divides(n, d) for n in sizes] or [np.ones(len(d), dtype=bool)])
+
+
 def _all(layouts: LayoutArray, value: bool) -> Bools:
     return np.full(len(layouts), value)
 
@@ -91,14 +99,14 @@ COMMON_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "PLN202", "heads % tp",
-        lambda t, x: ~_divides(t.model.heads, x.tp),
+        lambda t, x: ~_divide_each((a.heads for a in t.model.attentions), x.tp),
         "tp {tp} does not divide the {heads} attention heads",
         "{heads} / {tp} is not a whole number",
         "choose tp from the divisors of {heads}",
     ),
     Rule(
         "PLN203", "mlp width % tp",
-        lambda t, x: ~_divides(t.model.layer.mlp.dense_width, x.tp),
+        lambda t, x: ~_divide_each((m.dense_width for m in t.model.mlps), x.tp),
         "tp {tp} does not divide the MLP width {dense_width}",
         "{dense_width} / {tp} is not a whole number",
         "choose another tp",
@@ -182,14 +190,14 @@ COMMON_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "PLN214", "expert degrees need experts",
-        lambda t, x: ((x.ep > 1) | (x.etp > 1)) & (not t.model.layer.mlp.routed),
+        lambda t, x: ((x.ep > 1) | (x.etp > 1)) & (not t.model.routed_mlps),
         "ep {ep}, etp {etp} on a model without experts",
         "expert parallelism spreads experts",
         "set ep: 1 and etp: 1",
     ),
     Rule(
         "PLN216", "experts % ep",
-        lambda t, x: ~_divides(t.model.layer.mlp.experts, x.ep),
+        lambda t, x: ~_divide_each((m.experts for m in t.model.routed_mlps), x.ep),
         "ep {ep} does not divide the {experts} experts",
         "every expert-parallel rank holds as many experts",
         "choose ep from the divisors of {experts}",
@@ -203,9 +211,9 @@ COMMON_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "PLN218", "expert width % etp",
-        lambda t, x: ~_divides(t.model.layer.mlp.width, x.etp),
-        "etp {etp} does not divide the expert width {mlp_width}",
-        "{mlp_width} / {etp} is not a whole number",
+        lambda t, x: ~_divide_each((m.width for m in t.model.routed_mlps), x.etp),
+        "etp {etp} does not divide the expert width {expert_width}",
+        "{expert_width} / {etp} is not a whole number",
         "choose another etp",
     ),
     Rule(
@@ -222,24 +230,29 @@ COMMON_RULES: tuple[Rule, ...] = (
 
 def kv_heads_divisible(task: Subject | Task, layouts: LayoutArray) -> Bools:
     """tp divides the key/value heads (engines that do not replicate them)."""
-    return ~_divides(task.model.kv_heads, layouts.tp)
+    return ~_divide_each(_kv_heads(task.model), layouts.tp)
+
+
+def _kv_heads(model: Model) -> list[int]:
+    """Key/value heads of each kind of layers that has them: latent attention has none of its own."""
+    return [a.kv_heads or a.heads for a in model.attentions if a.kind != "latent"]
 
 
 def kv_heads_replicable(task: Subject | Task, layouts: LayoutArray) -> Bools:
     """tp divides the key/value heads or is a multiple of them."""
-    kv = task.model.kv_heads
-    return ~(_divides(kv, layouts.tp) | (layouts.tp % kv == 0))
+    each = [_divides(kv, layouts.tp) | (layouts.tp % kv == 0) for kv in _kv_heads(task.model)]
+    return ~np.logical_and.reduce([_all(layouts, True), *each])
 
 
 def routed_without_sequence_parallel(task: Subject | Task, layouts: LayoutArray) -> Bools:
     """Routed experts with tp but without sequence parallelism: each token would be routed tp times."""
-    return (layouts.tp > 1) & (layouts.sequence_parallel == 0) & task.model.layer.mlp.routed
+    return (layouts.tp > 1) & (layouts.sequence_parallel == 0) & bool(task.model.routed_mlps)
 
 
 def unsupported_layers(task: Subject | Task, layouts: LayoutArray) -> Bools:
     """Experts or latent attention, for engines that have neither."""
-    layer = task.model.layer
-    return _all(layouts, layer.mlp.routed or layer.attention.kind == "latent")
+    kinds = {a.kind for a in task.model.attentions}
+    return _all(layouts, bool(task.model.routed_mlps) or kinds != {"softmax"})
 
 
 def microbatches_below_pp(task: Subject | Task, layouts: LayoutArray) -> Bools:
@@ -259,11 +272,18 @@ def values_of(task: Subject | Task, layout: Layout) -> dict[str, Any]:
         **layout.model_dump(exclude={"stages"}),
         "product": layout.world_size, "shard": layout.dp * layout.cp, "gpus": task.gpus,
         "microbatches": layout.microbatches(job),
-        "heads": model.heads, "kv_heads": model.kv_heads, "mlp_width": model.mlp_width,
-        "dense_width": model.layer.mlp.dense_width, "experts": model.layer.mlp.experts, "vocab": model.vocab,
+        "heads": _listed(a.heads for a in model.attentions), "kv_heads": _listed(_kv_heads(model)),
+        "dense_width": _listed(m.dense_width for m in model.mlps), "experts": _listed(m.experts for m in model.routed_mlps),
+        "features": ", ".join(features(model)),
+        "expert_width": _listed(m.width for m in model.routed_mlps), "vocab": model.vocab,
         "n_layers": model.n_layers, "max_positions": model.max_positions, "model": model.name,
         "seq_len": job.seq_len, "global_batch": job.global_batch, "precision": job.precision,
     }  # fmt: skip
+
+
+def _listed(sizes: Iterable[int]) -> str:
+    """The distinct sizes of a model's kinds of layers."""
+    return " and ".join(str(n) for n in sorted(set(sizes)))
 
 
 def layout_problems(task: Subject | Task, engine: Engine, layout: Layout) -> list[Problem]:

@@ -15,8 +15,9 @@ from planner.cost.accounting import (
     Saved,
     TpTraffic,
 )
-from planner.engines.base import Engine, Rule, kv_heads_divisible, microbatches_below_pp, unsupported_layers
+from planner.engines.base import Engine, Rule, kv_heads_divisible, microbatches_below_pp
 from planner.engines.fsdp2 import ZERO
+from planner.specs.features import features
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -55,14 +56,6 @@ RULES: tuple[Rule, ...] = (
         "set cp: 1",
     ),
     Rule(
-        "PLN515", "bundled: sliding window",
-        lambda t, x: np.full(len(x), t.model.layer.attention.sliding_window is not None),
-        "{model} has sliding-window attention",
-        "this version of the runtime attends to all earlier tokens",
-        "use another engine",
-        whole_job=True,
-    ),
-    Rule(
         "PLN516", "bundled: fp16",
         lambda t, x: np.full(len(x), t.job.precision == "fp16"),
         "precision fp16",
@@ -71,10 +64,10 @@ RULES: tuple[Rule, ...] = (
         whole_job=True,
     ),
     Rule(
-        "PLN517", "bundled: experts and latent attention",
-        unsupported_layers,
-        "{model} has routed experts or latent attention",
-        "this version of the runtime builds neither",
+        "PLN517", "bundled: plain decoders",
+        lambda t, x: np.full(len(x), bool(features(t.model))),
+        "{model} has {features}",
+        "this version of the runtime builds plain dense decoders only",
         "use another engine",
         whole_job=True,
     ),

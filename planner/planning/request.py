@@ -56,9 +56,6 @@ def prepare(request: Request) -> Setting:
     """Read and check everything that a request names. Raises InputError."""
     model, model_name, model_digest = _load(request.model, request.relative_to, files.load_model)
     hardware, hardware_name, hardware_digest = _load(request.hardware, request.relative_to, files.load_hardware)
-    if not model.homogeneous:
-        why = "this version prices and searches one kind of layer"
-        raise input_error("PLN130", f"{model.name} mixes several kinds of layers", why, "use a model with one layer group")
     engine = engine_named(request.engine)
     nodes, gpus = _devices(request, hardware)
     _check_size(model, request.job, hardware, gpus)

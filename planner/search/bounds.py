@@ -44,6 +44,10 @@ class Group:
     last: Ints
     flight: Ints
     """In-flight chunk-micro-batches, shape (rows, pp)."""
+    kinds: tuple[Primitives, ...] = ()
+    """Primitives by kind of layers, where the model mixes several; `p` is then that of its last layers."""
+    blended: Primitives | None = None
+    """Primitives of windows of layers of several kinds, shape (rows, 1, windows): see `mixed`."""
 
     @property
     def least(self) -> Ints:
@@ -57,7 +61,9 @@ class Group:
 
     @property
     def deep(self) -> Primitives:
-        """The primitives with two more axes, shape (rows, 1, 1)."""
+        """The primitives with ranks and windows as more axes, shape (rows, 1, 1 or windows)."""
+        if self.blended is not None:
+            return self.blended
         return Primitives(**{f.name: getattr(self.p, f.name)[:, :, None] for f in fields(self.p)})
 
     def extra_time(self) -> Ints:
@@ -67,12 +73,17 @@ class Group:
 
     def room(self, mode: int) -> Ints:
         """Bytes left for layers when the strongest recompute mode is `mode`, shape (rows, pp)."""
-        base = step.stage_base_bytes(self.p, self.first, self.last, self.flight)
-        return self.p.capacity - base - step.stage_transient(self.p, self.first, self.last, mode)
+        return _room(self.p, self.first, self.last, self.flight, mode)
+
+    def deep_room(self, mode: int) -> Ints:
+        """The same for every window, shape (rows, pp, 1 or windows)."""
+        if self.blended is None:
+            return self.room(mode)[:, :, None]
+        return _room(self.blended, self.first[:, :, None], self.last[:, :, None], self.flight[:, :, None], mode)
 
     def act(self, mode: int) -> Ints:
         """Saved bytes of one layer and micro-batch under a mode, shape (rows, 1)."""
-        return (self.p.act0, self.p.act1, self.p.act2)[mode]
+        return self.p.saved(mode)
 
     def weight(self, layers: Ints) -> Ints:
         """(layer, micro-batch) pairs in flight for `layers` on each rank; broadcasts over (rows, pp[, n])."""
@@ -80,6 +91,11 @@ class Group:
         extra = (slice(None),) + (None,) * (layers.ndim - 1)
         index = np.arange(self.pp, dtype=np.int64).reshape((1, self.pp) + (1,) * (layers.ndim - 2))
         return in_flight_layers(x.schedule[extra], x.pp[extra], x.virtual_stages[extra], x.microbatches[extra], index, layers)
+
+
+def _room(p: Primitives, first: Ints, last: Ints, flight: Ints, mode: int) -> Ints:
+    base = step.stage_base_bytes(p, first, last, flight)
+    return p.capacity - base - step.stage_transient(p, first, last, mode)
 
 
 def group_of(p: Primitives, layouts: LayoutArray, n_layers: int, modes: tuple[int, ...]) -> Group:
@@ -137,8 +153,12 @@ def _base_total(g: Group) -> Ints:
 
 def _least_layer(g: Group) -> Ints:
     """Least time of one layer and micro-batch, shape (rows, 1)."""
-    again = (np.zeros_like(g.p.recompute1), g.p.recompute1, g.p.recompute2)
-    return g.p.forward + g.p.backward + np.minimum.reduce([again[mode] for mode in g.modes])
+    return least_layer(g.p, g.modes)
+
+
+def least_layer(p: Primitives, modes: tuple[int, ...]) -> Ints:
+    """Least time of one layer and micro-batch under any of the modes."""
+    return p.forward + p.backward + np.minimum.reduce([p.again(mode) for mode in modes])
 
 
 def _least_once(g: Group) -> Ints:
@@ -195,13 +215,15 @@ def target_bound(g: Group, target: int) -> Ints:
     return result
 
 
-def same_pipeline(x: LayoutArray, rows: Ints) -> list[Ints]:
-    """Rows in chunks that share pp and whether they have virtual stages: what a `Group` needs."""
-    key = x.pp[rows] * 2 + (x.virtual_stages[rows] > 1)
+def same_pipeline(x: LayoutArray, rows: Ints, mixes: bool = False) -> list[Ints]:
+    """Rows in chunks that share pp and whether they have virtual stages (`mixes`: how many): what a `Group` needs."""
+    v = x.virtual_stages[rows] if mixes else (x.virtual_stages[rows] > 1).astype(np.int64)
+    most = int(v.max(initial=0)) + 1
+    key = x.pp[rows] * most + v
     chunks = []
     for value in np.unique(key):
         same = rows[key == value]
-        size = max(64, _CHUNK_RANKS // int(value // 2))
+        size = max(64, _CHUNK_RANKS // int(value // most))
         chunks += [same[i : i + size] for i in range(0, len(same), size)]
     return chunks
 
@@ -260,38 +282,34 @@ def least_recompute(g: Group, layers: Ints) -> Ints:
     at a vertex. With chunks modes are uniform, and the value is exact. BIG when none fits.
     """
     shape = np.broadcast(g.flight[:, :, None], layers).shape
-    held = layers * g.p.state[:, :, None]
+    p = g.deep
+    held = layers * p.state
     best = np.full(shape, BIG, dtype=np.int64)
     if np.any(g.layouts.virtual_stages > 1):
         weight = g.weight(np.broadcast_to(layers, shape))
-        p, first, last = g.deep, g.first[:, :, None], g.last[:, :, None]
+        first, last = g.first[:, :, None], g.last[:, :, None]
         none = np.zeros_like(layers)
         linear = step.stage_time(p, first, last, layers, none, none)
         for mode in g.modes:
-            fits = held + weight * g.act(mode)[:, :, None] <= g.room(mode)[:, :, None]
+            fits = held + weight * p.saved(mode) <= g.deep_room(mode)
             time = step.stage_time(p, first, last, layers, layers if mode == 1 else none, layers if mode == 2 else none)
             best = np.where(fits, np.minimum(best, time - linear), best)
         return best
     pairs = g.flight[:, :, None] * layers
     for strongest in g.modes:
         usable = tuple(m for m in g.modes if m <= strongest)
-        short = held + pairs * g.p.act0[:, :, None] - g.room(strongest)[:, :, None]
+        short = held + pairs * p.act0 - g.deep_room(strongest)
         best = np.minimum(best, _relaxed(g, layers, short, usable))
     return best
-
-
-def _again(g: Group, mode: int) -> Ints:
-    """Recompute time of one layer under a mode, shape (rows, 1)."""
-    return (np.zeros_like(g.p.recompute1), g.p.recompute1, g.p.recompute2)[mode]
 
 
 def _relaxed(g: Group, layers: Ints, short: Ints, modes: tuple[int, ...]) -> Ints:
     """Least fractional recompute time that saves `short` bytes with the given modes; BIG when impossible."""
     flight = g.flight[:, :, None].astype(float)
     need = np.maximum(short, 0) / flight  # bytes a micro-batch in flight
-    n = layers.astype(float)
-    saves = [np.maximum((g.p.act0 - g.act(m))[:, :, None].astype(float), 0.0) for m in modes]
-    costs = [_again(g, m)[:, :, None].astype(float) for m in modes]
+    n, p = layers.astype(float), g.deep
+    saves = [np.maximum((p.act0 - p.saved(m)).astype(float), 0.0) for m in modes]
+    costs = [p.again(m).astype(float) for m in modes]
     best = np.full(short.shape, np.inf)
     for a in range(len(modes)):
         # all layers under one mode, or one mode and no recompute

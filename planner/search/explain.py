@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.cost import primitives, step
-from planner.cost.task import MAX_DEVICES, Task
+from planner.cost import step
+from planner.cost.task import MAX_DEVICES, Ints, LayoutArray, Task
 from planner.engines.base import Engine
-from planner.search import bounds
+from planner.search import bounds, mixed
+from planner.search.solve import group_of, price
 from planner.search.space import Rows, Space, enumerate_rows
 from planner.specs.layout import RECOMPUTE_MODES, Layout, even_stages
 
@@ -32,7 +33,7 @@ def nearest_layout(task: Task, space: Space, rows: Rows) -> Nearest | None:
     x = rows.layouts
     best: tuple[int, int, int] | None = None
     for mode in space.modes if len(x) else ():
-        excess = step.even_step_cost(task, x, mode).excess
+        excess = _even_excess(task, x, mode)
         row = int(np.argmin(excess))
         if best is None or int(excess[row]) < best[0]:
             best = (int(excess[row]), row, mode)
@@ -47,12 +48,25 @@ def any_fits(task: Task, engine: Engine, space: Space) -> bool:
     x = enumerate_rows(task, engine, space).layouts
     if not len(x):
         return False
-    p = primitives.price(task, x)
-    for chunk in bounds.same_pipeline(x, np.arange(len(x))):
-        group = bounds.group_of(p.take(chunk), x.take(chunk), task.model.n_layers, space.modes)
-        if bounds.memory_feasible(group).any():
+    p, kinds = price(task, x)
+    for chunk in bounds.same_pipeline(x, np.arange(len(x)), bool(kinds)):
+        g = group_of(task, space.modes, x, p, kinds, chunk)
+        if (mixed.memory_feasible(task, g) if kinds else bounds.memory_feasible(g)).any():
             return True
     return False
+
+
+def _even_excess(task: Task, x: LayoutArray, mode: int) -> Ints:
+    """Bytes beyond what each layout may hold when split evenly under one recompute mode."""
+    if task.model.homogeneous:
+        return step.even_step_cost(task, x, mode).excess
+    p, kinds = price(task, x)
+    excess = np.full(len(x), np.iinfo(np.int64).max)
+    for chunk in bounds.same_pipeline(x, np.arange(len(x)), True):
+        even = x.layout(int(chunk[0]), even_stages(task.model.n_layers, int(x.pp[chunk[0]])))
+        g = group_of(task, (mode,), x, p, kinds, chunk)
+        excess[chunk] = mixed.excess(task, g, step.layers_by_kind(task, even), mode)
+    return excess
 
 
 def smallest_cluster(task: Task, engine: Engine, space_of: Callable[[Task], Space], unit: int) -> int | None:

@@ -17,7 +17,7 @@ from planner.cost import primitives, step
 from planner.cost.primitives import Primitives
 from planner.cost.task import Bools, Ints, LayoutArray, StageArray, Task
 from planner.engines.base import Engine
-from planner.search import bounds, stages
+from planner.search import bounds, mixed, stages
 from planner.search.bounds import BIG, Group
 from planner.search.space import Rows, Space, enumerate_rows
 from planner.specs.layout import Layout, Stage, format_recompute
@@ -84,6 +84,8 @@ class _State:
     """Solved exactly, perhaps only far enough to prove that nothing lies below a cutoff: `bound` says which."""
     known: Bools
     """The row's least value is known: it is its bound."""
+    kinds: tuple[Primitives, ...] = ()
+    """Primitives by kind of layers, where the model mixes several."""
     values: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
     """Row -> (step ns, split) for rows with a plan."""
     groups: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -93,7 +95,12 @@ class _State:
 
     def group(self, rows: Ints) -> Group:
         """Rows with one pp as a `Group`."""
-        return bounds.group_of(self.p.take(rows), self.layouts.take(rows), self.task.model.n_layers, self.space.modes)
+        return group_of(self.task, self.space.modes, self.layouts, self.p, self.kinds, rows)
+
+    @property
+    def mixing(self) -> Task | None:
+        """The task, where its model mixes kinds of layers."""
+        return self.task if self.kinds else None
 
     def kth(self, k: int) -> int:
         """The k-th best value over distinct groups, BIG while there are fewer."""
@@ -155,18 +162,35 @@ def solver_name() -> str:
 def _prepare(task: Task, space: Space, rows: Rows) -> _State:
     """Primitives, the exact memory test, and the first bound of every row."""
     x = rows.layouts
-    p = primitives.price(task, x)
+    p, kinds = price(task, x)
     size = len(x)
     none = np.zeros(size, dtype=bool)
-    state = _State(task, space, x, p, np.full(size, BIG), none.copy(), none.copy(), none.copy())
-    for chunk in bounds.same_pipeline(x, np.arange(size)):
+    state = _State(task, space, x, p, np.full(size, BIG), none.copy(), none.copy(), none.copy(), kinds)
+    for chunk in bounds.same_pipeline(x, np.arange(size), bool(kinds)):
         g = state.group(chunk)
-        fits = bounds.memory_feasible(g)
+        fits = mixed.memory_feasible(task, g) if kinds else bounds.memory_feasible(g)
         state.fits[chunk] = fits
-        state.bound[chunk] = np.where(fits, bounds.simple_bound(g), BIG)
+        simple = mixed.simple_bound(task, g) if kinds else bounds.simple_bound(g)
+        state.bound[chunk] = np.where(fits, simple, BIG)
     key = np.stack([x.tp, x.cp, x.pp, x.ep], axis=1)
     state.groups = np.unique(key, axis=0, return_inverse=True)[1].ravel() if size else np.zeros(0, dtype=np.int64)
     return state
+
+
+def price(task: Task, x: LayoutArray) -> tuple[Primitives, tuple[Primitives, ...]]:
+    """(primitives of each row, those by kind of layers where the model mixes several and the first are its last kind's)."""
+    if task.model.homogeneous:
+        return primitives.price(task, x), ()
+    kinds = tuple(primitives.price(task.only(k), x) for k in range(len(task.model.kinds)))
+    return kinds[task.model.text_kind], kinds
+
+
+def group_of(
+    task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, kinds: tuple[Primitives, ...], rows: Ints
+) -> Group:
+    """Rows with one pipeline degree (and one v, where the model mixes kinds of layers) as a `Group`."""
+    g = bounds.group_of(p.take(rows), x.take(rows), task.model.n_layers, modes)
+    return mixed.with_kinds(g, tuple(k.take(rows) for k in kinds)) if kinds else g
 
 
 # ---- the rising target ---------------------------------------------------------------------------------------------
@@ -202,9 +226,10 @@ def _check(deadline: float | None) -> None:
 def _refine(state: _State, target: int, k: int, deadline: float | None) -> None:
     """Raise the bounds of rows below the target, where they could still matter."""
     rows = np.nonzero(state.fits & ~state.known & (state.bound < min(target, state.kth(k) + 1)))[0]
-    for chunk in bounds.same_pipeline(state.layouts, rows):
+    for chunk in bounds.same_pipeline(state.layouts, rows, bool(state.kinds)):
         _check(deadline)
-        better = bounds.target_bound(state.group(chunk), target)
+        g = state.group(chunk)
+        better = mixed.target_bound(state.task, g, target) if state.kinds else bounds.target_bound(g, target)
         state.bound[chunk] = np.maximum(state.bound[chunk], np.minimum(better, target))
 
 
@@ -213,11 +238,12 @@ def _solve(state: _State, row: int, target: int, k: int, deadline: float | None)
     own = state.best.get(int(state.groups[row]), int(BIG))
     cutoff = min(target, max(min(own, state.kth(k)), state.optimum) + 1)
     g = state.group(np.array([row]))
-    reach = int(bounds.reach_below(g, cutoff)[0])
+    mixing = state.mixing
+    reach = int((mixed.reach_below(mixing, g, cutoff) if mixing else bounds.reach_below(g, cutoff))[0])
     if reach < int(state.layouts.virtual_stages[row]):  # not even one layer a chunk stays below the cutoff
         state.examined[row], state.bound[row] = True, max(int(state.bound[row]), cutoff)
         return
-    t = stages.tables(g, reach)
+    t = stages.tables(g, reach, mixing)
     v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row])
     below = (cutoff - constant - 1) * v + 1
     found = stages.best_split(t, below, lambda: _check(deadline))
@@ -305,23 +331,33 @@ def _candidate(state: _State, row: int) -> Candidate:
     """The canonical plan of a row; re-evaluated by the cost model, which must give the same integer."""
     value, _ = state.values[row]
     g = state.group(np.array([row]))
-    t = stages.tables(g)
+    t = stages.tables(g, task=state.mixing)
     v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row])
     verdict = stages.cp_sat(t, (value - constant) * v + 1, canonical=True)
     if verdict.status != "OPTIMAL" or verdict.split is None:
         raise SearchError(f"the tie-break of a plan is {verdict.status}")
     layout = layout_of(state.layouts, row, t, verdict.split)
     x = LayoutArray.of([layout], state.task.job)
-    cost = step.step_cost(state.p.take(np.array([row])), x, StageArray.of([layout]))
+    cost = _evaluate(state, row, layout, x)
     if int(cost.step[0]) != value or not bool(cost.fits[0]):
         raise SearchError(f"the plan evaluates to {int(cost.step[0])} ns (fits: {bool(cost.fits[0])}), the search says {value}")
     return Candidate(row, value, layout)
 
 
+def _evaluate(state: _State, row: int, layout: Layout, x: LayoutArray) -> step.StepCost:
+    """The cost model's own verdict on a layout of a row."""
+    only, ranks = np.array([row]), StageArray.of([layout])
+    blended = None
+    if state.kinds:
+        counts = step.layers_by_kind(state.task, layout)
+        blended = step.blend([k.take(only).take(ranks.row) for k in state.kinds], counts, state.task.model.text_kind)
+    return step.step_cost(state.p.take(only), x, ranks, blended)
+
+
 def layout_of(x: LayoutArray, row: int, t: stages.Tables, split: list[int]) -> Layout:
     """The spec layout of a row with a split and its tables' recompute counts."""
     listed = []
-    for s, n in enumerate(split):
-        selective, full = int(t.selective[s, n - t.least]), int(t.full[s, n - t.least])
+    for s, (n, entry) in enumerate(zip(split, t.columns(split), strict=True)):
+        selective, full = int(t.selective[s, entry]), int(t.full[s, entry])
         listed.append(Stage(layers=n, recompute=format_recompute(n, selective, full)))
     return x.layout(row, listed)

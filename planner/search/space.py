@@ -111,10 +111,10 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
 
 def _expert_degrees(task: Task, engine: Engine) -> tuple[int, ...]:
     """Divisors of the experts that fit the cluster; 1 for dense models and engines that do not spread experts."""
-    mlp = task.model.layer.mlp
-    if not (mlp.routed and engine.expert_parallel):
+    experts = math.gcd(*(m.experts for m in task.model.routed_mlps))
+    if not (experts and engine.expert_parallel):
         return (1,)
-    return tuple(d for d in _divisors(mlp.experts) if d <= task.gpus)
+    return tuple(d for d in _divisors(experts) if d <= task.gpus)
 
 
 def _divisors(n: int) -> list[int]:

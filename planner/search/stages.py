@@ -6,19 +6,24 @@ mix that fits dominates. That turns memory into a table R[s, n] (exact, in bytes
     minimise  A max_s R[s, n_s] + sum_s R[s, n_s] + v max_s D[s, n_s]   subject to  sum_s n_s = L
 
 which `best_split` solves by dynamic programming over bottleneck thresholds, and `cp_sat` by itself: both must agree.
+Where the model mixes kinds of layers, R depends on which layers a rank holds, not only on how many: the entries are windows
+of the sequence (`windows`), and the ranks' windows join end to end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from planner.cost import step
-from planner.cost.task import Bools, Ints
+from planner.cost.primitives import Primitives
+from planner.cost.task import Bools, Ints, Task
+from planner.search import mixed
 from planner.search.bounds import BIG, Group, most_layers
+from planner.search.windows import windows
 
 DETERMINISTIC_TIME = 60.0
 """CP-SAT's own clock, the only limit that could stop a proof: the same on every machine."""
@@ -26,7 +31,7 @@ DETERMINISTIC_TIME = 60.0
 
 @dataclass(frozen=True)
 class Tables:
-    """One outer row: exact integers for rank s (first axis) and least + i layers (second axis)."""
+    """One outer row: exact integers for rank s (first axis) and the entry of a window of layers (second axis)."""
 
     time: Ints
     """R, BIG when no recompute mix fits."""
@@ -34,48 +39,96 @@ class Tables:
     """D."""
     selective: Ints
     full: Ints
-    least: int
+    layers: Ints
+    """Layers of each entry."""
+    at: Ints
+    """Entry of the window of n positions (second axis) that starts at position a (first axis); -1 where there is none. One
+    row stands for all positions when layers are of one kind."""
     n_layers: int
     factor: int
     """A = v m - 1."""
     chunks: int
-    """v."""
+    """v: layers for each position of the sequence."""
+
+    @property
+    def positions(self) -> int:
+        """Positions of the sequence that the ranks divide."""
+        return self.n_layers // self.chunks
+
+    @property
+    def anywhere(self) -> bool:
+        """Whether a window's entry depends on its length alone."""
+        return len(self.at) == 1
+
+    def entries(self, size: int) -> Ints:
+        """Entries of the windows of `size` positions by where they start, one for all when that makes no difference."""
+        return self.at[: 1 if self.anywhere else self.positions + 1 - size, size]
+
+    def columns(self, split: list[int]) -> list[int]:
+        """The entry that each rank holds under a split into layers."""
+        found, start = [], 0
+        for n in split:
+            size = n // self.chunks
+            found.append(int(self.at[0 if self.anywhere else start, size]))
+            start += size
+        return found
 
     def value(self, split: list[int]) -> int:
         """The objective of a split, before division by v."""
-        columns = [n - self.least for n in split]
+        columns = self.columns(split)
         time = [int(self.time[s, c]) for s, c in enumerate(columns)]
         once = [int(self.once[s, c]) for s, c in enumerate(columns)]
         return self.factor * max(time) + sum(time) + self.chunks * max(once)
 
 
-def tables(g: Group, reach: int | None = None) -> Tables:
-    """The exact tables of a group of one row, for up to `reach` layers a rank."""
-    x, p = g.layouts, g.p
-    v = int(x.virtual_stages[0])
-    most = most_layers(g)[0]
+def tables(g: Group, reach: int | None = None, task: Task | None = None) -> Tables:
+    """The exact tables of a group of one row, for up to `reach` layers a rank. `task` where the model mixes kinds."""
+    v = int(g.layouts.virtual_stages[0])
     top = g.n_layers - (g.pp - 1) * v
-    top = max(v, min(top, int(most.max()), reach if reach is not None else top))
-    layers = np.arange(v, top + 1, dtype=np.int64)[None, :]
-    fits, selective, full = _uniform(g, layers) if v > 1 else _mixed(g, layers)
+    top = max(v, min(top, reach if reach is not None else top))
+    if task is not None:
+        return _window_tables(g, task, top)
+    most = most_layers(g)[0]
+    top = max(v, min(top, int(most.max())))
+    sizes = np.arange(1, top // v + 1, dtype=np.int64)
+    at = np.concatenate([[-1], sizes - 1])[None, :]
+    return _priced(g, sizes * v, at, sizes * v <= most[:, None])
+
+
+def _window_tables(g: Group, task: Task, top: int) -> Tables:
+    w = windows(task.model.kind_of_layer, int(g.layouts.virtual_stages[0]), top // int(g.layouts.virtual_stages[0]))
+    g = mixed.blended(g, w.counts[None, None], task.model.text_kind)
+    beside = step.stage_update_bytes(g.deep, g.first[:, :, None], g.last[:, :, None], w.layers) <= g.p.capacity[:, :, None]
+    return _priced(g, w.layers, w.at, beside[0])
+
+
+def _priced(g: Group, layers: Ints, at: Ints, allowed: Bools) -> Tables:
+    """Tables of a row over windows of `layers` layers; `allowed` of shape (ranks, entries)."""
+    v, p = int(g.layouts.virtual_stages[0]), g.deep.take(np.array([0]))
+    one, columns = _flat(p), layers[None, :]
+    fits, selective, full = _uniform(g, one, columns) if v > 1 else _mixed(g, one, columns)
     first, last = g.first[0][:, None], g.last[0][:, None]
-    time = step.stage_time(p, first, last, layers, selective, full)
-    whole = layers % v == 0  # ranks of equal chunks: a rule
-    time = np.where(fits & whole & (layers <= most[:, None]), time, BIG)
-    once = np.broadcast_to(step.stage_once(p, first, last, layers), time.shape)
-    factor = v * int(x.microbatches[0]) - 1
-    return Tables(time, once, selective, full, v, g.n_layers, factor, v)
+    time = step.stage_time(one, first, last, columns, selective, full)
+    time = np.where(fits & allowed, time, BIG)
+    once = np.broadcast_to(step.stage_once(one, first, last, columns), time.shape)
+    factor = v * int(g.layouts.microbatches[0]) - 1
+    return Tables(time, once, selective, full, layers, at, g.n_layers, factor, v)
 
 
-def _uniform(g: Group, layers: Ints) -> tuple[Bools, Ints, Ints]:
+def _flat(p: Primitives) -> Primitives:
+    """Primitives of one row without its axis: shape (1, 1 or entries)."""
+    return Primitives(**{f.name: getattr(p, f.name)[0] for f in fields(Primitives)})
+
+
+def _uniform(g: Group, p: Primitives, layers: Ints) -> tuple[Bools, Ints, Ints]:
     """(fits, selective, full) of the cheapest uniform mode that fits, shape (pp, n)."""
     shape = (g.pp, layers.shape[1])
     weight = g.weight(np.broadcast_to(layers[None], (1, *shape)))[0]
     best = np.full(shape, BIG, dtype=np.int64)
     counts = [np.zeros(shape, dtype=np.int64) for _ in range(3)]
     for mode in g.modes:
-        again = layers * (0, int(g.p.recompute1[0, 0]), int(g.p.recompute2[0, 0]))[mode]
-        fits = layers * g.p.state + weight * g.act(mode) <= g.room(mode)[0][:, None]
+        again = np.broadcast_to(layers * p.again(mode), shape)
+        fits = layers * p.state + weight * p.saved(mode) <= g.deep_room(mode)[0]
         better = fits & (again < best)
         best = np.where(better, again, best)
         for other in (1, 2):
@@ -83,22 +136,23 @@ def _uniform(g: Group, layers: Ints) -> tuple[Bools, Ints, Ints]:
     return best < BIG, counts[1], counts[2]
 
 
-def _mixed(g: Group, layers: Ints) -> tuple[Bools, Ints, Ints]:
+def _mixed(g: Group, p: Primitives, layers: Ints) -> tuple[Bools, Ints, Ints]:
     """(fits, selective, full) of the cheapest mix that fits, shape (pp, n): every number of fully recomputed layers."""
     shape = (g.pp, layers.shape[1])
     best = np.full(shape, BIG, dtype=np.int64)
     best1, best2 = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     flight = g.flight[0][:, None]
-    save1, save2 = (int((g.p.act0 - g.act(m))[0, 0]) for m in (1, 2))
-    cost1, cost2 = int(g.p.recompute1[0, 0]), int(g.p.recompute2[0, 0])
+    save1, save2 = p.act0 - p.act1, p.act0 - p.act2
+    cost1, cost2 = p.recompute1, p.recompute2
+    rooms = [g.deep_room(mode)[0] for mode in range(3)]
     full_counts = range(int(layers.max()) + 1) if 2 in g.modes else range(1)
     for n2 in full_counts:
         for strongest in (2,) if n2 else (0, 1):
             if strongest not in g.modes:
                 continue
-            short = layers * g.p.state + flight * (layers * int(g.p.act0[0, 0]) - n2 * save2) - g.room(strongest)[0][:, None]
+            short = layers * p.state + flight * (layers * p.act0 - n2 * save2) - rooms[strongest]
             n1 = _selective_needed(short, flight * save1, layers, n2, strongest, g.modes)
-            time = np.where(n1 + n2 <= layers, n1 * cost1 + n2 * cost2, BIG)
+            time = np.where((n1 + n2 <= layers) & (n2 <= layers), n1 * cost1 + n2 * cost2, BIG)
             time = np.where(n1 >= 0, time, BIG)
             better = time < best
             best = np.where(better, time, best)
@@ -184,42 +238,60 @@ def _least_bottleneck(t: Tables, mask: np.ndarray) -> int | None:
 
 
 def _reachable(t: Tables, mask: np.ndarray) -> bool:
-    """Whether some split uses allowed entries only: sets of prefix lengths as bits of an integer."""
-    reached, keep = 1, (1 << (t.n_layers + 1)) - 1
+    """Whether some split uses allowed entries only: sets of positions where ranks end."""
+    if t.anywhere:
+        return _reachable_anywhere(t, mask)
+    reached = np.zeros(t.positions + 1, dtype=bool)
+    reached[0] = True
+    for s in range(mask.shape[0]):
+        following = np.zeros_like(reached)
+        for n in _sizes(t, mask[s]):
+            following[n:] |= reached[: len(reached) - n] & mask[s, t.entries(n)]
+        reached = following
+    return bool(reached[-1])
+
+
+def _reachable_anywhere(t: Tables, mask: np.ndarray) -> bool:
+    """The same for layers of one kind, positions as bits of an integer."""
+    reached, keep = 1, (1 << (t.positions + 1)) - 1
     for s in range(mask.shape[0]):
         following = 0
-        for i in np.nonzero(mask[s])[0].tolist():
-            following |= reached << (t.least + i)
+        for n in _sizes(t, mask[s]):
+            following |= reached << n
         reached = following & keep
         if not reached:
             return False
-    return bool(reached >> t.n_layers & 1)
+    return bool(reached >> t.positions & 1)
+
+
+def _sizes(t: Tables, mask: np.ndarray) -> list[int]:
+    """Sizes, in positions, of the windows that a rank may hold."""
+    sizes = np.unique(t.layers[mask]) // t.chunks
+    return [int(n) for n in sizes[sizes <= t.positions]]
 
 
 def _least_sum(t: Tables, mask: np.ndarray) -> tuple[int, list[int]] | None:
     """The least sum of R over splits of allowed entries, and the split."""
-    size = t.n_layers + 1
+    size = t.positions + 1
     best = np.full(size, BIG, dtype=np.int64)
     best[0] = 0
     choices = []
     for s in range(mask.shape[0]):
         following, choice = np.full(size, BIG, dtype=np.int64), np.zeros(size, dtype=np.int64)
-        for i in np.nonzero(mask[s])[0].tolist():
-            n = t.least + i
-            if n >= size:
-                break
-            candidate = best[: size - n] + t.time[s, i]
+        mine = np.where(mask[s], t.time[s], BIG)
+        for n in _sizes(t, mask[s]):
+            candidate = best[: size - n] + mine[t.entries(n)]
             better = candidate < following[n:]
             following[n:][better], choice[n:][better] = candidate[better], n
         best = np.minimum(following, BIG)
         choices.append(choice)
     if best[-1] >= BIG:
         return None
-    split, left = [], t.n_layers
+    split, left = [], t.positions
     for choice in reversed(choices):
         split.append(int(choice[left]))
         left -= split[-1]
-    return int(best[-1]), split[::-1]
+    return int(best[-1]), [n * t.chunks for n in reversed(split)]
 
 
 # ---- CP-SAT --------------------------------------------------------------------------------------------------------
@@ -243,14 +315,15 @@ def cp_sat(t: Tables, below: int, canonical: bool = False) -> Verdict:
     from ortools.sat.python import cp_model
 
     model: Any = cp_model.CpModel()
-    kept = _worth_trying(t, below)
-    if any(not len(columns) for columns in kept):
+    kept = _arcs(t, below)
+    if any(not len(arcs) for arcs in kept):
         return Verdict("INFEASIBLE", None, None)
-    rows = [s for s, columns in enumerate(kept) for _ in columns]
-    columns_flat = [int(c) for columns in kept for c in columns]
-    time = [int(t.time[s, c]) for s, c in zip(rows, columns_flat, strict=True)]
-    once = [int(t.once[s, c]) for s, c in zip(rows, columns_flat, strict=True)]
-    layers = [t.least + c for c in columns_flat]
+    rows = [s for s, arcs in enumerate(kept) for _ in arcs]
+    arcs = np.concatenate(kept)
+    starts, sizes, entries = (arcs[:, i].tolist() for i in range(3))
+    time = [int(t.time[s, e]) for s, e in zip(rows, entries, strict=True)]
+    once = [int(t.once[s, e]) for s, e in zip(rows, entries, strict=True)]
+    layers = [n * t.chunks for n in sizes]
     x = [model.new_bool_var("") for _ in rows]
     slowest = model.new_int_var(0, max(time), "max R")
     largest = model.new_int_var(0, max(once), "max D")
@@ -259,7 +332,10 @@ def cp_sat(t: Tables, below: int, canonical: bool = False) -> Verdict:
         model.add_exactly_one([x[i] for i in mine])
         model.add(slowest >= sum(time[i] * x[i] for i in mine))
         model.add(largest >= sum(once[i] * x[i] for i in mine))
-    model.add(sum(n * b for n, b in zip(layers, x, strict=True)) == t.n_layers)
+    if t.anywhere:
+        model.add(sum(n * b for n, b in zip(layers, x, strict=True)) == t.n_layers)
+    else:
+        _join(model, x, rows, starts, sizes)
     total = t.factor * slowest + sum(c * b for c, b in zip(time, x, strict=True)) + t.chunks * largest
     model.add(total <= below - 1)
     if canonical:
@@ -278,6 +354,18 @@ def cp_sat(t: Tables, below: int, canonical: bool = False) -> Verdict:
     return Verdict(solver.status_name(status), t.value(split), split)
 
 
+def _join(model: Any, x: list[Any], rows: list[int], starts: list[int], sizes: list[int]) -> None:
+    """Every rank's window starts where the one before ends. Windows outside the sequence's ends were dropped before."""
+    ends: dict[tuple[int, int], list[Any]] = {}
+    begins: dict[tuple[int, int], list[Any]] = {}
+    for s, a, n, b in zip(rows, starts, sizes, x, strict=True):
+        begins.setdefault((s, a), []).append(b)
+        ends.setdefault((s + 1, a + n), []).append(b)
+    for place in sorted(ends.keys() | begins.keys()):
+        if 0 < place[0] <= rows[-1]:
+            model.add(sum(ends.get(place, [])) == sum(begins.get(place, [])))
+
+
 def deterministic_solver() -> Any:
     """A CP-SAT solver whose answer depends on nothing but the model."""
     from ortools.sat.python import cp_model
@@ -290,25 +378,55 @@ def deterministic_solver() -> Any:
     return solver
 
 
-def _worth_trying(t: Tables, below: int) -> list[Ints]:
-    """Entries of each rank that a split under `below` could use: their own bottleneck, the least of everything else."""
+def _arcs(t: Tables, below: int) -> list[Ints]:
+    """(start, positions, entry) of each rank's windows that a split under `below` could use, rows of an array a rank.
+
+    A window is dropped when its own bottleneck, with the least of everything else, is too long.
+    """
     fits = t.time < BIG
     pp = t.time.shape[0]
     if not fits.any(axis=1).all():
-        return [np.zeros(0, dtype=np.int64)] * pp
-    layers = t.least + np.arange(t.time.shape[1], dtype=np.int64)
-    # sum R = L * slope + sum of what exceeds the slope: a bound that does not depend on how the layers are split.
-    slope = int(np.min((t.time[:, 1:] - t.time[:, :-1])[fits[:, 1:] & fits[:, :-1]], initial=np.iinfo(np.int64).max))
-    slope = 0 if slope == np.iinfo(np.int64).max else slope
-    over = np.where(fits, t.time - slope * layers, BIG)
-    least = over.min(axis=1)
-    rest = t.n_layers * slope + int(least.sum())
+        return [np.zeros((0, 3), dtype=np.int64)] * pp
     floor_time = max(int(t.time[s][fits[s]].min()) for s in range(pp))
     floor_once = max(int(t.once[s][fits[s]].min()) for s in range(pp))
+    bottleneck = t.factor * np.maximum(np.where(fits, t.time, 0), floor_time) + t.chunks * np.maximum(t.once, floor_once)
+    if not t.anywhere:
+        return _arcs_between(t, fits, bottleneck, below)
+    # sum R = L * slope + sum of what exceeds the slope: a bound that does not depend on how the layers are split.
+    slope = int(np.min((t.time[:, 1:] - t.time[:, :-1])[fits[:, 1:] & fits[:, :-1]], initial=np.iinfo(np.int64).max))
+    slope = 0 if slope == np.iinfo(np.int64).max else slope // t.chunks
+    over = np.where(fits, t.time - slope * t.layers, BIG)
+    least = over.min(axis=1)
+    rest = t.n_layers * slope + int(least.sum())
     keep = []
     for s in range(pp):
-        bottleneck = np.maximum(np.where(fits[s], t.time[s], 0), floor_time)
         total = rest + np.where(fits[s], over[s] - least[s], 0)
-        bound = t.factor * bottleneck + total + t.chunks * np.maximum(t.once[s], floor_once)
-        keep.append(np.nonzero(fits[s] & (bound < below))[0])
+        found = np.nonzero(fits[s] & (bottleneck[s] + total < below))[0]
+        keep.append(np.stack([np.zeros_like(found), t.layers[found] // t.chunks, found], axis=1))
+    return keep
+
+
+def _arcs_between(t: Tables, fits: np.ndarray, bottleneck: Ints, below: int) -> list[Ints]:
+    """The same where windows differ by their place: the least sum through each of them, before it and after it."""
+    pp, end = t.time.shape[0], t.positions
+    before, after = np.full((pp + 1, end + 1), BIG), np.full((pp + 1, end + 1), BIG)
+    before[0, 0], after[pp, end] = 0, 0
+    time = np.where(fits, t.time, BIG)
+    for s in range(pp):
+        for n in _sizes(t, fits[s]):
+            reached = np.minimum(before[s, : end + 1 - n] + time[s, t.entries(n)], BIG)
+            before[s + 1, n:] = np.minimum(before[s + 1, n:], reached)
+    for s in reversed(range(pp)):
+        for n in _sizes(t, fits[s]):
+            reached = np.minimum(after[s + 1, n:] + time[s, t.entries(n)], BIG)
+            after[s, : end + 1 - n] = np.minimum(after[s, : end + 1 - n], reached)
+    keep = []
+    for s in range(pp):
+        found = [np.zeros((0, 3), dtype=np.int64)]
+        for n in _sizes(t, fits[s]):
+            entry = t.entries(n)
+            through = np.minimum(before[s, : end + 1 - n] + after[s + 1, n:], BIG) + time[s, entry]
+            usable = np.nonzero((through < BIG) & (bottleneck[s, entry] + through < below))[0]
+            found.append(np.stack([usable, np.full_like(usable, n), entry[usable]], axis=1))
+        keep.append(np.concatenate(found))
     return keep

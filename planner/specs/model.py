@@ -134,6 +134,21 @@ class Model(Spec):
         return Model.model_construct(**fields)  # not a copy: that would keep cached sizes
 
     @cached_property
+    def attentions(self) -> tuple[Attention, ...]:
+        """Attention of each kind of layers."""
+        return tuple(g.attention for g, _ in self.kinds)
+
+    @cached_property
+    def mlps(self) -> tuple[Mlp, ...]:
+        """MLP of each kind of layers."""
+        return tuple(g.mlp for g, _ in self.kinds)
+
+    @cached_property
+    def routed_mlps(self) -> tuple[Mlp, ...]:
+        """Those that route tokens to experts."""
+        return tuple(m for m in self.mlps if m.routed)
+
+    @cached_property
     def fronts(self) -> tuple[FrontEnd, ...]:
         """The distinct front ends."""
         return tuple({g.front.model_dump_json(): g.front for g in self.layers if g.front}.values())

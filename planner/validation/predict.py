@@ -216,12 +216,16 @@ def predict_table(table: Table) -> Predicted:
 
 
 def priced(batch: Batch, task: Task) -> tuple[list[PrimitiveTable], Primitives, Primitives | None]:
-    """(tables by kind of layer, the first kind's primitives, blended primitives of ranks that mix kinds)."""
-    x, stages = batch.layouts, batch.stages
-    kinds = [primitive_table(task.only(k), x) for k in range(len(task.model.kinds))]
+    """(tables by kind of layer, the last kind's primitives, blended primitives of ranks that mix kinds)."""
+    kinds = [primitive_table(task.only(k), batch.layouts) for k in range(len(task.model.kinds))]
     tables = [table.of(slice(None)) for table in kinds]
     mixed = len(kinds) > 1
-    return kinds, tables[0], step.blend([p.take(stages.row) for p in tables], batch.kind_counts) if mixed else None
+    return kinds, tables[task.model.text_kind], _blended(tables, batch) if mixed else None
+
+
+def _blended(tables: list[Primitives], batch: Batch) -> Primitives:
+    """Primitives of each rank of a model that mixes kinds of layers."""
+    return step.blend([p.take(batch.stages.row) for p in tables], batch.kind_counts, batch.task.model.text_kind)
 
 
 def figures(batch: Batch, task: Task | None = None) -> Figures:

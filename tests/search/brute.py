@@ -11,6 +11,7 @@ from planner.cost import primitives, step
 from planner.cost.task import LayoutArray, StageArray, Task
 from planner.engines.base import Engine
 from planner.search.space import Space, enumerate_rows
+from planner.specs.layout import Stage
 
 
 def splits(layers: int, stages: int, least: int) -> Iterator[tuple[int, ...]]:
@@ -40,7 +41,7 @@ def mixes(layers: int, modes: tuple[int, ...], uniform: bool) -> list[tuple[int,
 def row_values(task: Task, x: LayoutArray, row: int, modes: tuple[int, ...]) -> int | None:
     """The least step time (ns) of an outer row over all its feasible layouts, None when none fits."""
     one = x.take(np.array([row]))
-    p = primitives.price(task, one)
+    p = primitives.price(task if task.model.homogeneous else task.only(task.model.text_kind), one)
     pp, v, n_layers = int(one.pp[0]), int(one.virtual_stages[0]), task.model.n_layers
     best: int | None = None
     for split in splits(n_layers, pp, v):
@@ -59,11 +60,22 @@ def row_values(task: Task, x: LayoutArray, row: int, modes: tuple[int, ...]) -> 
             selective=table[:, :, 0].ravel(),
             full=table[:, :, 1].ravel(),
         )
-        cost = step.step_cost(many_p, many, stages)
+        cost = step.step_cost(many_p, many, stages, blended(task, one, split, stages))
         if cost.fits.any():
             value = int(cost.step[cost.fits].min())
             best = value if best is None else min(best, value)
     return best
+
+
+def blended(task: Task, one: LayoutArray, split: tuple[int, ...], stages: StageArray) -> step.Blend | None:
+    """Primitives of every rank of a model that mixes kinds of layers, from the layers that each rank holds."""
+    if task.model.homogeneous:
+        return None
+    counts = step.layers_by_kind(task, one.layout(0, [Stage(layers=n) for n in split]))
+    kinds = [
+        primitives.price(task.only(k), one).take(np.zeros(len(stages.row), dtype=np.int64)) for k in range(counts.shape[1])
+    ]
+    return step.blend(kinds, counts[stages.index], task.model.text_kind)
 
 
 def all_rows(task: Task, engine: Engine, space: Space) -> tuple[LayoutArray, list[int | None]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from machines import gpt, llama, mixture, profile, task
+from machines import gpt, llama, mixed, mixture, profile, task
 
 from planner.cost.task import Task
 from planner.engines.base import Engine
@@ -34,6 +34,23 @@ def instance(seed: int) -> tuple[Task, Engine, Space]:
         pins["recompute"] = rng.choice((["none"], ["full"], ["selective", "full"], ["none", "full"]))
     space = declared_space(t, engine, pins, ["cp"] if rng.random() < 0.5 else [])
     return t, engine, space
+
+
+def mixed_instance(seed: int) -> tuple[Task, Engine, Space]:
+    """The same over sequences of several kinds: dense then routed, alternating windows, an encoder in front."""
+    rng = random.Random(seed)
+    layers, hidden = rng.randint(2, 6), rng.choice((512, 1024))
+    model = mixed(rng.choice(("dense first", "alternating", "encoder", "random")), layers, hidden, rng)
+    gpus = rng.choice((2, 4, 8))
+    states = 18 * model.total_params / 2**30
+    memory = 2.2 + states / gpus * rng.uniform(0.4, 3.0) + rng.choice((0.05, 0.5, 4.0))
+    engine = engine_named(rng.choice(("megatron", "torchtitan", "megatron+unfused-attention")))
+    machine = profile(memory=f"{memory:.3f} GiB", node_size=rng.choice((2, 4, 8)), nic=rng.choice(("5 GB/s", "50 GB/s")))
+    t = task(model, gpus, rng.choice((512, 1024)), rng.choice((4, 8)), engine.name, machine)
+    pins: dict[str, list[object]] = {"micro_batch": [1, 2]}
+    if rng.random() < 0.2:
+        pins["recompute"] = rng.choice((["none"], ["full"], ["selective", "full"], ["none", "full"]))
+    return t, engine, declared_space(t, engine, pins, ["cp"])
 
 
 def mixture_instance(seed: int) -> tuple[Task, Engine, Space]:

@@ -48,6 +48,11 @@ class Case:
     book: Book
 
     @property
+    def base(self) -> Kind:
+        """The kind that embedding, head and sends between stages are priced with."""
+        return self.kinds[self.task.model.text_kind]
+
+    @property
     def layout(self) -> Layout:
         """The plan's layout."""
         return self.plan.layout
@@ -88,7 +93,7 @@ def case_of(task: Task, plan: Plan) -> Case:
     kinds = [_kind(task.only(k) if mixed else task, x, f"kind {k}: " if mixed else "") for k in range(len(task.model.kinds))]
     priced = [k.p.take(stages.row) for k in kinds]
     counts = step.layers_by_kind(task, plan.layout)
-    blended = step.blend(priced, counts) if mixed else None
+    blended = step.blend(priced, counts, task.model.text_kind) if mixed else None
     cost = step.stage_cost(kinds[0].p, x, stages, blended)
     held, book = step.held(x.take(stages.row), stages), Book(task, plan.layout.zero)
     return Case(task, plan, x, stages, tuple(kinds), counts, blended or priced[0], cost, held, book)

@@ -50,7 +50,7 @@ def collectives_of(c: Case) -> tuple[Collective, ...]:
             rows += _layer_rows(c, kind, k, count)
             rows += _recompute_rows(c, kind, k, count)
     if c.ends(c.slowest)[1]:
-        rows += _head_rows(c, c.task.growth * c.m * float(c.kinds[0].seconds.head_tp[0]))
+        rows += _head_rows(c, c.task.growth * c.m * float(c.base.seconds.head_tp[0]))
     return (*rows, *_pipeline_rows(c), *_step_rows(c))
 
 
@@ -214,7 +214,7 @@ def _joined(rows: list[Collective]) -> list[Collective]:
 
 def _head_rows(c: Case, exposed: float) -> list[Collective]:
     """The head's collectives over tp."""
-    n_bytes = float(operators.hidden_bytes(c.task, c.kinds[0].shapes)[0])
+    n_bytes = float(operators.hidden_bytes(c.task, c.base.shapes)[0])
     op, count = ("all_gather", 2.0) if c.layout.sequence_parallel else ("all_reduce", 1.0)
     calls = [_Call("tp", op, c.layout.tp, 1.0, n_bytes, c.m * count, c.task.constant("tp"))]
     return _priced(c, "tp_comm", "head, forward and backward", calls, exposed, "nothing", ("constant.tp",))
@@ -225,7 +225,7 @@ def _pipeline_rows(c: Case) -> list[Collective]:
     task, layout = c.task, c.layout
     if layout.pp == 1:
         return []
-    sent = primitives.sent_bytes(task, c.x, memory.activation_bytes(c.kinds[0].task, c.x).boundary)
+    sent = primitives.sent_bytes(task, c.x, memory.activation_bytes(c.base.task, c.x).boundary)
     hops = primitives.hop_seconds(task, sent)
     tiers = _tiers(task, layout.world_size, 1.0)
     tier, each = tiers[-1], task.growth * float(hops[len(tiers) - 1][0])

@@ -142,7 +142,7 @@ def _part_figures(task: Task, s: Shapes) -> dict[str, tuple[str, ...]]:
 
 def end_lines(lines: Lines) -> None:
     """Embedding and head, where the slowest rank has them."""
-    c, kind = lines.c, lines.c.kinds[0]
+    c, kind = lines.c, lines.c.base
     task, s = kind.task, kind.shapes
     first, last = c.ends(c.slowest)
     if first:

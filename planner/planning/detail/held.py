@@ -34,5 +34,5 @@ class Held:
 
     def largest(self, name: str) -> Kind:
         """The kind of layers whose primitive `name` is the largest: it decides a peak."""
-        present = [k for k, _ in self.kinds] or [self.c.kinds[0]]
+        present = [k for k, _ in self.kinds] or [self.c.base]
         return max(present, key=lambda k: int(getattr(k.p, name)[0]))

@@ -67,7 +67,7 @@ def _states(held: Held, part: str) -> Iterator[tuple[str, int | None, float, flo
             states = memory.state_bytes(kind.task, x.zero, shard, x.microbatches)
             each, per = float(kind.params[key][0]), float(getattr(states, moment)[part][0])
             yield f"{kind.label}{part} of {what}", count, each, per
-    base, (first, last) = c.kinds[0], c.ends(held.rank)
+    base, (first, last) = c.base, c.ends(held.rank)
     states, places = memory.state_bytes(base.task, x.zero, x.shard, x.microbatches), primitives.params_by_place(base.params)
     for there, key, name in ((first, "first", "embedding"), (last, "last", "head and final norm")):
         if there:
@@ -123,7 +123,7 @@ def _boundary_lines(held: Held) -> None:
 
 def _resident_lines(held: Held) -> None:
     """Workspaces, and gradient buffers that stay."""
-    c, x, base = held.c, held.c.x, held.c.kinds[0]
+    c, x, base = held.c, held.c.x, held.c.base
     first, last = c.ends(held.rank)
     workspace = c.task.hardware.device.workspace.base
     held.add("buffers", "library workspaces", workspace, {}, "device.workspace")

@@ -52,7 +52,7 @@ def _logits_kind(task: Task) -> str:
 
 def _head_lines(held: Held) -> None:
     """Temporaries of the head's backward."""
-    c, kind = held.c, held.c.kinds[0]
+    c, kind = held.c, held.c.base
     heads = int(memory.activation_bytes(kind.task, c.x).head[0])
     a, s = kind.task.accounting, kind.shapes
     logit = a.logit_bytes if kind.task.job.compute_bytes == 2 else a.logit_bytes_fp32
