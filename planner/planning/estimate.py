@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,11 +12,20 @@ from planner.cost import intervals, memory, primitives, risk, step
 from planner.cost.primitives import Primitives, TimeParts
 from planner.cost.schedules import in_flight
 from planner.cost.step import StageCost
-from planner.cost.task import Floats, LayoutArray, StageArray, Task
+from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
 from planner.planfile import Breakdown, Estimate, Memory, MemoryInterval, StageMemory, TimeInterval
 from planner.specs.figures import Provenance
 from planner.specs.layout import Layout
 from planner.units import GIB
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One kind of layers, priced for the layout."""
+
+    p: Primitives
+    parts: TimeParts
+    params: dict[str, Floats]
 
 
 @dataclass(frozen=True)
@@ -26,21 +36,41 @@ class _Priced:
     layout: Layout
     x: LayoutArray
     stages: StageArray
-    p: Primitives
-    parts: TimeParts
+    kinds: tuple[_Kind, ...]
+    """By kind of layers."""
+    counts: Ints
+    """Layers by kind of each rank, shape (ranks, kinds)."""
+    q: Primitives
+    """Primitives of each rank."""
     cost: StageCost
-    states: memory.StateBytes
-    params: dict[str, Floats]
+
+    @property
+    def base(self) -> _Kind:
+        """The kind that embedding, head and sends are priced with."""
+        return self.kinds[self.task.model.text_kind]
+
+    @property
+    def p(self) -> Primitives:
+        """Primitives of the layout: all but what depends on the kinds of layers."""
+        return self.base.p
+
+    def mean(self, values: Sequence[float], rank: int) -> float:
+        """Mean over the layers of a rank of what one layer of each kind takes."""
+        held = self.counts[rank]
+        return float(np.dot(held, np.array(values))) / max(int(held.sum()), 1)
 
 
 def estimate_layout(task: Task, layout: Layout) -> Estimate:
     """What the cost model predicts for one layout (which must obey the rules)."""
     x, stages = LayoutArray.of([layout], task.job), StageArray.of([layout])
-    p, parts = primitives.price_with_parts(task, x)
-    states = memory.state_bytes(task, x.zero, x.shard, x.microbatches)
-    cost = step.stage_cost(p, x, stages)
-    priced = _Priced(task, layout, x, stages, p, parts, cost, states, memory.rank_params(task, x))
-    seconds = int(step.step_cost(p, x, stages).step[0]) / 1e9
+    tasks = [task] if task.model.homogeneous else [task.only(k) for k in range(len(task.model.kinds))]
+    kinds = tuple(_Kind(*primitives.price_with_parts(t, x), memory.rank_params(t, x)) for t in tasks)
+    counts, text = step.layers_by_kind(task, layout), task.model.text_kind
+    each = [k.p.take(stages.row) for k in kinds]
+    blended = None if task.model.homogeneous else step.blend(each, counts, text)
+    cost = step.stage_cost(kinds[text].p, x, stages, blended)
+    priced = _Priced(task, layout, x, stages, kinds, counts, blended or each[0], cost)
+    seconds = int(step.step_cost(kinds[text].p, x, stages, blended).step[0]) / 1e9
     rate = task.job.tokens_per_step / seconds
     model_flops = task.model.flops_per_token(task.job.seq_len) * rate / task.gpus
     breakdown = _breakdown(priced, seconds)
@@ -66,13 +96,13 @@ def _breakdown(c: _Priced, seconds: float) -> Breakdown:
     n, n1, n2 = (int(a[s]) for a in (c.stages.layers, c.stages.selective, c.stages.full))
     last = s == c.layout.pp - 1
     m, v = int(c.x.microbatches[0]), c.layout.virtual_stages
-    one = {k: float(getattr(c.parts, k)[0]) for k in ("compute", "tp", "cp", "ep", "zero", "head_tp")}
-    again_tp = [n1 * float(c.parts.recompute_tp[0][0]), n2 * float(c.parts.recompute_tp[1][0])]
-    again = (n1 * int(c.p.recompute1[0]) + n2 * int(c.p.recompute2[0])) / 1e9
+    one = {k: c.mean([float(getattr(kind.parts, k)[0]) for kind in c.kinds], s) for k in ("compute", "tp", "cp", "ep", "zero")}
+    again_tp = [k * c.mean([float(x.parts.recompute_tp[i][0]) for x in c.kinds], s) for i, k in enumerate((n1, n2))]
+    again = (n1 * int(c.q.recompute1[s]) + n2 * int(c.q.recompute2[s])) / 1e9
     ends = (int(c.p.embedding[0]) if s == 0 else 0) + (int(c.p.head[0]) if last else 0)
-    head_tp = one["head_tp"] if last else 0.0
+    head_tp = float(c.base.parts.head_tp[0]) if last else 0.0
     d = int(np.argmax(once))
-    update = int(c.stages.layers[d]) * int(c.p.update[0])
+    update = int(c.stages.layers[d]) * int(c.q.update[d])
     update += (int(c.p.update_first[0]) if d == 0 else 0) + (int(c.p.update_last[0]) if d == c.layout.pp - 1 else 0)
     parts = {
         "compute": m * (n * one["compute"] + ends / 1e9 - head_tp),
@@ -81,7 +111,7 @@ def _breakdown(c: _Priced, seconds: float) -> Breakdown:
         "cp_comm": m * n * one["cp"],
         "ep_comm": m * n * one["ep"],
         "zero_comm": m * n * one["zero"],
-        "pp_comm": m * int(c.p.p2p[0]) / 1e9,
+        "pp_comm": m * int(c.q.p2p[s]) / 1e9,
         "bubble": (int(time.sum()) - int(time[s])) / v / 1e9,
         "dp_comm": (int(once[d]) - update) / 1e9,
         "optimizer": update / 1e9,
@@ -148,11 +178,12 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
     states = _states(c, s, updating)
     first, last = int(s == 0), int(s == c.layout.pp - 1)
     a = np.array
-    receive = int(step.receive_bytes(c.p, a([first]), a([last]))[0])
+    q = c.q.take(a([s]))
+    receive = int(step.receive_bytes(q, a([first]), a([last]))[0])
     flight = int(in_flight(c.x.schedule, c.x.pp, c.x.virtual_stages, c.x.microbatches, a([s]))[0])
     sends = 1 if c.layout.virtual_stages > 1 else 1 - last
-    outputs = 0 if updating else sends * flight * int(c.p.boundary[0])
-    buffers = receive + outputs + int(c.p.fixed[0])
+    outputs = 0 if updating else sends * flight * int(q.boundary[0])
+    buffers = receive + outputs + int(q.fixed[0])
     transient = _transient(c, s, updating)
     activations = max(0, allocated - sum(states.values()) - buffers - transient) if not updating else 0
     transient = allocated - sum(states.values()) - buffers - activations
@@ -175,16 +206,17 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
 
 def _states(c: _Priced, s: int, updating: bool) -> dict[str, int]:
     """Bytes of parameters, gradients and optimizer states on one rank, its experts included."""
-    x, params = c.x, c.params
-    routed = memory.state_bytes(c.task, x.zero, x.expert_shard, x.microbatches)
-    held, experts = (c.states.update, routed.update) if updating else (c.states.backward, routed.backward)
-    layers = int(c.stages.layers[s])
-    count = layers * float(params["layer"][0])
-    if s == 0:
-        count += float(params["embedding"][0])
+    x, places = c.x, primitives.params_by_place(c.base.params)
+    shared, routed = (memory.state_bytes(c.task, x.zero, shard, x.microbatches) for shard in (x.shard, x.expert_shard))
+    held, experts = (shared.update, routed.update) if updating else (shared.backward, routed.backward)
+    layers = [int(n) for n in c.counts[s]]
+    modules = c.task.model.mtp
     if s == c.layout.pp - 1:
-        count += float(params["own_head"][0] + params["norm"][0])
-    owned = layers * float(params["experts"][0])
+        layers[c.task.model.text_kind] += modules
+    count = sum(n * float(k.params["layer"][0]) for n, k in zip(layers, c.kinds, strict=True))
+    count += float(places["first"][0]) if s == 0 else 0.0
+    count += float(places["last"][0]) if s == c.layout.pp - 1 else 0.0
+    owned = sum(n * float(k.params["experts"][0]) for n, k in zip(layers, c.kinds, strict=True))
     return {part: int(held[part][0] * count + experts[part][0] * owned) for part in memory.PARTS}
 
 
@@ -192,7 +224,7 @@ def _transient(c: _Priced, s: int, updating: bool) -> int:
     if updating:
         return 0
     first, last = np.array([int(s == 0)]), np.array([int(s == c.layout.pp - 1)])
-    return int(step.stage_transient(c.p, first, last, _strongest(c, s))[0])
+    return int(step.stage_transient(c.q.take(np.array([s])), first, last, _strongest(c, s))[0])
 
 
 def _strongest(c: _Priced, s: int) -> int:
@@ -206,8 +238,9 @@ def _cause(c: _Priced, s: int, flight: int, updating: bool) -> str:
         return "end of backward and optimizer update"
     last, mode = s == c.layout.pp - 1, _strongest(c, s)
     elsewhere = np.zeros(1, dtype=np.int64)
-    layer = int(step.stage_transient(c.p, elsewhere, elsewhere, mode)[0])
-    if last and int(c.p.head_transient[0]) >= layer:
+    q = c.q.take(np.array([s]))
+    layer = int(step.stage_transient(q, elsewhere, elsewhere, mode)[0])
+    if last and int(q.head_transient[0]) >= layer:
         kind = "fp32" if c.task.accounting.logit_bytes > 4 else c.task.job.precision
         return f"backward of the head, logits in {kind}, {flight} in flight"
     return f"backward of a {'recomputed ' if mode else ''}layer, {flight} in flight"

@@ -37,7 +37,7 @@ def codes(engine: str, gpus: int, model=None, **named) -> set[str]:
     ("bundled", 4, {"pp": 4, "micro_batch": 16, "schedule": "interleaved", "virtual_stages": 2}, {"PLN209"}),
     ("bundled", 1, {"zero": 1}, {"PLN210"}),
     ("bundled", 1, {"sequence_parallel": True}, {"PLN211"}),
-    ("megatron", 2, {"cp": 2, "ep": 2}, {"PLN214", "PLN216"}),
+    ("megatron", 2, {"cp": 2, "ep": 2}, {"PLN214"}),
     ("bundled", 16, {"tp": 16}, {"PLN510"}),
     ("megatron", 16, {"tp": 16}, set()),
     ("bundled", 4, {"pp": 4, "micro_batch": 16}, {"PLN511"}),
