@@ -27,10 +27,10 @@ def with_kinds(g: Group, kinds: tuple[Primitives, ...]) -> Group:
     return replace(g, kinds=tuple(Primitives(**{f.name: getattr(k, f.name)[:, None] for f in fields(k)}) for k in kinds))
 
 
-def blended(g: Group, counts: Ints, text: int) -> Group:
-    """The group with the primitives of windows; `counts` of shape (rows or 1, 1, windows, kinds)."""
+def blended(g: Group, counts: Ints, text: int, timed: bool = True) -> Group:
+    """The group with the primitives of windows; `counts` of shape (rows or 1, 1 or ranks, windows, kinds)."""
     deep = [Primitives(**{f.name: getattr(p, f.name)[:, :, None] for f in fields(p)}) for p in g.kinds]
-    return replace(g, blended=step.blend(deep, counts, text))
+    return replace(g, blended=step.blend(deep, counts, text, timed))
 
 
 def rows_of(g: Group, rows: Ints) -> Group:
@@ -56,8 +56,10 @@ def memory_feasible(task: Task, g: Group) -> Bools:
     Each rank takes as many layers as it can: a window that fits still fits when it loses layers, but for the rounding of
     means. Rows on which that decides, within those few bytes, are solved over all windows.
     """
-    surely, perhaps = _greedy(task, g, 0), _greedy(task, g, 1)
-    for row in np.nonzero(perhaps & ~surely)[0].tolist():
+    perhaps = np.nonzero(_greedy(task, g, 1))[0]
+    surely = np.zeros(len(g.layouts), dtype=bool)
+    surely[perhaps] = _greedy(task, rows_of(g, perhaps), 0)
+    for row in perhaps[~surely[perhaps]].tolist():
         one, w = _table(task, rows_of(g, np.array([row])), g.n_layers)
         time = np.where(_fits(one, w.layers[None, None, :]), 0, BIG)
         surely[row] = bool(least_maximum(time, w)[0] < BIG)
@@ -87,7 +89,7 @@ def _rank_fits(task: Task, g: Group, s: int, w: Windows, at: Ints, size: Ints, s
     entry = np.where(size > 0, w.at[at, np.maximum(size, 1)], 0)
     counts = w.counts[np.maximum(entry, 0)]
     one = replace(g, first=g.first[:, s : s + 1], last=g.last[:, s : s + 1], flight=g.flight[:, s : s + 1])
-    one = blended(one, counts[:, None, None, :], task.model.text_kind)
+    one = blended(one, counts[:, None, None, :], task.model.text_kind, timed=False)
     layers = counts.sum(axis=1)[:, None, None]
     forgiven = slack * (layers + _in_flight(one, layers))
     return np.asarray(_fits(one, layers, forgiven)[:, 0, 0] | (size == 0))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,16 @@ class Tables:
     def positions(self) -> int:
         """Positions of the sequence that the ranks divide."""
         return self.n_layers // self.chunks
+
+    @cached_property
+    def sizes(self) -> Ints:
+        """Positions of each entry."""
+        return self.layers // self.chunks
+
+    @cached_property
+    def least_bottleneck(self) -> int | None:
+        """The least max R over all splits, None when none fits."""
+        return _least_bottleneck(self, self.time < BIG)
 
     @property
     def anywhere(self) -> bool:
@@ -196,7 +207,7 @@ def best_split(t: Tables, below: int, check: Callable[[], None] = lambda: None) 
     if least_sum is None:
         return None
     floor_once = max(int(t.once[s][allowed[s]].min()) for s in range(pp))
-    floor_time = _least_bottleneck(t, allowed) or 0
+    floor_time = t.least_bottleneck or 0
     for limit in _once_limits(t, allowed, floor_once):
         # A plan not seen under a lower limit has a max D of at least this one.
         if t.factor * floor_time + least_sum[0] + t.chunks * limit >= best:
@@ -266,8 +277,8 @@ def _reachable_anywhere(t: Tables, mask: np.ndarray) -> bool:
 
 def _sizes(t: Tables, mask: np.ndarray) -> list[int]:
     """Sizes, in positions, of the windows that a rank may hold."""
-    sizes = np.unique(t.layers[mask]) // t.chunks
-    return [int(n) for n in sizes[sizes <= t.positions]]
+    sizes = np.nonzero(np.bincount(t.sizes[mask]))[0]
+    return [n for n in sizes.tolist() if n <= t.positions]
 
 
 def _least_sum(t: Tables, mask: np.ndarray) -> tuple[int, list[int]] | None:
@@ -387,7 +398,9 @@ def _arcs(t: Tables, below: int) -> list[Ints]:
     pp = t.time.shape[0]
     if not fits.any(axis=1).all():
         return [np.zeros((0, 3), dtype=np.int64)] * pp
-    floor_time = max(int(t.time[s][fits[s]].min()) for s in range(pp))
+    floor_time = t.least_bottleneck
+    if floor_time is None:
+        return [np.zeros((0, 3), dtype=np.int64)] * pp
     floor_once = max(int(t.once[s][fits[s]].min()) for s in range(pp))
     bottleneck = t.factor * np.maximum(np.where(fits, t.time, 0), floor_time) + t.chunks * np.maximum(t.once, floor_once)
     if not t.anywhere:
