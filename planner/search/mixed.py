@@ -58,7 +58,8 @@ def memory_feasible(task: Task, g: Group) -> Bools:
     """
     perhaps = np.nonzero(_greedy(task, g, 1))[0]
     surely = np.zeros(len(g.layouts), dtype=bool)
-    surely[perhaps] = _greedy(task, rows_of(g, perhaps), 0)
+    if len(perhaps):
+        surely[perhaps] = _greedy(task, rows_of(g, perhaps), 0)
     for row in perhaps[~surely[perhaps]].tolist():
         one, w = _table(task, rows_of(g, np.array([row])), g.n_layers)
         time = np.where(_fits(one, w.layers[None, None, :]), 0, BIG)
