@@ -35,6 +35,13 @@ RULES: tuple[Rule, ...] = (
         "set sequence_parallel: true",
     ),
     Rule(
+        "PLN544", "torchtitan: etp 1 or tp",
+        lambda t, x: (x.etp > 1) & (x.etp != x.tp),
+        "etp {etp} with tp {tp}",
+        "torchtitan splits an expert over the whole tp group, or not at all",
+        "set etp: 1, or etp: {tp}",
+    ),
+    Rule(
         "PLN543", "torchtitan: tied embeddings x pp",
         lambda t, x: (x.pp > 1) & t.model.tied_embeddings,
         "pp {pp} with tied embeddings",

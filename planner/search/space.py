@@ -43,6 +43,8 @@ class Space:
     """Allowed dp degrees; empty for any."""
     ep: tuple[int, ...] = (1,)
     etp: tuple[int, ...] = (1,)
+    """Of these a row takes 1 or its tp; any of them when pinned (`any_etp`)."""
+    any_etp: bool = False
     modes: tuple[int, ...] = (0, 1, 2)
 
 
@@ -77,7 +79,8 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
         "tp": tuple(d for d in divisors if d <= fast),
         "cp": tuple(d for d in divisors if d & (d - 1) == 0 and d <= 64) if engine.context_parallel else (1,),
         "pp": tuple(d for d in divisors if d <= layers),
-        "dp": (), "ep": _expert_degrees(task, engine), "etp": (1,),
+        "dp": (), "ep": _expert_degrees(task, engine),
+        "etp": _expert_tensor_degrees(task, engine, fast),
         "micro_batch": tuple(2**i for i in range(MAX_MICRO_BATCH.bit_length())),
         "zero": engine.zero_stages,
     }  # fmt: skip
@@ -105,7 +108,7 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
             chosen = _integers(axis, wanted)
             values[axis] = _kept(flag, values[axis], tuple(v for v in values[axis] if v in chosen))
     return Space(
-        **values, schedules=tuple(schedules), sequence_parallel=sequence, modes=modes,
+        **values, schedules=tuple(schedules), sequence_parallel=sequence, modes=modes, any_etp="etp" in pins,
     )  # fmt: skip
 
 
@@ -115,6 +118,14 @@ def _expert_degrees(task: Task, engine: Engine) -> tuple[int, ...]:
     if not (experts and engine.expert_parallel):
         return (1,)
     return tuple(d for d in _divisors(experts) if d <= task.gpus)
+
+
+def _expert_tensor_degrees(task: Task, engine: Engine, fast: int) -> tuple[int, ...]:
+    """Divisors of the experts' width inside the fastest domain; rows take 1 or tp of them (`enumerate_rows`)."""
+    width = math.gcd(*(m.width for m in task.model.routed_mlps))
+    if not (width and engine.expert_parallel):
+        return (1,)
+    return tuple(d for d in _divisors(task.gpus) if d <= fast and width % d == 0)
 
 
 def _divisors(n: int) -> list[int]:
@@ -197,7 +208,8 @@ def enumerate_rows(task: Task, engine: Engine, space: Space) -> Rows:
     dp is not among the allowed ones, break the rule `world = tp cp pp dp`.
     """
     inner = list(itertools.product(space.micro_batch, space.schedules, space.zero, space.sequence_parallel))
-    degrees = list(itertools.product(space.tp, space.cp, space.pp, space.ep, space.etp))
+    every = itertools.product(space.tp, space.cp, space.pp, space.ep, space.etp)
+    degrees = [d for d in every if space.any_etp or d[4] in (1, d[0])]
     enumerated = len(inner) * len(degrees)
     placed = []
     for tp, cp, pp, ep, etp in degrees:

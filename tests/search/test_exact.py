@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from machines import llama, profile, task
+from machines import llama, mixture, profile, task
 
 from planner.cost import primitives
 from planner.engines.registry import engine_named
@@ -60,6 +60,16 @@ def test_search_over_experts_equals_brute_force(seed):
 @pytest.mark.parametrize("seed", range(40))
 def test_search_over_several_kinds_of_layers_equals_brute_force(seed):
     check_instance(seed, mixed_instance)
+
+
+def test_expert_tensor_parallelism_is_in_the_space():
+    model = mixture(4, 1024, 8, 2, 1024)
+    t, engine = task(model, 8, 1024, 8, "megatron", profile(memory="60 GiB")), engine_named("megatron")
+    rows = enumerate_rows(t, engine, declared_space(t, engine, {}, [])).layouts
+    assert set(zip(rows.tp.tolist(), rows.etp.tolist(), strict=True)) >= {(2, 1), (2, 2), (4, 4), (8, 1)}
+    assert np.all((rows.etp == 1) | (rows.etp == rows.tp))
+    pinned = enumerate_rows(t, engine, declared_space(t, engine, {"etp": [2]}, [])).layouts
+    assert {(1, 2), (4, 2)} <= set(zip(pinned.tp.tolist(), pinned.etp.tolist(), strict=True))
 
 
 @pytest.mark.slow
