@@ -45,7 +45,9 @@ class Rule:
     def field(self) -> str:
         """The first key that its text names: where a finding points to."""
         names = [name for _, name, _, _ in string.Formatter().parse(self.what) if name]
-        return next((n for n in names if n not in ("model", "gpus", "heads", "kv_heads", "microbatches", "experts")), "")
+        return next(
+            (n for n in names if n not in ("model", "gpus", "heads", "kv_heads", "microbatches", "experts", "base")), ""
+        )
 
 
 @dataclass(frozen=True)
@@ -263,6 +265,7 @@ def values_of(task: Subject | Task, layout: Layout) -> dict[str, Any]:
         "dense_width": model.layer.mlp.dense_width, "experts": model.layer.mlp.experts, "vocab": model.vocab,
         "n_layers": model.n_layers, "max_positions": model.max_positions, "model": model.name,
         "seq_len": job.seq_len, "global_batch": job.global_batch, "precision": job.precision,
+        "base": job.adapter.base if job.adapter else "",
     }  # fmt: skip
 
 

@@ -7,14 +7,15 @@ from typing import Literal
 
 import numpy as np
 
-from planner.cost import intervals, memory, primitives, risk, step
+from planner.cost import frozen, intervals, memory, primitives, risk, step
 from planner.cost.primitives import Primitives, TimeParts
 from planner.cost.schedules import in_flight
 from planner.cost.step import StageCost
-from planner.cost.task import Floats, LayoutArray, StageArray, Task
+from planner.cost.task import LayoutArray, StageArray, Task
 from planner.planfile import Breakdown, Estimate, Memory, MemoryInterval, StageMemory, TimeInterval
 from planner.specs.figures import Provenance
 from planner.specs.layout import Layout
+from planner.specs.projections import training_flops
 from planner.units import GIB
 
 
@@ -29,20 +30,17 @@ class _Priced:
     p: Primitives
     parts: TimeParts
     cost: StageCost
-    states: memory.StateBytes
-    params: dict[str, Floats]
 
 
 def estimate_layout(task: Task, layout: Layout) -> Estimate:
     """What the cost model predicts for one layout (which must obey the rules)."""
     x, stages = LayoutArray.of([layout], task.job), StageArray.of([layout])
     p, parts = primitives.price_with_parts(task, x)
-    states = memory.state_bytes(task, x.zero, x.shard, x.microbatches)
     cost = step.stage_cost(p, x, stages)
-    priced = _Priced(task, layout, x, stages, p, parts, cost, states, memory.rank_params(task, x))
+    priced = _Priced(task, layout, x, stages, p, parts, cost)
     seconds = int(step.step_cost(p, x, stages).step[0]) / 1e9
     rate = task.job.tokens_per_step / seconds
-    model_flops = task.model.flops_per_token(task.job.seq_len) * rate / task.gpus
+    model_flops = training_flops(task.model, task.job) * rate / task.gpus
     breakdown = _breakdown(priced, seconds)
     return Estimate(
         step_time_s=seconds,
@@ -174,10 +172,17 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
 
 
 def _states(c: _Priced, s: int, updating: bool) -> dict[str, int]:
-    """Bytes of parameters, gradients and optimizer states on one rank, its experts included."""
-    x, params = c.x, c.params
-    routed = memory.state_bytes(c.task, x.zero, x.expert_shard, x.microbatches)
-    held, experts = (c.states.update, routed.update) if updating else (c.states.backward, routed.backward)
+    """Bytes of parameters, gradients and optimizer states on one rank, its experts and frozen weights included."""
+    found = [_states_of(c, source, s, updating) for source in frozen.sources(c.task, c.x)]
+    return {part: sum(states[part] for states in found) for part in memory.PARTS}
+
+
+def _states_of(c: _Priced, source: frozen.Source, s: int, updating: bool) -> dict[str, int]:
+    """The same of the parameters under one rule."""
+    x, params, task = c.x, source.counts, source.task
+    own = memory.state_bytes(task, x.zero, x.shard, x.microbatches)
+    routed = memory.state_bytes(task, x.zero, x.expert_shard, x.microbatches)
+    held, experts = (own.update, routed.update) if updating else (own.backward, routed.backward)
     layers = int(c.stages.layers[s])
     count = layers * float(params["layer"][0])
     if s == 0:

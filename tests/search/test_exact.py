@@ -12,7 +12,7 @@ from planner.search import bounds
 from planner.search.solve import search
 from planner.search.space import declared_space, enumerate_rows
 from search.brute import all_rows
-from search.instances import instance, mixture_instance
+from search.instances import adapter_instance, instance, mixture_instance
 
 FAST, MORE = range(60), range(60, 400)
 
@@ -55,6 +55,11 @@ def test_search_equals_brute_force(seed):
 @pytest.mark.parametrize("seed", range(12))
 def test_search_over_experts_equals_brute_force(seed):
     check_instance(seed, mixture_instance)
+
+
+def test_search_with_adapters_equals_brute_force():
+    feasible = [check_instance(seed, adapter_instance) for seed in range(16)]
+    assert 0.3 < np.mean(feasible) < 1
 
 
 @pytest.mark.slow
