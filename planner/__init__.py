@@ -50,6 +50,7 @@ def plan(
     max_memory_fraction: float = 0.92,
     max_oom_probability: float | None = None,
     alternatives: int = 4,
+    adapter: dict[str, Any] | None = None,
 ) -> Plan:
     """The proven best plan for a job on a cluster.
 
@@ -57,12 +58,13 @@ def plan(
     sequences. `pin` restricts axes, as in {"tp": 8} or {"zero": [1, 2]}. Raises InputError, or InfeasibleError with the
     binding constraint when nothing fits. `alternatives` counts the plans to prove, the best one included; a near tie among
     them that is simpler or leaves more memory is preferred to the fastest (`Plan.choice` says so). Memory is limited by
-    `max_memory_fraction` of what the device offers, and by `max_oom_probability` where it is given.
+    `max_memory_fraction` of what the device offers, and by `max_oom_probability` where it is given. `adapter` trains low-rank
+    adapters beside a frozen base, as in {"rank": 16, "base": "nf4"} (`planner.specs.adapter.Adapter`).
     """
     from planner.planning import make
 
     limits = {"max_memory_fraction": max_memory_fraction, "max_oom_probability": max_oom_probability}
-    request = _request(model, hardware, nodes, gpus, engine, seq_len, global_batch, precision, limits, pin, forbid)
+    request = _request(model, hardware, nodes, gpus, engine, seq_len, global_batch, precision, limits, pin, forbid, adapter)
     return make.make_plan(request, alternatives)
 
 
@@ -79,10 +81,12 @@ def estimate(
     engine: str = "bundled",
     max_memory_fraction: float = 0.92,
     max_oom_probability: float | None = None,
+    adapter: dict[str, Any] | None = None,
 ) -> Plan:
     """The prediction for one layout: a plan without a certificate.
 
-    `layout` may leave out `dp`, `schedule` and `stages`: they follow from the rest (an even split). Raises InputError.
+    `layout` may leave out `dp`, `schedule` and `stages`: they follow from the rest (an even split). `adapter` as for
+    `plan`. Raises InputError.
     """
     from planner.planning import make
     from planner.planning.request import prepare
@@ -90,7 +94,7 @@ def estimate(
     from planner.specs.layoutflags import complete_layout
 
     limits = {"max_memory_fraction": max_memory_fraction, "max_oom_probability": max_oom_probability}
-    request = _request(model, hardware, nodes, gpus, engine, seq_len, global_batch, precision, limits, None, ())
+    request = _request(model, hardware, nodes, gpus, engine, seq_len, global_batch, precision, limits, None, (), adapter)
     if not isinstance(layout, Layout):
         task = prepare(request).task
         layout = complete_layout(layout, task.model, task.gpus)
@@ -134,13 +138,15 @@ def load_plan(path: str) -> Plan:
 def _request(
     model: Any, hardware: Any, nodes: Any, gpus: Any, engine: str, seq_len: int, global_batch: int,
     precision: str, limits: dict[str, Any], pin: dict[str, Any] | None, forbid: str | tuple[str, ...],
+    adapter: dict[str, Any] | None,
 ) -> Any:  # fmt: skip
     from planner.errors import input_error
     from planner.planning.request import Request, build_spec
     from planner.specs.job import Job
     from planner.specs.policy import Policy
 
-    job = build_spec(Job, {"seq_len": seq_len, "global_batch": global_batch, "precision": precision}, "job")
+    job_data = {"seq_len": seq_len, "global_batch": global_batch, "precision": precision, "adapter": adapter}
+    job = build_spec(Job, job_data, "job")
     policy = build_spec(Policy, limits, "policy")
     for name, value in (("nodes", nodes), ("gpus", gpus)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):

@@ -42,6 +42,18 @@ OomProbability = Annotated[
     typer.Option("--max-oom-probability", metavar="P", help="How likely a plan may run out of memory, between 0 and 1."),
 ]
 Format = Annotated[str, typer.Option("--format", help="table, json, yaml, csv or markdown.")]
+LoraRank = Annotated[
+    int | None, typer.Option("--lora-rank", metavar="R", help="Train low-rank adapters of this rank; the base is frozen.")
+]
+LoraTargets = Annotated[
+    str | None, typer.Option("--lora-targets", help="What is adapted: attention, mlp, experts, with commas. [attention,mlp]")
+]
+LoraBase = Annotated[
+    str | None, typer.Option("--lora-base", help="How the frozen base is stored: same, fp8, int8 or nf4. [same]")
+]
+LoraEmbeddings = Annotated[
+    bool, typer.Option("--lora-train-embeddings", help="Train embedding, head and final norm beside the adapters.")
+]
 AsType = Annotated[str | None, typer.Option("--as", help="Treat an unknown Hugging Face model_type as this one.")]
 
 FORMATS = ("table", "json", "yaml", "csv", "markdown")
@@ -166,6 +178,20 @@ def parse_assignments(items: list[str], flag: str) -> dict[str, list[object]]:
     if problems:
         raise InputError(problems)
     return result
+
+
+def adapter(flags: dict[str, Any]) -> dict[str, Any] | None:
+    """The adapter that the flags of a command describe, None without `--lora-rank`. Raises InputError."""
+    names = ("lora_targets", "lora_base", "lora_train_embeddings")
+    given = {name: flags[name] for name in names if flags[name]}
+    if flags["lora_rank"] is None:
+        if given:
+            words = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise input_error("PLN107", f"{words} without --lora-rank", "it describes an adapter", "add --lora-rank 16")
+        return None
+    if "lora_targets" in given:
+        given["lora_targets"] = [t.strip() for t in given["lora_targets"].split(",")]
+    return {"rank": flags["lora_rank"]} | {name.removeprefix("lora_"): value for name, value in given.items()}
 
 
 def distinct(output: Path | None, *inputs: str | None) -> None:

@@ -29,6 +29,10 @@ def estimate(
     gpus: common.Gpus = None,
     precision: common.Precision = "bf16",
     engine: common.EngineName = "bundled",
+    lora_rank: common.LoraRank = None,
+    lora_targets: common.LoraTargets = None,
+    lora_base: common.LoraBase = None,
+    lora_train_embeddings: common.LoraEmbeddings = False,
     tp: Annotated[int, typer.Option(help="Tensor parallel degree.")] = 1,
     cp: Annotated[int, typer.Option(help="Context parallel degree.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline parallel degree.")] = 1,
@@ -168,4 +172,5 @@ def _from_flags(flags: dict[str, Any]) -> Plan:
         layout=layout,
         **{k: flags[k] for k in ("seq_len", "global_batch", "nodes", "gpus", "precision", "engine", "max_memory_fraction")},
         max_oom_probability=flags["max_oom_probability"],
+        adapter=common.adapter(flags),
     )

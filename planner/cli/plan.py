@@ -27,6 +27,10 @@ def plan(
     gpus: common.Gpus = None,
     precision: common.Precision = "bf16",
     engine: common.EngineName = "bundled",
+    lora_rank: common.LoraRank = None,
+    lora_targets: common.LoraTargets = None,
+    lora_base: common.LoraBase = None,
+    lora_train_embeddings: common.LoraEmbeddings = False,
     pin: Annotated[
         list[str] | None, typer.Option("--pin", help="Restrict an axis: tp=8, zero=0,1, recompute=full; repeatable.")
     ] = None,
@@ -78,7 +82,8 @@ def _request(flags: dict[str, Any]) -> Any:
     from planner.specs.job import Job
     from planner.specs.policy import Policy
 
-    job = build_spec(Job, {k: flags[k] for k in ("seq_len", "global_batch", "precision")}, "job")
+    job_data = {k: flags[k] for k in ("seq_len", "global_batch", "precision")} | {"adapter": common.adapter(flags)}
+    job = build_spec(Job, job_data, "job")
     policy = build_spec(Policy, {k: flags[k] for k in ("max_memory_fraction", "max_oom_probability")}, "policy")
     model = flags["model"]
     if flags.get("as_type"):

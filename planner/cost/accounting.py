@@ -48,6 +48,8 @@ class Saved:
     size: Size = COMPUTE
     kept: tuple[str, ...] = ("none",)
     only: tuple[str, ...] = ()
+    feeds: tuple[tuple[Literal["attention", "mlp", "experts"], float], ...] = ()
+    """Rows among `count` that are kept only as inputs of the matrices of a target (`Adapter.targets`)."""
 
 
 @dataclass(frozen=True)

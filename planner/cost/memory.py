@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.cost import adapters
 from planner.cost.accounting import Held, Saved
 from planner.cost.task import Floats, Ints, LayoutArray, Task
 from planner.specs.layers import Mlp
@@ -50,8 +51,9 @@ def activation_bytes(task: Task, combos: LayoutArray) -> ActivationBytes:
     tp = combos.tp.astype(float)
     split = np.where(combos.sequence_parallel == 1, tp, 1.0)
     tokens = combos.micro_batch * (task.job.seq_len / combos.cp)
-    layers = tuple(ceil(tokens * saved_bytes(task, a.saved, mode, combos)) for mode in RECOMPUTE_MODES)
     mlp = model.layer.mlp
+    saved = [saved_bytes(task, a.saved, mode, combos) + adapter_bytes(task, mode, combos) for mode in RECOMPUTE_MODES]
+    layers = tuple(ceil(tokens * each) for each in saved)
     temporaries = e * (a.backward_mlp * mlp.dense_width / tp + a.backward_hidden * model.hidden)
     temporaries = temporaries + a.backward_scores * model.heads * task.job.seq_len / tp
     if mlp.routed:
@@ -73,6 +75,14 @@ def activation_bytes(task: Task, combos: LayoutArray) -> ActivationBytes:
 def slots(mlp: Mlp, ep: Ints) -> Floats:
     """Rows that the busiest rank's experts process over its even share: padded to a capacity, or as uneven as the routing."""
     return np.where(ep > 1, mlp.imbalance, 1.0) if mlp.capacity is None else np.full(len(ep), mlp.capacity)
+
+
+def adapter_bytes(task: Task, mode: str, combos: LayoutArray) -> Floats:
+    """Bytes that one layer's adapters save for a token under a recompute mode: 0 without an adapter."""
+    if task.job.adapter is None:
+        return np.zeros(len(combos))
+    mlp = task.model.layer.mlp
+    return adapters.saved_bytes(task, mode, combos, mlp.top_k * slots(mlp, combos.ep) if mlp.routed else 0.0)
 
 
 def saved_bytes(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArray) -> Floats:
@@ -121,7 +131,7 @@ def saved_bytes(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArr
         for condition in item.only:
             present = present * np.asarray(conditions[condition], float)
         size = task.accounting.size(item.size, task.job.compute_bytes)
-        total = total + present * item.count * widths[item.width] * size / divisors[item.split]
+        total = total + present * adapters.kept_rows(task, item) * widths[item.width] * size / divisors[item.split]
     return total
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from planner.cost import adapters
 from planner.cost.accounting import TpTraffic
 from planner.cost.collectives import collective_seconds
 from planner.cost.compute import (
@@ -115,10 +116,10 @@ def layer_parts(task: Task, s: Shapes, direction: int) -> dict[str, Floats]:
     for product in layer_products(task, s, direction):
         products[product.part] = products[product.part] + product_seconds(task, product)
     return {
-        "gemm": slow * products["gemm"],
+        "gemm": slow * products["gemm"] + adapters.dequantise_seconds(task, s, experts=False),
         "attention": slow * _attention(task, s)[direction],
         "elementwise": task.constant("elementwise") * _elementwise(task, s, forward=direction == 0),
-        "experts": slow * products["experts"],
+        "experts": slow * products["experts"] + adapters.dequantise_seconds(task, s, experts=True),
     }
 
 
@@ -142,6 +143,7 @@ def _host(task: Task, s: Shapes, direction: int) -> Floats:
     a = task.accounting
     kernels = (a.kernels_forward, a.kernels_backward)[direction] + np.where(s.tp > 1, a.kernels_tp[direction], 0.0)
     kernels = kernels + (a.kernels_routed[direction] if task.model.layer.mlp.routed else 0.0)
+    kernels = kernels + adapters.launches(task, direction)
     return kernels * task.hardware.device.launch.base * task.constant("host")
 
 
@@ -178,21 +180,30 @@ class Product(NamedTuple):
     """Products in one launch."""
     times: float = 1.0
     """Factor in its time."""
+    narrow: bool = True
+    """Whether it runs in the job's narrow type where there is one."""
 
 
 def layer_products(task: Task, s: Shapes, direction: int) -> list[Product]:
-    """The projections, MLP, router and experts of one layer, forward (0) or backward (1)."""
-    found = _attention_products(task, s) + _mlp_products(task, s) + _expert_products(task, s)
+    """The projections, MLP, router, experts and adapters of one layer, forward (0) or backward (1).
+
+    A frozen base has no weight gradients.
+    """
+    base = _attention_products(task, s) + _mlp_products(task, s) + _expert_products(task, s)
+    thin = [Product(*p, narrow=False) for p in adapters.thin_products(task, s)]
     if direction == 0:
-        return [p._replace(name=f"{p.name}: forward") for p in found]
-    return [gradient for p in found for gradient in _gradients(p, task.accounting.wgrad)]
+        return [p._replace(name=f"{p.name}: forward") for p in (*base, *thin)]
+    wgrad, frozen = task.accounting.wgrad, task.job.adapter is not None
+    whole = [gradient for p in base for gradient in _gradients(p, wgrad)[: 1 if frozen else 2]]
+    return whole + [gradient for p in thin for gradient in _gradients(p, wgrad)]
 
 
 def head_products(task: Task, s: Shapes) -> list[Product]:
-    """The final projection: forward, and its two products of backward."""
-    vocab = task.model.vocab / s.tp
-    whole = Product("head", "head", s.tokens, vocab, np.full_like(vocab, float(task.model.hidden)))
-    return [whole._replace(name="head: forward"), *_gradients(whole)]
+    """The final projection: forward, and its two products of backward; a frozen one has no weight gradient."""
+    vocab, adapter = task.model.vocab / s.tp, task.job.adapter
+    whole = Product("head", "head", s.tokens, vocab, np.full_like(vocab, float(task.model.hidden)), narrow=False)
+    backward = _gradients(whole)
+    return [whole._replace(name="head: forward"), *(backward if not adapter or adapter.train_embeddings else backward[:1])]
 
 
 def _gradients(p: Product, wgrad: float = 1.0) -> tuple[Product, Product]:
@@ -269,9 +280,9 @@ def _expert_products(task: Task, s: Shapes) -> list[Product]:
 
 
 def product_seconds(task: Task, p: Product) -> Floats:
-    """Time of a product; those of the layers run in the narrow type where the job has one."""
+    """Time of a product; the base's of the layers run in the narrow type where the job has one."""
     size, peak = float(task.job.compute_bytes), task.peak
-    if p.part != "head":
+    if p.narrow:
         size, peak = {"same": size, "fp8": 1.0, "fp4": 0.5}[task.job.linears], task.linear_peak
     return p.times * gemm_seconds(p.m, p.n, p.k, task.hardware.device, peak, size, p.groups)
 
@@ -308,7 +319,8 @@ def _elementwise(task: Task, s: Shapes, forward: bool) -> Floats:
     moved = s.tokens * ((e.hidden + e.norm + norms) * model.hidden / s.split + split / s.tp)
     if mlp.routed:
         moved = moved + s.routed * (e.routed * model.hidden + e.experts * e.mlp * mlp.width / s.etp)
-    seconds = streaming_seconds(moved * task.job.compute_bytes / 2.0, task.hardware.device)
+    moved = moved * task.job.compute_bytes / 2.0 + adapters.added_bytes(task, s, 0 if forward else 1)
+    seconds = streaming_seconds(moved, task.hardware.device)
     return seconds + _casts(task, s, e.experts) * (1.0 if forward else 2.0)
 
 

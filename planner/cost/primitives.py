@@ -6,11 +6,13 @@ columns only, so they are computed for the distinct combinations and spread over
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
 
-from planner.cost import memory, operators, risk
+from planner.cost import adapters, frozen, memory, operators, risk
+from planner.cost.accounting import Traffic
 from planner.cost.collectives import collective_seconds, neighbour_seconds
 from planner.cost.compute import overlapped, streaming_seconds
 from planner.cost.memory import ceil
@@ -372,25 +374,12 @@ def gather_host(task: Task, zero: Ints, direction: int) -> Floats:
 def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats]) -> DpTraffic:
     """Traffic over the D ranks that share parameters: what each micro-batch exposes, and what a step does once."""
     a, slow = task.accounting, task.hardware.overlap_slowdown.base
-    params = memory.rank_params(task, layouts)
+    params = frozen.trained_params(task, layouts)
     size = len(layouts)
     step = {place: np.zeros(size) for place in ("layer", "first", "last")}
     each = {"forward": np.zeros(size), "backward": np.zeros(size)}
-    for zero, rule in a.zero.items():
-        rows = np.nonzero(layouts.zero == zero)[0]
-        if not len(rows):
-            continue
-        for item in rule.traffic:
-            n_bytes = a.size(item.size, task.job.compute_bytes)
-            x = layouts.take(rows)
-            groups = {place: (x.shard, x.tp, count[rows]) for place, count in params_by_place(params).items()}
-            groups["experts"] = (x.expert_shard, x.ep * x.etp, params["experts"][rows])
-            cost = {
-                place: task.constant("dp")
-                * collective_seconds(item.op, n.astype(float), stride.astype(float), n_bytes * count, task.hardware)
-                for place, (n, stride, count) in groups.items()
-            }
-            cost["layer"] = cost["layer"] + cost.pop("experts")
+    for source in frozen.sources(task, layouts):
+        for item, rows, cost in _traffic_seconds(source, layouts):
             if item.per == "microbatch":
                 each[item.under][rows] += cost["layer"]
             else:
@@ -413,6 +402,25 @@ def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats])
     ns |= {f"update{suffix[p]}": _ns(grow * update[p]) for p in step}
     ns["hide"] = np.floor(grow * a.dp_window * (forward + backward) * 1e9).astype(np.int64)
     return DpTraffic(exposed[0], exposed[1], each["backward"], ns)
+
+
+def _traffic_seconds(source: frozen.Source, layouts: LayoutArray) -> Iterator[tuple[Traffic, Ints, dict[str, Floats]]]:
+    """(collective, layouts that have it, its seconds by place) of the parameters under one rule, experts with their layer."""
+    task = source.task
+    for zero, rule in task.accounting.zero.items():
+        rows = np.nonzero(layouts.zero == zero)[0]
+        x = layouts.take(rows)
+        for item in rule.traffic if len(rows) else ():
+            n_bytes = task.accounting.size(item.size, task.job.compute_bytes)
+            groups = {place: (x.shard, x.tp, count[rows]) for place, count in params_by_place(source.counts).items()}
+            groups["experts"] = (x.expert_shard, x.ep * x.etp, source.counts["experts"][rows])
+            cost = {
+                place: task.constant("dp")
+                * collective_seconds(item.op, n.astype(float), stride.astype(float), n_bytes * count, task.hardware)
+                for place, (n, stride, count) in groups.items()
+            }
+            cost["layer"] = cost["layer"] + cost.pop("experts")
+            yield item, rows, cost
 
 
 def params_by_place(params: dict[str, Floats]) -> dict[str, Floats]:
@@ -446,7 +454,7 @@ def _layer_ns(
 
 def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
     """Bytes of parameters, gradients and optimizer states of a layer and of the first and last rank's extras."""
-    params = memory.rank_params(task, layouts)
+    params = frozen.trained_params(task, layouts)
     per = memory.state_bytes(task, layouts.zero, layouts.shard, layouts.microbatches)
     routed = memory.state_bytes(task, layouts.zero, layouts.expert_shard, layouts.microbatches)
     zeros = np.zeros(len(layouts))
@@ -462,7 +470,7 @@ def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
     result["updating_last"] += beside_head
     rest = embedding_rest(task, layouts)
     result["state_first"] += ceil(per.whole_gradients * rest)
-    return result | {
+    result |= {
         # Weight-gradient buffers exist once for each shape: one expert stands for all.
         "fixed": ceil(per.resident * (params["layer"] + params["expert"]) + task.hardware.device.workspace.base),
         "unit": ceil(per.unit * params["layer"] + routed.unit * experts),
@@ -475,9 +483,35 @@ def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
         "carried": ceil(per.carried * params["layer"] + routed.carried * experts),
         "carried_first": ceil(per.carried * params["embedding"]),
     }
+    for source in frozen.sources(task, layouts)[1:]:
+        for name, n_bytes in _frozen_states(source, layouts).items():
+            result[name] = result[name] + n_bytes
+    return result
+
+
+def _frozen_states(source: frozen.Source, layouts: LayoutArray) -> dict[str, Ints]:
+    """Bytes of frozen weights, beside those of the trained ones: the same while micro-batches and while the optimizer run."""
+    task, counts, place = source.task, source.counts, params_by_place(source.counts)
+    per = memory.state_bytes(task, layouts.zero, layouts.shard, layouts.microbatches)
+    routed = memory.state_bytes(task, layouts.zero, layouts.expert_shard, layouts.microbatches)
+    held, held_routed = per.backward["params"], routed.backward["params"]
+    layer, first, last = (
+        ceil(held * place["layer"] + held_routed * counts["experts"]),
+        held * place["first"],
+        held * place["last"],
+    )
+    gathered = per.unit * counts["layer"] + routed.unit * counts["experts"]
+    return {
+        "state": layer, "updating": layer,
+        "state_first": ceil(first), "updating_first": ceil(first),
+        "state_last": ceil(last), "updating_last": ceil(last),
+        "unit": ceil(gathered + adapters.dequantised_bytes(task, layouts)),
+        "head_unit": ceil(per.head * counts["head"]),
+    }  # fmt: skip
 
 
 def embedding_rest(task: Task, layouts: LayoutArray) -> Floats:
     """Parameters of the embedding on other ranks of the tp group, where its gradient is made whole before it is split."""
-    rest = task.model.embedding_params - task.model.embedding_params / layouts.tp
-    return rest if task.accounting.embedding_gradient_whole else np.zeros(len(layouts))
+    rest, adapter = task.model.embedding_params - task.model.embedding_params / layouts.tp, task.job.adapter
+    whole = task.accounting.embedding_gradient_whole and (adapter is None or adapter.train_embeddings)
+    return rest if whole else np.zeros(len(layouts))

@@ -47,7 +47,12 @@ class Rule:
         """The first key that its text names: where a finding points to."""
         names = [name for _, name, _, _ in string.Formatter().parse(self.what) if name]
         return next(
-            (n for n in names if n not in ("model", "gpus", "heads", "kv_heads", "microbatches", "experts", "features")), ""
+            (
+                n
+                for n in names
+                if n not in ("model", "gpus", "heads", "kv_heads", "microbatches", "experts", "features", "base")
+            ),
+            "",
         )
 
 
@@ -278,6 +283,7 @@ def values_of(task: Subject | Task, layout: Layout) -> dict[str, Any]:
         "expert_width": _listed(m.width for m in model.routed_mlps), "vocab": model.vocab,
         "n_layers": model.n_layers, "max_positions": model.max_positions, "model": model.name,
         "seq_len": job.seq_len, "global_batch": job.global_batch, "precision": job.precision,
+        "base": job.adapter.base if job.adapter else "",
     }  # fmt: skip
 
 

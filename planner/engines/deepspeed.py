@@ -85,7 +85,7 @@ ZERO = {
 }
 
 SAVED = (
-    Saved("norm inputs, outputs", "hidden", 4, "sequence"),
+    Saved("norm inputs, outputs", "hidden", 4, "sequence", feeds=(("attention", 1), ("mlp", 1))),
     # Without sequence parallelism the outputs of row-parallel products stay whole on every rank.
     Saved("row-parallel outputs", "hidden", 2, "none", only=("not_gathered",)),
     # With it the gathered inputs of the first products do.
@@ -94,8 +94,8 @@ SAVED = (
     Saved("query, attention output", "q", 2, "tensor"),
     Saved("key, value", "kv", 2, "tensor"),
     Saved("log-sum-exp", "heads", 1, "tensor", size=4),
-    Saved("gate, up, silu, product", "mlp", 4, "tensor", only=("gated",)),
-    Saved("gelu input, output", "mlp", 2, "tensor", only=("gelu",)),
+    Saved("gate, up, silu, product", "mlp", 4, "tensor", only=("gated",), feeds=(("mlp", 1),)),
+    Saved("gelu input, output", "mlp", 2, "tensor", only=("gelu",), feeds=(("mlp", 1),)),
 )
 
 ACCOUNTING = replace(

@@ -77,28 +77,37 @@ ZERO = {
 
 _KEPT = ("none", "selective")
 SAVED = (
-    Saved("norm inputs, outputs", "hidden", 4, "sequence", kept=_KEPT, only=("wide",)),
+    Saved("norm inputs, outputs", "hidden", 4, "sequence", kept=_KEPT, only=("wide",), feeds=(("attention", 1), ("mlp", 1))),
     # With narrow products their inputs are kept in one byte: both norm outputs, and the attention output beside it.
     Saved("norm inputs", "hidden", 2, "sequence", kept=_KEPT, only=("narrow",)),
-    Saved("narrow norm outputs", "hidden", 2, "sequence", size=1, kept=_KEPT, only=("narrow",)),
-    Saved("narrow attention output", "v", 1, "tensor", size=1, kept=_KEPT, only=("narrow",)),
+    Saved(
+        "narrow norm outputs",
+        "hidden",
+        2,
+        "sequence",
+        size=1,
+        kept=_KEPT,
+        only=("narrow",),
+        feeds=(("attention", 1), ("mlp", 1)),
+    ),
+    Saved("narrow attention output", "v", 1, "tensor", size=1, kept=_KEPT, only=("narrow",), feeds=(("attention", 1),)),
     Saved("layer input", "hidden", 1, "sequence", kept=("full",)),
     Saved("query", "q", 1, "tensor", kept=_KEPT),
     Saved("key, value", "kv", 2, "tensor", kept=_KEPT, only=("softmax",)),
     Saved("key", "q", 1, "tensor", kept=_KEPT, only=("latent",)),
     Saved("value", "v", 1, "tensor", kept=_KEPT, only=("latent",)),
     Saved("attention output", "v", 1, "tensor", kept=_KEPT),
-    Saved("query latent, normed", "q_latent", 2, "sequence", kept=_KEPT, only=("latent",)),
-    Saved("key/value latent, normed", "kv_latent", 2, "sequence", kept=_KEPT, only=("latent",)),
+    Saved("query latent, normed", "q_latent", 2, "sequence", kept=_KEPT, only=("latent",), feeds=(("attention", 1),)),
+    Saved("key/value latent, normed", "kv_latent", 2, "sequence", kept=_KEPT, only=("latent",), feeds=(("attention", 1),)),
     Saved("log-sum-exp", "heads", 1, "tensor", size=4),
     Saved("gate, up", "mlp", 2, "tensor", only=("gated",), kept=_KEPT),
-    Saved("product", "mlp", 1, "tensor", only=("gated", "wide"), kept=_KEPT),
-    Saved("narrow product", "mlp", 1, "tensor", size=1, only=("gated", "narrow"), kept=_KEPT),
-    Saved("gelu input, output", "mlp", 2, "tensor", only=("gelu",), kept=_KEPT),
+    Saved("product", "mlp", 1, "tensor", only=("gated", "wide"), kept=_KEPT, feeds=(("mlp", 1),)),
+    Saved("narrow product", "mlp", 1, "tensor", size=1, only=("gated", "narrow"), kept=_KEPT, feeds=(("mlp", 1),)),
+    Saved("gelu input, output", "mlp", 2, "tensor", only=("gelu",), kept=_KEPT, feeds=(("mlp", 1),)),
     Saved("router logits", "experts", 1, "sequence", size=4, kept=_KEPT),
-    Saved("routed inputs, outputs", "routed", 2, "sequence", kept=_KEPT),
-    Saved("experts' gate, up, product", "routed_mlp", 3, "sequence", only=("gated",), kept=_KEPT),
-    Saved("experts' gelu input, output", "routed_mlp", 2, "sequence", only=("gelu",), kept=_KEPT),
+    Saved("routed inputs, outputs", "routed", 2, "sequence", kept=_KEPT, feeds=(("experts", 1),)),
+    Saved("experts' gate, up, product", "routed_mlp", 3, "sequence", only=("gated",), kept=_KEPT, feeds=(("experts", 1),)),
+    Saved("experts' gelu input, output", "routed_mlp", 2, "sequence", only=("gelu",), kept=_KEPT, feeds=(("experts", 1),)),
 )
 
 ACCOUNTING = Accounting(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 
 from planner.cost.accounting import Accounting
+from planner.engines.adapters import adapter_rules
 from planner.engines.base import Engine
 from planner.engines.bundled import BUNDLED
 from planner.engines.deepspeed import DEEPSPEED
@@ -16,7 +17,11 @@ from planner.engines.torchtitan import FSDP1, TORCHTITAN
 from planner.engines.traits import TRAITS
 from planner.errors import input_error
 
-ENGINES: dict[str, Engine] = {e.name: e for e in (BUNDLED, MEGATRON, TORCHTITAN, DEEPSPEED, NANOTRON, FSDP1)}
+ENGINES: dict[str, Engine] = {
+    e.name: replace(e, rules=e.rules + adapter_rules(e.name))
+    for e in (BUNDLED, MEGATRON, TORCHTITAN, DEEPSPEED, NANOTRON, FSDP1)
+}
+"""Each with its own rules and those for adapters."""
 
 
 def engine_named(name: str) -> Engine:

@@ -8,14 +8,15 @@ from typing import Literal
 
 import numpy as np
 
-from planner.cost import intervals, memory, primitives, risk, step
+from planner.cost import frozen, intervals, memory, primitives, risk, step
 from planner.cost.primitives import Primitives, TimeParts
 from planner.cost.schedules import in_flight
 from planner.cost.step import StageCost
-from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
+from planner.cost.task import Ints, LayoutArray, StageArray, Task
 from planner.planfile import Breakdown, Estimate, Memory, MemoryInterval, StageMemory, TimeInterval
 from planner.specs.figures import Provenance
 from planner.specs.layout import Layout
+from planner.specs.projections import training_flops
 from planner.units import GIB
 
 
@@ -25,7 +26,7 @@ class _Kind:
 
     p: Primitives
     parts: TimeParts
-    params: dict[str, Floats]
+    sources: tuple[frozen.Source, ...]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def estimate_layout(task: Task, layout: Layout) -> Estimate:
     """What the cost model predicts for one layout (which must obey the rules)."""
     x, stages = LayoutArray.of([layout], task.job), StageArray.of([layout])
     tasks = [task] if task.model.homogeneous else [task.only(k) for k in range(len(task.model.kinds))]
-    kinds = tuple(_Kind(*primitives.price_with_parts(t, x), memory.rank_params(t, x)) for t in tasks)
+    kinds = tuple(_Kind(*primitives.price_with_parts(t, x), frozen.sources(t, x)) for t in tasks)
     counts, text = step.layers_by_kind(task, layout), task.model.text_kind
     each = [k.p.take(stages.row) for k in kinds]
     blended = None if task.model.homogeneous else step.blend(each, counts, text)
@@ -72,7 +73,7 @@ def estimate_layout(task: Task, layout: Layout) -> Estimate:
     priced = _Priced(task, layout, x, stages, kinds, counts, blended or each[0], cost)
     seconds = int(step.step_cost(kinds[text].p, x, stages, blended).step[0]) / 1e9
     rate = task.job.tokens_per_step / seconds
-    model_flops = task.model.flops_per_token(task.job.seq_len) * rate / task.gpus
+    model_flops = training_flops(task.model, task.job) * rate / task.gpus
     breakdown = _breakdown(priced, seconds)
     return Estimate(
         step_time_s=seconds,
@@ -205,18 +206,24 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
 
 
 def _states(c: _Priced, s: int, updating: bool) -> dict[str, int]:
-    """Bytes of parameters, gradients and optimizer states on one rank, its experts included."""
-    x, places = c.x, primitives.params_by_place(c.base.params)
-    shared, routed = (memory.state_bytes(c.task, x.zero, shard, x.microbatches) for shard in (x.shard, x.expert_shard))
+    """Bytes of parameters, gradients and optimizer states on one rank, its experts and frozen weights included."""
+    found = [_states_of(c, i, s, updating) for i in range(len(c.base.sources))]
+    return {part: sum(states[part] for states in found) for part in memory.PARTS}
+
+
+def _states_of(c: _Priced, source: int, s: int, updating: bool) -> dict[str, int]:
+    """The same of the parameters under one rule: trained (0) or frozen (1)."""
+    x, (task, base, _) = c.x, c.base.sources[source]
+    places, each = primitives.params_by_place(base), [k.sources[source].counts for k in c.kinds]
+    shared, routed = (memory.state_bytes(task, x.zero, shard, x.microbatches) for shard in (x.shard, x.expert_shard))
     held, experts = (shared.update, routed.update) if updating else (shared.backward, routed.backward)
     layers = [int(n) for n in c.counts[s]]
-    modules = c.task.model.mtp
     if s == c.layout.pp - 1:
-        layers[c.task.model.text_kind] += modules
-    count = sum(n * float(k.params["layer"][0]) for n, k in zip(layers, c.kinds, strict=True))
+        layers[c.task.model.text_kind] += c.task.model.mtp
+    count = sum(n * float(counts["layer"][0]) for n, counts in zip(layers, each, strict=True))
     count += float(places["first"][0]) if s == 0 else 0.0
     count += float(places["last"][0]) if s == c.layout.pp - 1 else 0.0
-    owned = sum(n * float(k.params["experts"][0]) for n, k in zip(layers, c.kinds, strict=True))
+    owned = sum(n * float(counts["experts"][0]) for n, counts in zip(layers, each, strict=True))
     return {part: int(held[part][0] * count + experts[part][0] * owned) for part in memory.PARTS}
 
 

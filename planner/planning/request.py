@@ -22,6 +22,7 @@ from planner.specs.job import Job
 from planner.specs.layout import Configuration
 from planner.specs.model import Model
 from planner.specs.policy import Policy
+from planner.specs.projections import projections
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def prepare(request: Request) -> Setting:
     engine = engine_named(request.engine)
     nodes, gpus = _devices(request, hardware)
     _check_size(model, request.job, hardware, gpus)
+    _check_adapter(model, request.job)
     policy = request.policy
     task = Task(model, request.job, hardware, gpus, engine.accounting, policy.max_memory_fraction, policy.max_oom_probability)
     device = hardware.device
@@ -90,6 +92,16 @@ def _check_size(model: Model, job: Job, hardware: HardwareProfile, gpus: int) ->
         what = f"one step of this job takes {days:,.0f} days at the peak rate of {gpus} devices"
         fix = "check seq_len (tokens) and global_batch (sequences)"
         raise input_error("PLN133", what, f"steps of {LONGEST_STEP_DAYS} days or more are not planned", fix)
+
+
+def _check_adapter(model: Model, job: Job) -> None:
+    """Refuse an adapter for parts that the model does not have. Raises InputError."""
+    present = {p.target for group in model.layers for p in projections(model, group)}
+    missing = [t for t in (job.adapter.targets if job.adapter else ()) if t not in present]
+    # Left-out targets are attention and mlp: a model whose MLP is all routed experts has attention alone.
+    if "experts" in missing or (missing and len(missing) == len(job.adapter.targets if job.adapter else ())):
+        what = f"the adapter targets {', '.join(missing)}, and {model.name} has none"
+        raise input_error("PLN134", what, f"its matrices are {', '.join(sorted(present))}", "choose among these targets")
 
 
 def _load(reference: Any, folder: Path | None, loader: Any) -> tuple[Any, str, str]:
@@ -163,6 +175,8 @@ def build_spec(spec: Any, data: dict[str, Any], place: str) -> Any:
         problems = []
         for e in error.errors():
             name = ".".join(str(p) for p in e["loc"])
+            if e["loc"][:1] == ("adapter",):
+                name = "lora_" + ".".join(str(p) for p in e["loc"][1:2])
             flag = f"--{name.replace('_', '-')}" if name else place
             message = e["msg"].removeprefix("Value error, ")
             problems.append(Problem("PLN107", f"{flag} {e.get('input')!r}: {message[:1].lower()}{message[1:]}"))

@@ -14,6 +14,7 @@ from planner.planfile import Plan, StageMemory
 from planner.planning.make import limit_text, short
 from planner.report.stagetext import stages_text
 from planner.report.uncertainty import probability, step_time, with_interval
+from planner.specs.projections import trained_params
 from planner.units import GIB, count, gib, seconds, significant
 
 _BREAKDOWN = (
@@ -58,7 +59,7 @@ def print_plan(plan: Plan, out: Console) -> None:
 def _headline(plan: Plan, out: Console) -> None:
     job, cluster = plan.job, plan.cluster
     nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''}, {cluster.gpus} x {cluster.device}"
-    out.print(f"[bold]{plan.model.name}[/] ({count(plan.model.total_params)} parameters) on {nodes}")
+    out.print(f"[bold]{plan.model.name}[/] ({_parameters(plan)}) on {nodes}")
     out.print(f"sequence {job.seq_len:,}, global batch {job.global_batch:,}, {job.precision}, engine {plan.engine}")
     e, m = plan.estimate, plan.estimate.memory
     verdict = "[bold green]fits[/]" if m.fits else "[bold red]does not fit[/]"
@@ -67,6 +68,12 @@ def _headline(plan: Plan, out: Console) -> None:
     if plan.choice is not None and plan.choice.rule != "fastest":
         out.print(Text(plan.choice.reason))
     out.print()
+
+
+def _parameters(plan: Plan) -> str:
+    """How many there are, and how many of them are trained where that is not all."""
+    total, adapter = f"{count(plan.model.total_params)} parameters", plan.job.adapter
+    return f"{total}, {count(trained_params(plan.model, plan.job))} trained, {adapter.text}" if adapter else total
 
 
 def _table(title: str) -> Table:

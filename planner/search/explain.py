@@ -76,7 +76,8 @@ def smallest_cluster(task: Task, engine: Engine, space_of: Callable[[Task], Spac
     """
     limit = task.hardware.max_devices
     a, e = task.accounting, task.job.compute_bytes
-    states = min(sum(a.size(h.size, e) for h in rule.update) for rule in a.zero.values())
+    # Of frozen weights only their stored bytes are left; the count starts at the smallest cluster then.
+    states = 0.0 if task.job.adapter else min(sum(a.size(h.size, e) for h in rule.update) for rule in a.zero.values())
     least = int(states * task.model.total_params / max(task.limit, 1)) // unit * unit
     if least > MAX_DEVICES:
         return None

@@ -1,4 +1,4 @@
-"""What is trained: sequence length, global batch, precision, optimizer."""
+"""What is trained: sequence length, global batch, precision, optimizer, adapter."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from planner.specs.adapter import Adapter
 from planner.specs.base import Spec
 
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -26,6 +27,8 @@ class Job(Spec):
     linears: Linears = "same"
     """Type of the layers' matrix products where it is narrower than `precision`; attention, head and states are not."""
     optimizer: Literal["adamw"] = "adamw"
+    adapter: Adapter | None = None
+    """Low-rank adapters beside a frozen base (LoRA, QLoRA); everything is trained when left out."""
 
     @property
     def compute_bytes(self) -> int:

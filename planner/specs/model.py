@@ -324,22 +324,29 @@ class Model(Spec):
         embedding left out because it is a lookup); `causal` counts the keys that a query sees, s / 2. Multi-token
         modules count as trained, encoder layers by the encoder tokens that a sequence brings.
         """
-        total = 6.0 * self.vocab * self.hidden * (1 + self.mtp)
-        total += self.mtp * (6.0 * 2 * self.hidden**2 + self._layer_flops(self.layers[-1], seq_len, convention))
+        total = 6.0 * self.product_params(seq_len) + self.mtp * self._attention_flops(self.layers[-1], seq_len, convention)
         for g in self.layers:
             share = g.front.tokens / seq_len if g.front else 1.0
             length = g.front.tokens if g.front else seq_len
-            total += share * g.count * self._layer_flops(g, length, convention)
-        for front in self.fronts:
-            projector = sum(n * m for n, m in front.projector_shapes(self.hidden)) / front.merge
-            total += 6.0 * (projector + front.hidden * front.patch) * front.tokens / seq_len
+            total += share * g.count * self._attention_flops(g, length, convention)
         return total
 
-    def _layer_flops(self, g: LayerGroup, length: int, convention: FlopsConvention) -> float:
-        """Training FLOPs of one layer and token of a sequence of `length`."""
+    def product_params(self, seq_len: int) -> float:
+        """Weights that one token passes through in matrix products, on average over a sequence of `seq_len` tokens."""
+        total = float(self.vocab * self.hidden * (1 + self.mtp))
+        total += self.mtp * (2 * self.hidden**2 + self.active_params_of(self.layers[-1]))
+        for g in self.layers:
+            total += (g.front.tokens / seq_len if g.front else 1.0) * g.count * self.active_params_of(g)
+        for front in self.fronts:
+            projector = sum(n * m for n, m in front.projector_shapes(self.hidden)) / front.merge
+            total += (projector + front.hidden * front.patch) * front.tokens / seq_len
+        return total
+
+    def _attention_flops(self, g: LayerGroup, length: int, convention: FlopsConvention) -> float:
+        """Training FLOPs of one layer's attention for a token of a sequence of `length`."""
         a = g.attention
         if a.kind == "linear":  # one state of d x d a head, updated and read
             keys = float(self.head_dim_of(g))
         else:
             keys = float(a.keys_of(length)) if convention == "full" else a.mean_keys_of(length)
-        return 6.0 * self.active_params_of(g) + 12.0 * a.heads * self.attention_dim_of(g) * keys
+        return 12.0 * a.heads * self.attention_dim_of(g) * keys

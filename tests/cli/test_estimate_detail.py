@@ -39,6 +39,10 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "megatron tp pp cp": ("megatron", {"tp": 2, "pp": 2, "cp": 2, "schedule": "1f1b", "recompute": "selective"}),
     "megatron interleaved": ("megatron", {"pp": 4, "dp": 2, "schedule": "interleaved", "virtual_stages": 2}),
     "megatron full": ("megatron", {"tp": 2, "pp": 2, "dp": 2, "recompute": "full"}),
+    "lora dp": ("deepspeed", {"dp": 8, "zero": 2, "recompute": "selective:3"}),
+    "lora zero3": ("deepspeed", {"dp": 8, "zero": 3}),
+    "lora zero3 nf4": ("deepspeed", {"dp": 8, "zero": 3, "recompute": "full"}),
+    "lora tp pp": ("megatron", {"tp": 2, "pp": 2, "dp": 2, "zero": 1, "sequence_parallel": True}),
     "two nodes, traits": ("megatron+2021", {"tp": 8, "dp": 2, "zero": 1, "sequence_parallel": False}),
 }
 
@@ -47,7 +51,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
 def _made(name: str) -> tuple[Any, Detail]:
     engine, layout = LAYOUTS[name]
     gpus = 16 if "two nodes" in name else 8
-    plan = package.estimate(llama(), profile(), layout=layout, seq_len=2048, global_batch=64, gpus=gpus, engine=engine)
+    adapter = {"rank": 16, "base": "nf4" if "nf4" in name else "same"} if "lora" in name else None
+    job = {"seq_len": 2048, "global_batch": 64, "engine": engine, "adapter": adapter}
+    plan = package.estimate(llama(), profile(), layout=layout, gpus=gpus, **job)
     return plan, detail_of(plan, engine=engine)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from machines import gpt, llama, mixed, mixture, profile, task
 
@@ -10,6 +11,7 @@ from planner.cost.task import Task
 from planner.engines.base import Engine
 from planner.engines.registry import engine_named
 from planner.search.space import Space, declared_space
+from planner.specs.adapter import Adapter
 
 
 def instance(seed: int) -> tuple[Task, Engine, Space]:
@@ -66,4 +68,25 @@ def mixture_instance(seed: int) -> tuple[Task, Engine, Space]:
     engine = engine_named(rng.choice(("megatron", "torchtitan", "megatron+deep-ep")))
     machine = profile(memory=f"{memory:.3f} GiB", node_size=rng.choice((2, 4, 8)), nic=rng.choice(("5 GB/s", "50 GB/s")))
     t = task(model, gpus, rng.choice((512, 1024)), rng.choice((4, 8)), engine.name, machine)
+    return t, engine, declared_space(t, engine, {"micro_batch": [1, 2]}, ["cp"])
+
+
+def adapter_instance(seed: int) -> tuple[Task, Engine, Space]:
+    """The same with an adapter: little besides the base fills the memory."""
+    rng = random.Random(seed)
+    routed = rng.random() < 0.3
+    hidden = rng.choice((1024, 2048, 4096))
+    if routed:
+        model = mixture(rng.randint(2, 4), 1024, 4, 2, 2048, rng.choice((0, 1024)))
+    else:
+        model = llama(rng.randint(2, 5), hidden, heads=8, kv_heads=rng.choice((2, 8)), width=3 * hidden, vocab=32000)
+    engine = engine_named("megatron" if routed else rng.choice(("megatron", "deepspeed")))
+    base = rng.choice(("same", "fp8") if engine.name == "megatron" else ("same", "int8", "nf4"))
+    targets = rng.choice((["attention"], ["attention", "mlp"], ["attention", "experts"] if routed else ["mlp", "attention"]))
+    gpus = rng.choice((1, 2, 4, 8))
+    memory = 1.9 + 2 * model.total_params / 2**30 * rng.uniform(0.3, 1.5) + rng.choice((0.05, 0.3, 2.0))
+    machine = profile(memory=f"{memory:.3f} GiB", node_size=rng.choice((2, 4, 8)), nic=rng.choice(("5 GB/s", "50 GB/s")))
+    t = task(model, gpus, rng.choice((512, 1024, 2048)), rng.choice((4, 8, 12)), engine.name, machine)
+    adapter = Adapter(rank=rng.choice((8, 64)), targets=targets, base=base, train_embeddings=rng.random() < 0.2)
+    t = replace(t, job=t.job.model_copy(update={"adapter": adapter}))
     return t, engine, declared_space(t, engine, {"micro_batch": [1, 2]}, ["cp"])

@@ -12,7 +12,7 @@ from planner.search import bounds
 from planner.search.solve import search
 from planner.search.space import declared_space, enumerate_rows
 from search.brute import all_rows
-from search.instances import instance, mixed_instance, mixture_instance
+from search.instances import adapter_instance, instance, mixed_instance, mixture_instance
 
 FAST, MORE = range(60), range(60, 400)
 
@@ -70,6 +70,11 @@ def test_expert_tensor_parallelism_is_in_the_space():
     assert np.all((rows.etp == 1) | (rows.etp == rows.tp))
     pinned = enumerate_rows(t, engine, declared_space(t, engine, {"etp": [2]}, [])).layouts
     assert {(1, 2), (4, 2)} <= set(zip(pinned.tp.tolist(), pinned.etp.tolist(), strict=True))
+
+
+def test_search_with_adapters_equals_brute_force():
+    feasible = [check_instance(seed, adapter_instance) for seed in range(16)]
+    assert 0.3 < np.mean(feasible) < 1
 
 
 @pytest.mark.slow

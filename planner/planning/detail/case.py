@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.cost import memory, operators, primitives, step
+from planner.cost import frozen, operators, primitives, step
 from planner.cost.primitives import Primitives
 from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
 from planner.planfile import Plan
@@ -26,8 +26,14 @@ class Kind:
     seconds: operators.LayerSeconds
     compute: tuple[Floats, Floats]
     traffic: primitives.DpTraffic
-    params: dict[str, Floats]
+    sources: tuple[frozen.Source, ...]
+    """Its parameters: trained, and frozen where there are any."""
     p: Primitives
+
+    @property
+    def params(self) -> dict[str, Floats]:
+        """The trained parameters."""
+        return self.sources[0].counts
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def case_of(task: Task, plan: Plan) -> Case:
     priced = [k.p.take(stages.row) for k in kinds]
     counts = step.layers_by_kind(task, plan.layout)
     blended = step.blend(priced, counts, task.model.text_kind) if mixed else None
-    cost = step.stage_cost(kinds[0].p, x, stages, blended)
+    cost = step.stage_cost(kinds[task.model.text_kind].p, x, stages, blended)
     held, book = step.held(x.take(stages.row), stages), Book(task, plan.layout.zero)
     return Case(task, plan, x, stages, tuple(kinds), counts, blended or priced[0], cost, held, book)
 
@@ -104,5 +110,5 @@ def _kind(task: Task, x: LayoutArray, label: str) -> Kind:
     seconds, here = operators.layer_seconds(task, x), np.zeros(1, dtype=np.int64)
     compute = primitives.layer_compute(task, x, seconds, here)
     traffic = primitives.dp_traffic(task, x, compute)
-    shapes, params = operators.shapes_of(task, x), memory.rank_params(task, x)
-    return Kind(task, label, shapes, seconds, compute, traffic, params, primitives.price(task, x))
+    shapes, sources = operators.shapes_of(task, x), frozen.sources(task, x)
+    return Kind(task, label, shapes, seconds, compute, traffic, sources, primitives.price(task, x))

@@ -10,6 +10,7 @@ import numpy as np
 from planner.cost import memory, operators, primitives, step
 from planner.cost.accounting import Traffic
 from planner.cost.collectives import collective_seconds, crossed_tiers
+from planner.cost.frozen import Source
 from planner.cost.task import Task
 from planner.planning.detail.case import Case, Kind
 from planner.planning.detail.source import growth_figures, tier_figures
@@ -155,10 +156,10 @@ def _expert_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) 
     return _priced(c, "ep_comm", f"{kind.label}routed tokens, {_place(where)}", calls, exposed, hides, figures)
 
 
-def _state_calls(c: Case, kind: Kind, item: Traffic, times: dict[str, float]) -> list[_Call]:
+def _state_calls(c: Case, source: Source, item: Traffic, times: dict[str, float]) -> list[_Call]:
     """Calls of one collective over the ranks that share parameters, by place; `times` a step."""
-    size = kind.task.accounting.size(item.size, kind.task.job.compute_bytes)
-    x, factor, p = c.x, kind.task.constant("dp"), kind.params
+    size = source.task.accounting.size(item.size, source.task.job.compute_bytes)
+    x, factor, p = c.x, source.task.constant("dp"), source.counts
     dense = {k: size * float(v[0]) for k, v in primitives.params_by_place(p).items()}
     shard, stride = float(x.shard[0]), float(x.tp[0])
     calls = [_Call("dp x cp", item.op, shard, stride, dense[k], n, factor) for k, n in times.items() if dense[k]]
@@ -168,11 +169,15 @@ def _state_calls(c: Case, kind: Kind, item: Traffic, times: dict[str, float]) ->
     return calls
 
 
+def _traffic(c: Case, source: Source, per: str) -> list[Traffic]:
+    """Collectives of the parameters under one rule, of every micro-batch or of a step."""
+    return [t for t in source.task.accounting.zero[c.layout.zero].traffic if t.per == per]
+
+
 def _zero_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) -> list[Collective]:
     """Gathers and reductions of every micro-batch (ZeRO 2 and 3)."""
-    rule = kind.task.accounting.zero[c.layout.zero]
-    items = [t for t in rule.traffic if t.per == "microbatch" and t.under == where]
-    calls = [call for item in items for call in _state_calls(c, kind, item, {"layer": times})]
+    items = [(s, t) for s in kind.sources for t in _traffic(c, s, "microbatch") if t.under == where]
+    calls = [call for source, item in items for call in _state_calls(c, source, item, {"layer": times})]
     hides = f"hides under the layer's {where}, all but the engine's floor"
     figures = (*_OVERLAPPED, "engine.zero", "constant.dp")
     return _priced(c, "zero_comm", f"{kind.label}layers, {where}", calls, exposed, hides, figures)
@@ -185,9 +190,9 @@ def _step_rows(c: Case) -> list[Collective]:
     calls: list[_Call] = []
     for i, kind in enumerate(c.kinds):
         times = {"layer": float(c.counts[d, i])} | ({"first": float(first), "last": float(last)} if i == 0 else {})
-        for item in kind.task.accounting.zero[c.layout.zero].traffic:
-            if item.per == "step":
-                calls += _state_calls(c, kind, item, times)
+        for source in kind.sources:
+            for item in _traffic(c, source, "step"):
+                calls += _state_calls(c, source, item, times)
     hidden = int(c.stages.layers[d]) * c.ns("hide", d)
     hides = f"{hidden:.4g} s hide under backward, all but the engine's floor"
     figures = ("engine.dp_window", "engine.dp_floor", "engine.zero", "constant.dp")

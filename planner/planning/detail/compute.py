@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.cost import operators, primitives
+from planner.cost import adapters, operators, primitives
 from planner.cost.operators import Product, Shapes
 from planner.cost.task import Task
 from planner.planning.detail.case import Kind
@@ -19,6 +19,7 @@ def layer_lines(lines: Lines, kind: Kind, direction: int, times: float) -> None:
     for product in operators.layer_products(kind.task, kind.shapes, direction):
         seconds, inputs, figures = _product(kind.task, product)
         lines.add("compute", kind.label + product.name, seconds, times, GEMM, inputs, figures, bound)
+    _dequantise_line(lines, kind, direction, times, bound)
     _attention_line(lines, kind, direction, times, bound)
     _stream_line(lines, kind, direction, times, bound)
     _host_line(lines, kind, direction, times, bound)
@@ -38,20 +39,28 @@ def _product(task: Task, p: Product) -> tuple[float, Inputs, tuple[str, ...]]:
     m, n, k, groups = (float(np.ravel(size)[0]) for size in (p.m, p.n, p.k, p.groups))
     inputs: Inputs = {name: round(v, 3) for name, v in (("M", m), ("N", n), ("K", k), ("count", groups))}
     inputs["FLOP/s reached"] = 2.0 * m * n * k * groups / seconds
-    figures = _product_figures(task, p.part)
+    figures = _product_figures(task, p.narrow)
     if p.times != 1.0:
         inputs["slower"] = p.times
         figures = (*figures, "engine.wgrad")
     return seconds, inputs, figures
 
 
-def _product_figures(task: Task, part: str) -> tuple[str, ...]:
-    """The figures behind products; the head's are never in a narrow type."""
+def _product_figures(task: Task, narrow: bool) -> tuple[str, ...]:
+    """The figures behind products; the head's and the adapters' are never in a narrow type."""
     peak = f"device.peak.{task.job.precision}"
     base = ("device.gemm", "device.sustained", peak, "device.memory_bandwidth", "constant.compute")
-    if part == "head" or task.job.linears == "same":
+    if not narrow or task.job.linears == "same":
         return base
     return (*base, f"device.peak.{task.job.linears}", "code.NARROW_SHARE", "constant.narrow")
+
+
+def _dequantise_line(lines: Lines, kind: Kind, direction: int, times: float, bound: str) -> None:
+    """Copies of a quantised base in the compute type."""
+    seconds = sum(float(adapters.dequantise_seconds(kind.task, kind.shapes, experts)[0]) for experts in (False, True))
+    if seconds:
+        name = f"{kind.label}dequantisation of the base: {('forward', 'backward')[direction]}"
+        lines.add("compute", name, seconds, times, STREAM, {}, (*STREAMED, "constant.elementwise"), bound)
 
 
 def _attention_line(lines: Lines, kind: Kind, direction: int, times: float, bound: str) -> None:
@@ -133,8 +142,8 @@ def recompute_lines(lines: Lines, kind: Kind, k: int, times: float) -> None:
 def _part_figures(task: Task, s: Shapes) -> dict[str, tuple[str, ...]]:
     """The figures behind each kind of operator in forward."""
     return {
-        "gemm": _product_figures(task, "gemm"),
-        "experts": _product_figures(task, "experts"),
+        "gemm": _product_figures(task, True),
+        "experts": _product_figures(task, True),
         "attention": _attention_inputs(task, s)[0],
         "elementwise": (*STREAMED, "engine.elementwise_forward", "constant.elementwise"),
     }

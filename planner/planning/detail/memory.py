@@ -52,26 +52,30 @@ def folded(ranks: Sequence[Rank]) -> tuple[Rank, ...]:
 def _state_lines(held: Held) -> None:
     """Parameters, gradients and optimizer states."""
     for part in memory.PARTS:
-        for name, count, each, per in _states(held, part):
-            inputs: Inputs = {} if count is None else {"layers": count}
-            inputs |= {"parameters" if count is None else "parameters a layer": each, "bytes a parameter": per}
-            held.add(part, name, (1 if count is None else count) * each * per, inputs, "engine.zero")
+        for i in range(len(held.c.kinds[0].sources)):
+            for name, count, each, per in _states(held, part, i):
+                what, unit = ("bytes as stored", "times held") if i else ("parameters", "bytes a parameter")
+                inputs: Inputs = {} if count is None else {"layers": count}
+                inputs |= {what if count is None else f"{what} a layer": each, unit: per}
+                held.add(part, name, (1 if count is None else count) * each * per, inputs, "engine.zero")
 
 
-def _states(held: Held, part: str) -> Iterator[tuple[str, int | None, float, float]]:
-    """(name, layers, parameters of one, bytes a parameter); without layers for the ends of the model."""
+def _states(held: Held, part: str, source: int) -> Iterator[tuple[str, int | None, float, float]]:
+    """(name, layers, parameters of one, bytes a parameter) of trained (0) or frozen (1) ones; without layers for the ends of
+    the model."""
     c, x = held.c, held.c.x
-    moment = "update" if held.updating else "backward"
+    moment, prefix = "update" if held.updating else "backward", "frozen " if source else ""
     for kind, count in held.kinds:
+        task, params, _ = kind.sources[source]
         for key, shard, what in (("layer", x.shard, "layers"), ("experts", x.expert_shard, "routed experts")):
-            states = memory.state_bytes(kind.task, x.zero, shard, x.microbatches)
-            each, per = float(kind.params[key][0]), float(getattr(states, moment)[part][0])
-            yield f"{kind.label}{part} of {what}", count, each, per
-    base, (first, last) = c.base, c.ends(held.rank)
-    states, places = memory.state_bytes(base.task, x.zero, x.shard, x.microbatches), primitives.params_by_place(base.params)
+            states = memory.state_bytes(task, x.zero, shard, x.microbatches)
+            each, per = float(params[key][0]), float(getattr(states, moment)[part][0])
+            yield f"{kind.label}{prefix}{part} of {what}", count, each, per
+    (task, params, _), (first, last) = c.base.sources[source], c.ends(held.rank)
+    states, places = memory.state_bytes(task, x.zero, x.shard, x.microbatches), primitives.params_by_place(params)
     for there, key, name in ((first, "first", "embedding"), (last, "last", "head and final norm")):
         if there:
-            yield f"{part} of {name}", None, float(places[key][0]), float(getattr(states, moment)[part][0])
+            yield f"{prefix}{part} of {name}", None, float(places[key][0]), float(getattr(states, moment)[part][0])
 
 
 def _saved_lines(held: Held) -> None:
@@ -90,16 +94,24 @@ def _saved_tensors(c: Case, kind: Kind, weights: Sequence[float]) -> dict[str, t
     """Bytes of each saved tensor by name; `weights` are (layer, micro-batch) pairs held, by recompute mode."""
     rows: dict[str, tuple[float, Inputs]] = {}
     tokens, several = float(kind.shapes.tokens[0]), sum(w > 0 for w in weights) > 1
-    for item in kind.task.accounting.saved:
-        for mode, pairs in zip(RECOMPUTE_MODES, weights, strict=True):
-            each = float(memory.saved_bytes(kind.task, [item], mode, c.x)[0])
-            if each and pairs:
-                n_bytes, inputs = rows.get(item.name, (0.0, {"tokens": tokens}))
-                key, suffix = "bytes a token and layer", f" ({mode})" if several else ""
-                inputs[key + suffix] = float(inputs.get(key + suffix, 0.0)) + each
-                inputs["layers x in flight" + suffix] = pairs
-                rows[item.name] = (n_bytes + tokens * each * pairs, inputs)
+    for name, mode, each in _saved_rows(c, kind):
+        pairs = weights[RECOMPUTE_MODES.index(mode)]
+        if each and pairs:
+            n_bytes, inputs = rows.get(name, (0.0, {"tokens": tokens}))
+            key, suffix = "bytes a token and layer", f" ({mode})" if several else ""
+            inputs[key + suffix] = float(inputs.get(key + suffix, 0.0)) + each
+            inputs["layers x in flight" + suffix] = pairs
+            rows[name] = (n_bytes + tokens * each * pairs, inputs)
     return rows
+
+
+def _saved_rows(c: Case, kind: Kind) -> Iterator[tuple[str, str, float]]:
+    """(tensor, recompute mode, bytes that a layer saves of it for a token)."""
+    for item in kind.task.accounting.saved:
+        for mode in RECOMPUTE_MODES:
+            yield item.name, mode, float(memory.saved_bytes(kind.task, [item], mode, c.x)[0])
+    for mode in RECOMPUTE_MODES:
+        yield "outputs of adapters' A", mode, float(memory.adapter_bytes(kind.task, mode, c.x)[0])
 
 
 # ---- buffers, and what lies outside the allocator -----------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.cost import memory, step
+from planner.cost import adapters, memory, step
 from planner.cost.step import Moment
 from planner.cost.task import Task
 from planner.planning.detail.held import Held
@@ -75,7 +75,9 @@ def _layer_lines(held: Held, again: int) -> None:
     inputs: Inputs = {"rows of the MLP width": a.backward_mlp, "rows of hidden": a.backward_hidden}
     figures = ("engine.backward_mlp", "engine.backward_hidden")
     held.add("transient", "temporaries of a layer's backward", temporaries, inputs, *figures)
-    held.add("transient", "gathered parameters and gradients of a layer", rest, {}, "engine.zero")
+    copy = int(adapters.dequantised_bytes(kind.task, held.c.x)[0])
+    held.add("transient", "dequantised copy of the largest matrix", copy, {})
+    held.add("transient", "gathered parameters and gradients of a layer", rest - copy, {}, "engine.zero")
     held.add("transient", "recomputed activations of a layer", again, {}, "engine.saved")
 
 
