@@ -165,7 +165,8 @@ def _smallest_text(smallest: int | None, unit: int, asked: int) -> str:
     relation = (
         "the smallest count that works" if smallest > asked else "fewer devices divide this job, the smallest count that works"
     )
-    return f"use {count} {noun} ({smallest} devices): {relation}"
+    devices = f" ({smallest} devices)" if unit > 1 else ""
+    return f"use {count} {noun}{devices}: {relation}"
 
 
 def limit_text(memory: Memory, policy: Policy) -> str:
