@@ -187,8 +187,9 @@ def test_a_path_relative_to_the_file_that_names_it(tmp_path: Path):
 def test_unknown_model_type_is_refused(tmp_path: Path):
     path = write_config(tmp_path / "odd", LLAMA | {"model_type": "mamba"})
     problem = model_problem(path)
-    assert (problem.code, problem.location.line) == ("PLN111", 1)
+    assert (problem.code, problem.location.line) == ("PLN111", 5)
     assert "mamba" in problem.what
+    assert "every field that llama needs" in problem.why
     assert "llama" in problem.fix
 
 
