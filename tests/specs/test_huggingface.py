@@ -145,6 +145,46 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
+FALCON_40B = {
+    "hidden_size": 8192, "num_hidden_layers": 60, "num_attention_heads": 128, "num_kv_heads": 8, "vocab_size": 65_024,
+    "new_decoder_architecture": True,
+}  # fmt: skip
+DEEPSEEK_V2 = {
+    "hidden_size": 5120, "intermediate_size": 12_288, "num_hidden_layers": 60, "num_attention_heads": 128,
+    "num_key_value_heads": 128, "vocab_size": 102_400, "q_lora_rank": 1536, "n_routed_experts": 160, "n_shared_experts": 2,
+    "num_experts_per_tok": 6, "moe_intermediate_size": 1536, "first_k_dense_replace": 1,
+}  # fmt: skip
+DEEPSEEK_V2_LITE = DEEPSEEK_V2 | {
+    "hidden_size": 2048, "intermediate_size": 10_944, "num_hidden_layers": 27, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "q_lora_rank": None, "n_routed_experts": 64, "moe_intermediate_size": 1408,
+}  # fmt: skip
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+
+
+def sized(*sizes: int, **fields: Any) -> dict[str, Any]:
+    return dict(zip(SIZES, sizes, strict=True)) | fields
+
+
+REAL: dict[str, tuple[str, dict[str, Any], int]] = {
+    "Llama-3.2-1B": ("llama", sized(2048, 8192, 16, 32, 8, 128_256, tie_word_embeddings=True), 1_235_814_400),
+    "Qwen2.5-72B": ("qwen2", sized(8192, 29_568, 80, 64, 8, 152_064), 72_706_203_648),
+    "Qwen3-8B": ("qwen3", sized(4096, 12_288, 36, 32, 8, 151_936, head_dim=128), 8_190_735_360),
+    "Mixtral-8x22B": ("mixtral", sized(6144, 16_384, 56, 48, 8, 32_768), 140_630_071_296),
+    "gemma-2-9b": ("gemma2", sized(3584, 14_336, 42, 16, 8, 256_000), 9_241_705_984),
+    "gemma-2-27b": ("gemma2", sized(4608, 36_864, 46, 32, 16, 256_000, head_dim=128), 27_227_128_320),
+    "gemma-3-27b": ("gemma3_text", sized(5376, 21_504, 62, 32, 16, 262_208, head_dim=128), 27_009_346_304),
+    "pythia-12b": ("gpt_neox", sized(5120, 20_480, 36, 40, 40, 50_688), 11_846_072_320),
+    "falcon-40b": ("falcon", FALCON_40B, 41_303_293_952),
+    "Phi-3-medium": ("phi3", sized(5120, 17_920, 40, 40, 10, 32_064), 13_960_238_080),
+    "OLMo-2-13B": ("olmo2", sized(5120, 13_824, 40, 40, 40, 100_352), 13_716_198_400),
+    "OLMo-2-32B": ("olmo2", sized(5120, 27_648, 64, 40, 8, 100_352), 32_234_279_936),
+    "DeepSeek-V2": ("deepseek_v2", DEEPSEEK_V2, 235_741_434_880),
+    "DeepSeek-V2-Lite": ("deepseek_v2", DEEPSEEK_V2_LITE, 15_706_484_224),
+}
+"""Published models, and their counts."""
+
+
 # ---- what transformers builds --------------------------------------------------------------------------------------
 
 
@@ -207,6 +247,31 @@ def test_default_class(family: str, tmp_path: Path):
     model, network = ours(tmp_path, stated(family, config)), built(config)
     assert_equal(model, network)
     assert PUBLISHED[family] in (None, model.total_params)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_published_size(name: str, tmp_path: Path):
+    family, fields, published = REAL[name]
+    config = configuration(family, **fields)
+    model = ours(tmp_path, stated(family, config))
+    assert_equal(model, built(config))
+    assert model.total_params == published
+
+
+def test_an_encoder_before_the_language_model():
+    """Qwen2.5-VL-72B, with its vision tower."""
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3456, "num_heads": 16, "out_hidden_size": 8192}
+    text = sized(8192, 29_568, 80, 64, 8, 152_064)
+    config = configuration("qwen2_5_vl", vision_config=vision, text_config=text, tie_word_embeddings=False)
+    with torch.device("meta"):
+        network = transformers.AutoModelForImageTextToText.from_config(config)
+    sizes = {name: p.numel() for name, p in network.named_parameters()}
+    model = load_model("vit-llm-72b")[0]
+    encoder = [g for g in model.layers if g.front]
+    inside = sum(g.count * model.layer_params_of(g) for g in encoder)
+    assert inside == sum(n for name, n in sizes.items() if "visual.blocks" in name)
+    assert inside + model.front_params == sum(n for name, n in sizes.items() if "visual" in name)
+    assert model.total_params == sum(sizes.values())
 
 
 @pytest.mark.parametrize(("family", "fields"), VARIANTS, ids=lambda v: v if isinstance(v, str) else "")
