@@ -17,6 +17,20 @@ from planner.cost.accounting import (
 )
 from planner.engines.base import Engine, Rule, kv_heads_divisible, microbatches_below_pp, unsupported_layers
 from planner.engines.fsdp2 import ZERO
+from planner.specs.model import Model
+
+
+def builds(model: Model) -> bool:
+    """Whether the runtime's decoder is this network, but for experts, latent attention and windows, which have own rules."""
+    layer, a = model.layer, model.layer.attention
+    whole = model.norm_weight and not model.head_bias and not model.mtp and model.positions != "alibi"
+    block = layer.norms == "pre" and not layer.parallel and layer.front is None
+    turned = model.positions != "rotary" or a.rope_share == 1
+    plain = a.kind != "linear" and a.causal and a.qk_norm != "width" and turned
+    extra = a.output_gate or a.output_norm or a.sinks or a.softcap or a.chunk
+    known = {"gated": (None, "silu"), "gelu": (None, "gelu", "gelu_tanh")}[layer.mlp.kind]
+    return bool(whole and block and plain and not extra and layer.mlp.activation in known)
+
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -75,6 +89,15 @@ RULES: tuple[Rule, ...] = (
         unsupported_layers,
         "{model} has routed experts or latent attention",
         "this version of the runtime builds neither",
+        "use another engine",
+        whole_job=True,
+    ),
+    Rule(
+        "PLN518", "bundled: parts of other families",
+        lambda t, x: np.full(len(x), not builds(t.model)),
+        "{model} has parts that this version of the runtime does not build",
+        "it has norms before attention and MLP, whole-head rotary or learned positions, silu gated or gelu MLPs; no parallel "
+        "blocks, sinks, score caps, chunks, encoders, biased heads, multi-token modules",
         "use another engine",
         whole_job=True,
     ),

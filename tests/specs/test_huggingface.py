@@ -401,6 +401,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("olmo", {"clip_qkv": 8.0}, "clip_qkv"),
     ("deepseek_v2", DEEPSEEK | {"mlp_bias": True}, "mlp_bias"),
     ("deepseek_v3", DEEPSEEK | {"index_topk": 2048}, "index_topk"),
+    ("minimax_m2", MOE | {"use_qk_norm": False}, "use_qk_norm"),
+    ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers"),
+    ("llama", {"rope_parameters": [1]}, "rope_parameters"),
     ("minimax_m2", MOE | {"use_mtp": True, "mtp_transformer_layers": 2}, "mtp_transformer_layers"),
 ]
 

@@ -50,7 +50,8 @@ def _language_model(config: Config) -> tuple[Config, Any, bool]:
     stated, text = config.get("model_type"), config.get("text_config")
     if not isinstance(text, dict) or "hidden_size" in config:
         return config, stated, False
-    family = text.get("model_type") or WRAPPERS.get(str(stated)) if stated in WRAPPERS else stated
+    wrapped = WRAPPERS.get(stated) if isinstance(stated, str) else None
+    family = text.get("model_type") or wrapped if wrapped else stated
     whole = {k: config[k] for k in ("tie_word_embeddings", "quantization_config") if k in config}
     return whole | text | {"model_type": family}, stated, True
 
@@ -79,7 +80,7 @@ def _refuse_features(terms: Terms) -> None:
     unread = [name for name in (*STRUCTURE, *reasons) if name in reasons or name not in reads]
     for name in unread:
         value = config.get(name)
-        if not _says_something(name, value):
+        if not _says_something(value):
             continue
         why = reasons.get(name, f"{terms.family} has no such part: the network would be another one without it")
         terms.refuse(
@@ -88,17 +89,17 @@ def _refuse_features(terms: Terms) -> None:
             "remove it if the network lacks it",
             name,
         )
-    if "partial_rotary_factor" not in reads and (config.get("rope_parameters") or {}).get("partial_rotary_factor") not in (
-        None,
-        1,
-    ):
-        why = f"{terms.family} turns whole heads"
-        terms.refuse(
-            f"{terms.family} configuration: partial_rotary_factor is not supported", why, "remove it", "rope_parameters"
-        )
+    rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        what = f"{terms.family} configuration: rope_parameters = {shown(rope)}"
+        terms.refuse(what, "it is keys and values", "correct it", "rope_parameters")
+    share = rope.get("partial_rotary_factor")
+    if "partial_rotary_factor" not in reads and share not in (None, 1):
+        what = f"{terms.family} configuration: partial_rotary_factor = {shown(share)} is not supported"
+        terms.refuse(what, f"{terms.family} turns whole heads", "remove it", "rope_parameters.partial_rotary_factor")
 
 
-def _says_something(name: str, value: Any) -> bool:
+def _says_something(value: Any) -> bool:
     """Whether a field that a family does not read would change the network: not when it is off, one, or the usual."""
     if isinstance(value, list):
         return not set(map(str, value)) <= {"full_attention", "1"}

@@ -2,8 +2,9 @@
 
 A family is a mapping from our terms to a constant of that family, a field of its files (with the value that the family's
 published class has when a file leaves it out), or a rule over several fields. Families are written as their difference from
-another. Sources: the configuration and modelling classes of Hugging Face transformers 5.23, and the configurations that the
-models' authors published; the tests build every family and compare.
+another. `refused` names fields that a family's code reads and the spec has no words for, with the reason; `reads` those that
+change neither sizes nor cost. Sources: the configuration and modelling classes of Hugging Face transformers 5.23, and the
+configurations that the models' authors published; the tests build every family and compare.
 
 Terms are those of `planner.specs`: `attention_of`, `rotary_of` and `routed_of` give one entry a layer.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from planner.specs.huggingface import rules
-from planner.specs.huggingface.fields import REQUIRED, flag, names_of, number, number_of, numbers, size, text
+from planner.specs.huggingface.fields import REQUIRED, flag, layers, names_of, number, number_of, numbers, size, text
 
 Family = dict[str, Any]
 
@@ -40,7 +41,7 @@ def _head(default: int | None) -> Any:
 LLAMA: Family = {
     "hidden": size("hidden_size"),
     "vocab": size("vocab_size"),
-    "n_layers": size("num_hidden_layers"),
+    "n_layers": layers("num_hidden_layers"),
     "heads": size("num_attention_heads"),
     "kv_heads": _kv(None),
     "head_dim": _head(None),
@@ -138,8 +139,8 @@ QWEN2_MOE: Family = LLAMA | _QWEN_WINDOW | _QWEN_EXPERTS | {
 
 QWEN3_MOE: Family = LLAMA | _QWEN_WINDOW | _QWEN_EXPERTS | {
     "kv_heads": _kv(4),
-    "qk_norm": "head",
-    "reads": ("use_qk_norm",),
+    "use_qk_norm": flag("use_qk_norm", default=True),
+    "qk_norm": rules.always_normed("head"),
     "attention_of": rules.everywhere,
     "top_k": size("num_experts_per_tok", default=8),
 }  # fmt: skip
@@ -165,7 +166,7 @@ GEMMA2: Family = GEMMA | {
 GEMMA3: Family = GEMMA2 | {  # published files leave out what equals the class, sizes too
     "hidden": size("hidden_size", default=2304),
     "vocab": size("vocab_size", default=262_208),
-    "n_layers": size("num_hidden_layers", default=26),
+    "n_layers": layers("num_hidden_layers", default=26),
     "heads": size("num_attention_heads", default=8),
     "width": size("intermediate_size", default=9216),
     "max_positions": size("max_position_embeddings", default=131_072),
@@ -178,7 +179,7 @@ GEMMA3: Family = GEMMA2 | {  # published files leave out what equals the class, 
 
 GPT2: Family = LLAMA | {
     "hidden": size("n_embd", "hidden_size"),
-    "n_layers": size("n_layer", "num_hidden_layers"),
+    "n_layers": layers("n_layer", "num_hidden_layers"),
     "heads": size("n_head", "num_attention_heads"),
     "kv_heads": None,
     "head_dim": None,
@@ -213,7 +214,7 @@ GPT_NEOX: Family = LLAMA | {
 
 FALCON: Family = LLAMA | {
     "hidden": size("hidden_size", "n_embed"),
-    "n_layers": size("num_hidden_layers", "n_layer"),
+    "n_layers": layers("num_hidden_layers", "n_layer"),
     "heads": size("num_attention_heads", "n_head"),
     "new_architecture": flag("new_decoder_architecture", default=False),
     "multi_query": flag("multi_query", default=True),
@@ -400,7 +401,8 @@ MINIMAX: Family = MIXTRAL | {
 
 MINIMAX_M2: Family = MIXTRAL | {
     "head_dim": _head(128),
-    "qk_norm": "width",
+    "use_qk_norm": flag("use_qk_norm", default=True),
+    "qk_norm": rules.always_normed("width"),
     "window": None,
     "top_k": size("num_experts_per_tok", default=8),
     "epsilon": number("rms_norm_eps", default=1e-6),
@@ -412,7 +414,6 @@ MINIMAX_M2: Family = MIXTRAL | {
     "mtp_modules": number_of("num_mtp_modules"),
     "mtp_layers": size("mtp_transformer_layers", default=1),
     "mtp": rules.minimax_modules,
-    "reads": ("use_qk_norm",),
     "refused": {"shared_intermediate_size": "shared experts are not part of this family"},
 }
 

@@ -39,6 +39,11 @@ def size(*names: str, default: Any = REQUIRED, null: Any = AS_ABSENT) -> Field:
     return Field(names, "a whole number above zero", _whole(1), default, null)
 
 
+def layers(*names: str, default: Any = REQUIRED) -> Field:
+    """How many layers there are."""
+    return Field(names, "a whole number from 1 to 10,000", lambda v: _whole(1)(v) and v <= 10_000, default)
+
+
 def number_of(*names: str, default: Any = 0, null: Any = AS_ABSENT) -> Field:
     """A whole number, zero allowed."""
     return Field(names, "a whole number", _whole(0), default, null)

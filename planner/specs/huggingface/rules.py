@@ -165,6 +165,18 @@ def four_hidden(terms: Terms) -> int:
     return width
 
 
+def always_normed(kind: str) -> Rule:
+    """qwen3, minimax_m2: queries and keys are normed; a file that says otherwise is not one of them."""
+
+    def rule(terms: Terms) -> str:
+        if not terms["use_qk_norm"]:
+            why = "this family always norms queries and keys"
+            terms.refuse(f"{terms.family} configuration: use_qk_norm = False", why, "remove it", "use_qk_norm")
+        return kind
+
+    return rule
+
+
 def rounded_head_dim(terms: Terms) -> int:
     """glm4_moe: hidden / heads, rounded down, unless told otherwise."""
     width: int = terms["stated_head_dim"] or terms["hidden"] // terms["heads"]
@@ -173,8 +185,9 @@ def rounded_head_dim(terms: Terms) -> int:
 
 def head_share(terms: Terms) -> float:
     """minimax_m2: `rotary_dim` of each head is turned."""
-    dim = terms["rotary_dim"]
-    return dim / terms["head_dim"] if dim else terms["stated_share"]
+    dim, width = terms["rotary_dim"], terms["head_dim"] or terms["hidden"] // terms["heads"]
+    share: float = dim / width if dim and width else terms["stated_share"]
+    return share
 
 
 def minimax_modules(terms: Terms) -> int:
