@@ -68,7 +68,7 @@ RULES: tuple[Rule, ...] = (
         lambda t, x: np.full(len(x), bool(features(t.model))),
         "{model} has {features}",
         "this version of the runtime builds plain dense decoders only",
-        "use another engine",
+        "use another engine, such as --engine megatron",
         whole_job=True,
     ),
 )  # fmt: skip
