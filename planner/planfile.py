@@ -25,7 +25,8 @@ from planner.specs.layout import Layout
 from planner.specs.model import Model
 from planner.specs.policy import Policy
 
-FORMAT_VERSION = "2.0"
+FORMAT_VERSION = "2.1"
+"""Major: older readers cannot read it. Minor: fields were added, all with defaults, so that files of that major still load."""
 
 
 class Cluster(Spec):
@@ -148,8 +149,15 @@ class Estimate(Spec):
     tokens_per_s: float
     tokens_per_s_per_gpu: float
     tflops_per_gpu: float
+    """Model FLOPs of one device in `flops_convention`, TFLOP/s."""
     mfu: float
-    """Model FLOPs (6 N without the input embedding, full attention) over the dense peak."""
+    """Model FLOPs in `flops_convention` over the dense peak."""
+    mfu_causal: float | None = None
+    """The same with causal attention: the keys that a query sees. None in plans of version 2.0."""
+    hfu: float | None = None
+    """Hardware FLOPs over the dense peak: those of `mfu`, and what the layout's recompute repeats. None in version 2.0."""
+    flops_convention: Literal["full attention (PaLM, appendix B)"] = "full attention (PaLM, appendix B)"
+    """6 (N - input embedding) + 12 L q s a token: every query against every key (arXiv 2204.02311)."""
     microbatches: int
     bubble_fraction: float
     breakdown: Breakdown
@@ -253,14 +261,27 @@ class Plan(Spec):
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical form without the search's wall time."""
-        data = self.model_dump(mode="json")
-        if data["certificate"] is not None:
-            del data["certificate"]["seconds"]
-        return "sha256:" + hashlib.sha256(canonical(data).encode()).hexdigest()
+        return _digest(self.model_dump(mode="json"))
 
     def to_json(self) -> str:
         """The text of a plan file: two spaces, keys in schema order, a final newline."""
         return json.dumps(self.to_data(), indent=2, allow_nan=False) + "\n"
+
+
+def _digest(data: dict[str, Any]) -> str:
+    """SHA-256 of a plan's data without the search's wall time."""
+    proof = data.get("certificate")
+    if isinstance(proof, dict):
+        data = {**data, "certificate": {k: v for k, v in proof.items() if k != "seconds"}}
+    return "sha256:" + hashlib.sha256(canonical(data).encode()).hexdigest()
+
+
+def _digest_as_written(data: dict[str, Any]) -> str:
+    """The digest of a file's own data; "" for what JSON cannot hold."""
+    try:
+        return _digest(data)
+    except (TypeError, ValueError):
+        return ""
 
 
 def canonical(data: Any) -> str:
@@ -306,7 +327,8 @@ def from_document(document: files.Document) -> Plan:
     data = dict(document.data)
     stated = data.pop("digest", None)
     plan = files.build(Plan, document, data)
-    if stated is not None and stated != plan.digest:
+    # Fields that a newer minor version added are not in an older file: its own content has the digest it states.
+    if stated is not None and stated != plan.digest and stated != _digest_as_written(data):
         why = f"its content has digest {plan.digest[:19]}…, the file states {str(stated)[:19]}…"
         raise input_error(
             "PLN116", "the plan was changed after it was made", why, "make the plan again, or remove the digest line", place

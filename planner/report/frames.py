@@ -20,7 +20,7 @@ def plan_frame(plan: Plan) -> pd.DataFrame:
         tokens_per_s_per_gpu=e.tokens_per_s_per_gpu,
     )
     rows = [_row(i, a, e) for i, a in enumerate([first, *plan.alternatives], start=1)]
-    rows[0] |= {"peak_allocated_gib": e.memory.peak_allocated_gib, "mfu": e.mfu}
+    rows[0] |= {"peak_allocated_gib": e.memory.peak_allocated_gib, "mfu": e.mfu, "mfu_causal": e.mfu_causal, "hfu": e.hfu}
     return pd.DataFrame(rows)
 
 

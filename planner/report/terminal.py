@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from planner.planfile import Plan, StageMemory
+from planner.planfile import Estimate, Plan, StageMemory
 from planner.planning.make import limit_text, short
 from planner.report.stagetext import stages_text
 from planner.report.uncertainty import probability, step_time, with_interval
@@ -62,11 +62,17 @@ def _headline(plan: Plan, out: Console) -> None:
     out.print(f"sequence {job.seq_len:,}, global batch {job.global_batch:,}, {job.precision}, engine {plan.engine}")
     e, m = plan.estimate, plan.estimate.memory
     verdict = "[bold green]fits[/]" if m.fits else "[bold red]does not fit[/]"
-    speed = f"{seconds(e.step_time_s)} a step, {significant(e.tokens_per_s_per_gpu)} tokens/s/device, MFU {e.mfu:.1%}"
+    speed = f"{seconds(e.step_time_s)} a step, {significant(e.tokens_per_s_per_gpu)} tokens/s/device, {_mfu(e)}"
     out.print(f"{verdict}: {gib(m.peak_gib * GIB)} of {gib(m.limit_gib * GIB)}, {speed}")
     if plan.choice is not None and plan.choice.rule != "fastest":
         out.print(Text(plan.choice.reason))
     out.print()
+
+
+def _mfu(e: Estimate) -> str:
+    """MFU with its convention, and what others call so."""
+    others = [f"{name} {value:.1%}" for name, value in (("causal", e.mfu_causal), ("HFU", e.hfu)) if value is not None]
+    return f"MFU {e.mfu:.1%} (full attention" + (f"; {', '.join(others)})" if others else ")")
 
 
 def _table(title: str) -> Table:

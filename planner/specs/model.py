@@ -310,18 +310,18 @@ class Model(Spec):
         modules count as trained, encoder layers by the encoder tokens that a sequence brings.
         """
         total = 6.0 * self.vocab * self.hidden * (1 + self.mtp)
-        total += self.mtp * (6.0 * 2 * self.hidden**2 + self._layer_flops(self.layers[-1], seq_len, convention))
+        total += self.mtp * (6.0 * 2 * self.hidden**2 + self.layer_flops(self.layers[-1], seq_len, convention))
         for g in self.layers:
             share = g.front.tokens / seq_len if g.front else 1.0
             length = g.front.tokens if g.front else seq_len
-            total += share * g.count * self._layer_flops(g, length, convention)
+            total += share * g.count * self.layer_flops(g, length, convention)
         for front in self.fronts:
             projector = sum(n * m for n, m in front.projector_shapes(self.hidden)) / front.merge
             total += 6.0 * (projector + front.hidden * front.patch) * front.tokens / seq_len
         return total
 
-    def _layer_flops(self, g: LayerGroup, length: int, convention: FlopsConvention) -> float:
-        """Training FLOPs of one layer and token of a sequence of `length`."""
+    def layer_flops(self, g: LayerGroup, length: int, convention: FlopsConvention) -> float:
+        """Training FLOPs of one layer and token of a sequence of `length`, forward and backward, without recompute."""
         a = g.attention
         if a.kind == "linear":  # one state of d x d a head, updated and read
             keys = float(self.head_dim_of(g))
