@@ -12,6 +12,7 @@ from rich.text import Text
 
 from planner.planfile import Estimate, Plan, StageMemory
 from planner.planning.make import limit_text, short
+from planner.report import money
 from planner.report.stagetext import stages_text
 from planner.report.uncertainty import probability, step_time, with_interval
 from planner.units import GIB, count, gib, seconds, significant
@@ -51,6 +52,7 @@ def print_plan(plan: Plan, out: Console) -> None:
     if plan.alternatives:
         out.print(_alternatives_table(plan))
         out.print(Text(_near_text(plan)))
+    money.print_economy(plan, out)
     if plan.certificate is not None:
         out.print(_proof(plan))
 
@@ -192,6 +194,12 @@ def _proof(plan: Plan) -> Text:
         + f"; {seconds(c.seconds)}, {c.solver}."
     )
     text.append(body, style="not bold")
+    if low := c.lowest_memory:
+        text.append(
+            f" That is under a limit of {low.limit_gib:.2f} GiB, the lowest that anything fits under: "
+            f"nothing fits under {low.impossible_gib:.2f} GiB.",
+            style="not bold",
+        )
     return text
 
 
