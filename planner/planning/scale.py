@@ -18,6 +18,7 @@ from planner.engines.base import job_problems
 from planner.errors import InfeasibleError, InputError, Problem, input_error
 from planner.planfile import CountChoice, Objective, Plan
 from planner.planning import make
+from planner.planning.choice import TIE
 from planner.planning.economy import DAY, in_time
 from planner.planning.request import Request, Setting, prepare
 from planner.search.solve import Progress
@@ -231,26 +232,31 @@ def _step(row: Row) -> float:
 
 def _chosen(rows: tuple[Row, ...], request: Request) -> Scaling:
     """The rows with the one that the objective picks; equal ones are decided by fewer devices."""
-    fits = [i for i, row in enumerate(rows) if row.plan is not None]
-    usable = [i for i in fits if in_time(getattr(rows[i].plan, "economy", None))]
+    objective = request.objective
+    usable = [i for i, row in enumerate(rows) if row.plan is not None and in_time(row.plan.economy)]
     if not usable:
-        late = fits or any(row.status == "skipped" for row in rows)
-        return Scaling(rows, request.objective, None, f"no count of {len(rows)} {'meets the deadline' if late else 'fits'}")
-
-    def value(i: int) -> tuple[float, int]:
-        row = rows[i]
-        if request.objective == "min-gpus":
-            return 0.0, row.gpus
-        return _step(row) * (row.gpus if request.objective == "cost" else 1), row.gpus
-
-    best = min(usable, key=value)
+        late = any(row.plan is not None or row.status == "skipped" for row in rows)
+        return Scaling(rows, objective, None, f"no count of {len(rows)} {'meets the deadline' if late else 'fits'}")
+    best = min(usable, key=lambda i: (_value(rows[i], objective), rows[i].gpus))
     plan = rows[best].plan
     assert plan is not None
+    near = [rows[i] for i in usable if i != best and _value(rows[i], objective) <= (1 + TIE) * _value(rows[best], objective)]
     unplanned = sum(row.status == "open" for row in rows)
-    reason = _reason(rows[best], plan, request.objective) + (f"; {unplanned} counts were not planned" if unplanned else "")
+    reason = _reason(rows[best], plan, objective)
+    if near and objective != "min-gpus":
+        listed = " and ".join(f"{row.gpus:,}" for row in near)
+        reason += f"; {listed} within {TIE:.0%}, which runs cannot tell apart"
+    reason += f"; {unplanned} not planned" if unplanned else ""
     why = CountChoice(compared=[row.gpus for row in rows], reason=reason)
     row = replace(rows[best], plan=plan.model_copy(update={"count_choice": why}))
-    return Scaling((*rows[:best], row, *rows[best + 1 :]), request.objective, best, why.reason)
+    return Scaling((*rows[:best], row, *rows[best + 1 :]), objective, best, reason)
+
+
+def _value(row: Row, objective: Objective) -> float:
+    """What an objective minimises: seconds of a step, device-seconds of a step, or devices."""
+    if objective == "min-gpus":
+        return row.gpus
+    return _step(row) * (row.gpus if objective == "cost" else 1)
 
 
 def _reason(row: Row, plan: Plan, objective: Objective) -> str:

@@ -31,13 +31,13 @@ def _table(e: Economy) -> Table:
         table.add_column(name, justify="right" if name == "value" else "left")
     deadline = "" if e.deadline_days is None else f"deadline {days(e.deadline_days)}"
     table.add_row("optimizer steps", f"{e.steps:,}", "", "")
-    table.add_row("time", days(e.days.value), _around(e.days, days), deadline)
-    table.add_row("device-hours", amount(e.device_hours.value), _around(e.device_hours, amount), "")
+    table.add_row("time", days(e.days.value), around(e.days, days), deadline)
+    table.add_row("device-hours", amount(e.device_hours.value), around(e.device_hours, amount), "")
     if e.cost_usd is not None:
-        table.add_row("cost", usd(e.cost_usd.value), _around(e.cost_usd, usd), _rate(e.price_usd_per_device_hour, "USD/h"))
+        table.add_row("cost", usd(e.cost_usd.value), around(e.cost_usd, usd), _rate(e.price_usd_per_device_hour, "USD/h"))
     if e.energy_mwh is not None:
         power = f"{_rate(e.power_watts, 'W')}, PUE {e.pue:g}"
-        table.add_row("energy", mwh(e.energy_mwh.value), _around(e.energy_mwh, mwh), power)
+        table.add_row("energy", mwh(e.energy_mwh.value), around(e.energy_mwh, mwh), power)
     return table
 
 
@@ -68,7 +68,7 @@ def mwh(value: float) -> str:
     return f"{significant(value)} MWh"
 
 
-def _around(span: Span, text: Callable[[float], str]) -> str:
+def around(span: Span, text: Callable[[float], str]) -> str:
     """The interval in brackets; the unit stands once where it is that of the value."""
     value, low, high = text(span.value), text(span.low), text(span.high)
     unit = value.rpartition(" ")[2]

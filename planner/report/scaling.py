@@ -7,8 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.planfile import Economy, Plan
-from planner.planning.scale import Row, Scaling
-from planner.report.money import amount
+from planner.planning.scale import Scaling
+from planner.report.money import amount, around
 from planner.report.uncertainty import certainty, probability, step_time
 from planner.specs.layout import Layout
 from planner.units import count, days, significant
@@ -19,7 +19,10 @@ def print_scaling(made: Scaling, out: Console) -> None:
     plans = list(made.plans.values())
     if plans:
         _headline(plans[0], out)
-    out.print(_table(made))
+    out.print(_table(made, out.width))
+    if plans and plans[0].economy is not None:
+        out.print()
+        out.print(_money_table(made, plans[0].economy, out.width))
     for row in made.rows:
         if row.reason:
             word = f"{row.status}: " if row.status in ("refused", "skipped") else ""
@@ -44,31 +47,67 @@ def _headline(plan: Plan, out: Console) -> None:
     out.print()
 
 
-def _table(made: Scaling) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    first = next(iter(made.plans.values()), None)
-    money = None if first is None else first.economy
-    names = ["", "devices", "layout", "step", "tokens/s\n/device", "MFU", "peak\nGiB"]
-    names += ["P(OOM)"] if money is None else []
-    names += ["effi-\nciency", *([] if money is None else _money_names(money))]
+def _grid(width: int, *names: str) -> Table:
+    """An empty table; text columns fold where the terminal is narrow, numbers stay whole."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2 if width >= 100 else 1, 0, 0))
     for name in names:
-        table.add_column(name, justify="left" if name in ("", "layout", "step") else "right", no_wrap=name != "layout")
-    for i, row in enumerate(made.rows):
-        chosen = i == made.chosen
-        table.add_row("*" if chosen else "", f"{row.gpus:,}", *_cells(row, first), style="bold" if chosen else "")
+        text, least = name in ("", "layout", "step", "time"), {"layout": 14, "step": 8, "time": 10}.get(name)
+        folds = least is not None
+        table.add_column(
+            name, justify="left" if text else "right", no_wrap=not folds, min_width=least or _width(name), overflow="fold"
+        )
     return table
 
 
-def _cells(row: Row, first: Plan | None) -> list[str]:
-    """Layout and figures, or the status alone."""
-    if row.plan is None or first is None:
-        return [_WORDS[row.status]]
-    e = row.plan.estimate
-    efficiency = e.tokens_per_s_per_gpu / first.estimate.tokens_per_s_per_gpu
+def _width(name: str) -> int:
+    """Room that a column of numbers keeps."""
+    return max(len(line) for line in name.split("\n")) if name else 1
+
+
+def _table(made: Scaling, width: int) -> Table:
+    """Layouts and what they reach."""
+    table = _grid(
+        width, "", "devices", "layout", "step", "tokens/s\n/device", "  MFU", "peak\n GiB", "P(OOM)", " effi-\nciency"
+    )
+    first = next(iter(made.plans.values()), None)
+    for i, row in enumerate(made.rows):
+        cells = [_WORDS[row.status]] if row.plan is None or first is None else _cells(row.plan, first)
+        table.add_row(*_head(made, i), *cells, style="bold" if i == made.chosen else "")
+    return table
+
+
+def _head(made: Scaling, i: int) -> tuple[str, str]:
+    """The first cells of a row: the mark of the chosen one, the devices."""
+    return "*" if i == made.chosen else "", f"{made.rows[i].gpus:,}"
+
+
+def _cells(plan: Plan, first: Plan) -> list[str]:
+    """Layout and figures."""
+    e = plan.estimate
     step = step_time(e.step_time_s, e.interval).replace(f", {certainty(e.interval.provenance)}", "")
-    cells = [compact(row.plan.layout), step, significant(e.tokens_per_s_per_gpu), f"{e.mfu:.1%}", f"{e.memory.peak_gib:.1f}"]
-    cells += [probability(e.memory.oom_probability)] if first.economy is None else []
-    return [*cells, f"{efficiency:.1%}", *([] if row.plan.economy is None else _money(row.plan.economy))]
+    return [
+        compact(plan.layout),
+        step,
+        significant(e.tokens_per_s_per_gpu),
+        f"{e.mfu:.1%}",
+        f"{e.memory.peak_gib:.1f}",
+        probability(e.memory.oom_probability),
+        f"{e.tokens_per_s_per_gpu / first.estimate.tokens_per_s_per_gpu:.1%}",
+    ]
+
+
+def _money_table(made: Scaling, first: Economy, width: int) -> Table:
+    """What the token budget comes to on each size that was planned."""
+    cost, energy = first.cost_usd is not None, first.energy_mwh is not None
+    table = _grid(width, "", "devices", "time", "device-hours", *["    USD"] * cost, *["    MWh"] * energy)
+    for i, row in enumerate(made.rows):
+        e = None if row.plan is None else row.plan.economy
+        if e is None:
+            continue
+        cells = [f"{days(e.days.value)} {around(e.days, days)}", amount(e.device_hours.value)]
+        cells += [amount(span.value) for span in (e.cost_usd, e.energy_mwh) if span is not None]
+        table.add_row(*_head(made, i), *cells, style="bold" if i == made.chosen else "")
+    return table
 
 
 def compact(layout: Layout) -> str:
@@ -82,14 +121,3 @@ def compact(layout: Layout) -> str:
     }
     again = "+".join(mode for mode, n in modes.items() if n)
     return " ".join(filter(None, (*degrees, f"zero{layout.zero}", f"mb{layout.micro_batch}", schedule, again)))
-
-
-def _money_names(e: Economy) -> list[str]:
-    names = ["time", "device-\nhours"]
-    return names + ["USD"] * (e.cost_usd is not None) + ["MWh"] * (e.energy_mwh is not None)
-
-
-def _money(e: Economy) -> list[str]:
-    cells = [days(e.days.value), amount(e.device_hours.value)]
-    cells += [] if e.cost_usd is None else [amount(e.cost_usd.value)]
-    return cells + ([] if e.energy_mwh is None else [amount(e.energy_mwh.value)])

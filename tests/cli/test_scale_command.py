@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 from pathlib import Path
@@ -18,7 +19,9 @@ SIZES = ["plan", *JOB, *PINS, "--nodes", "1,2,3"]
 BUDGET = ["--tokens", "15T", "--price", "2.5", "--pue", "1.2"]
 
 
+@functools.cache
 def ok(*words: str) -> str:
+    """Standard output of a command that succeeds; the same command runs once."""
     result = planner(*words)
     assert result.returncode == 0, result.stderr
     assert "\x1b" not in result.stdout
@@ -104,6 +107,12 @@ def test_the_table():
     ):
         assert word in text
     assert "…" not in text
+
+
+def test_the_table_is_whole_on_a_narrow_terminal():
+    result = planner(*SIZES, *BUDGET, COLUMNS="80")
+    assert "…" not in result.stdout
+    assert {"100.0%", "effi-", "ciency"} <= set(result.stdout.split())
 
 
 def test_memory_for_one_cluster():

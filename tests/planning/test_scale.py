@@ -13,6 +13,7 @@ from planner.errors import InfeasibleError, InputError
 from planner.planning.counts import parse_counts, several
 from planner.planning.request import Request, prepare
 from planner.planning.scale import batch_note, least_step
+from planner.planning.scale import scale as scan
 from planner.specs.hardware import HardwareProfile
 from planner.specs.job import Job
 
@@ -144,6 +145,27 @@ def test_a_bound_that_no_plan_breaks(table):
     for gpus, plan in table.plans.items():
         setting = prepare(Request(MODEL, MACHINE, Job(seq_len=2048, global_batch=24), gpus=gpus))
         assert least_step(setting) < plan.estimate.step_time_s
+
+
+def test_sizes_too_near_to_tell_apart_are_named():
+    made = scale(gpus=[4, 8], objective="cost")
+    hours = {n: p.estimate.step_time_s * n for n, p in made.plans.items()}
+    near = max(hours.values()) <= 1.01 * min(hours.values())
+    assert ("within 1%, which runs cannot tell apart" in made.reason) == near
+
+
+def test_a_scan_that_is_stopped_keeps_what_it_has():
+    seen = []
+
+    def stopped() -> bool:
+        seen.append(1)
+        return len(seen) > 2
+
+    job = Job(seq_len=2048, global_batch=24)
+    pins = {k: [v] for k, v in PINS.items()}
+    made = scan(Request(MODEL, MACHINE, job, gpus=4, pins=pins), [4, 8, 12], 1, stopped=stopped)
+    assert [row.status for row in made.rows] == ["planned", "planned", "open"]
+    assert made.reason.endswith("1 not planned")
 
 
 def test_nothing_is_chosen_after_the_deadline():
