@@ -86,7 +86,7 @@ class Scaling:
         if self.plan is None:
             late = any(row.plan is not None or row.status == "skipped" for row in self.rows)
             fix = "give more devices, or a later --deadline-days" if late else "give other counts, or loosen pins and limits"
-            why = "" if late else next((row.reason for row in self.rows if row.reason), "")
+            why = "" if late else next((row.reason for row in reversed(self.rows) if row.status == "infeasible"), "")
             raise InfeasibleError(Problem("PLN304" if late else "PLN303", self.reason, why, fix))
         return self.plan
 

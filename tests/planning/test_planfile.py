@@ -11,7 +11,11 @@ import planner
 from planner import planfile
 from planner.errors import InputError
 
-ADDED = {"estimate": ("mfu_causal", "hfu", "flops_convention")}
+ADDED = {
+    "estimate": ("mfu_causal", "hfu", "flops_convention"),
+    "certificate": ("lowest_memory",),
+    "": ("objective", "count_choice", "economy", "compute_optimal"),
+}
 """Fields that version 2.1 added, by the object that holds them."""
 
 
@@ -44,10 +48,21 @@ def test_round_trip(data, tmp_path):
     assert json.loads(plan.to_json()) == data
 
 
+def test_round_trip_with_a_budget(tmp_path):
+    sizes = {"nodes": [1, 2], "seq_len": 4096, "global_batch": 64, "pin": {"tp": 1}, "alternatives": 1}
+    plan = planner.scale("llama3-8b", "h100-sxm", **sizes, objective="cost", tokens="1T", price=2, pue=1.1).require()
+    path = tmp_path / "plan.json"
+    planfile.write(plan, path)
+    assert planner.load_plan(str(path)) == plan
+    assert plan.count_choice.compared == [8, 16]
+
+
 def test_an_older_minor_version_loads(data, tmp_path):
     plan = planner.load_plan(str(written(tmp_path, old(data))))
     assert plan.version == "2.0"
     assert plan.estimate.hfu is None
+    assert plan.economy is None
+    assert plan.objective == "throughput"
 
 
 def test_an_edit_of_an_older_file_is_noticed(data, tmp_path):
