@@ -33,4 +33,5 @@ say "import contract"
 "$bin/lint-imports"
 
 say "pytest"
-"$bin/python" -m pytest "$@"
+# One worker a core; tests that start process groups share a worker (tests/runtime/conftest.py).
+"$bin/python" -m pytest -n auto --dist loadgroup "$@"
