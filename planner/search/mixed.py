@@ -51,49 +51,57 @@ def _table(task: Task, g: Group, reach: int) -> tuple[Group, Windows]:
 
 
 def memory_feasible(task: Task, g: Group) -> Bools:
-    """Which rows have any split and recompute that fits. Exact.
+    """Which rows have any split and recompute that fits.
 
     Each rank takes as many layers as it can: a window that fits still fits when it loses layers, but for the rounding of
-    means. Rows on which that decides, within those few bytes, are solved over all windows.
+    means, one byte each, which is forgiven. So a row that is excluded surely does not fit; one within those bytes of the
+    limit is decided when it is solved.
     """
-    perhaps = np.nonzero(_greedy(task, g, 1))[0]
-    surely = np.zeros(len(g.layouts), dtype=bool)
-    if len(perhaps):
-        surely[perhaps] = _greedy(task, rows_of(g, perhaps), 0)
-    for row in perhaps[~surely[perhaps]].tolist():
-        one, w = _table(task, rows_of(g, np.array([row])), g.n_layers)
-        time = np.where(_fits(one, w.layers[None, None, :]), 0, BIG)
-        surely[row] = bool(least_maximum(time, w)[0] < BIG)
-    return surely
+    return _greedy(task, g)
 
 
-def _greedy(task: Task, g: Group, slack: int) -> Bools:
-    """Whether windows that are each as long as possible reach the end, with `slack` bytes forgiven for each mean."""
+def _greedy(task: Task, g: Group) -> Bools:
+    """Whether windows that are each as long as possible reach the end."""
     v, rows = int(g.layouts.virtual_stages[0]), len(g.layouts)
     w = windows(task.model.kind_of_layer, v, g.n_layers // v)
     end = w.positions
     at, alive = np.zeros(rows, dtype=np.int64), np.ones(rows, dtype=bool)
+    size = np.full(rows, end // g.pp, dtype=np.int64)
     for s in range(g.pp):
-        room = end - at - (g.pp - 1 - s)  # every later rank holds a position
-        low, high = np.zeros(rows, dtype=np.int64), np.maximum(room, 0)
-        while np.any(low < high):
-            middle = (low + high + 1) // 2
-            fits = _rank_fits(task, g, s, w, at, middle, slack)
-            low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
-        alive &= low > 0
-        at = at + low
+        size = np.where(alive, _longest(task, g, s, w, at, size), 0)
+        alive &= size > 0
+        at = at + size
+        if not alive.any():
+            break
     return alive & (at == end)
 
 
-def _rank_fits(task: Task, g: Group, s: int, w: Windows, at: Ints, size: Ints, slack: int) -> Bools:
+def _longest(task: Task, g: Group, s: int, w: Windows, at: Ints, guess: Ints) -> Ints:
+    """The longest window from `at` that rank s of each row can hold, in positions; 0 for none. `guess` is tried first."""
+    room = np.maximum(w.positions - at - (g.pp - 1 - s), 0)  # every later rank holds a position
+    low, high = np.zeros_like(at), room
+    probe = np.clip(guess, 1, np.maximum(room, 1))
+    step_size = np.ones_like(at)
+    while len(open_ := np.nonzero(low < high)[0]):
+        fits = _rank_fits(task, rows_of(g, open_), s, w, at[open_], probe[open_])
+        low[open_] = np.where(fits, probe[open_], low[open_])
+        high[open_] = np.where(fits, high[open_], probe[open_] - 1)
+        # Gallop away from the guess, then halve what is left between the two ends.
+        up, down = low + step_size, high - step_size + 1
+        near = np.where(low == probe, up, down)
+        probe = np.where((near > low) & (near <= high), near, (low + high + 1) // 2)
+        step_size = 2 * step_size
+    return low
+
+
+def _rank_fits(task: Task, g: Group, s: int, w: Windows, at: Ints, size: Ints) -> Bools:
     """Whether rank s of each row can hold its window of `size` positions from `at`."""
-    entry = np.where(size > 0, w.at[at, np.maximum(size, 1)], 0)
-    counts = w.counts[np.maximum(entry, 0)]
+    counts = w.counts[w.at[at, size]]
     one = replace(g, first=g.first[:, s : s + 1], last=g.last[:, s : s + 1], flight=g.flight[:, s : s + 1])
     one = blended(one, counts[:, None, None, :], task.model.text_kind, timed=False)
     layers = counts.sum(axis=1)[:, None, None]
-    forgiven = slack * (layers + _in_flight(one, layers))
-    return np.asarray(_fits(one, layers, forgiven)[:, 0, 0] | (size == 0))
+    forgiven = layers + _in_flight(one, layers)
+    return np.asarray(_fits(one, layers, forgiven)[:, 0, 0])
 
 
 def _fits(g: Group, layers: Ints, forgiven: Ints | int = 0) -> Bools:

@@ -64,7 +64,7 @@ class Tables:
     @cached_property
     def least_bottleneck(self) -> int | None:
         """The least max R over all splits, None when none fits."""
-        return _least_bottleneck(self, self.time < BIG)
+        return _least_maximum(self, self.time, self.time < BIG)
 
     @property
     def anywhere(self) -> bool:
@@ -198,84 +198,70 @@ def best_split(t: Tables, below: int, check: Callable[[], None] = lambda: None) 
     For each limit on D and each bottleneck threshold, from the least possible one upwards, the least sum by a min-plus
     recursion; a threshold is worth trying only while it leaves room under the best value found.
     """
-    pp = t.time.shape[0]
     allowed = t.time < BIG
-    if not allowed.any(axis=1).all():
+    if not allowed.any(axis=1).all() or t.least_bottleneck is None:
         return None
-    best, chosen = below, None
-    least_sum = _least_sum(t, allowed)
-    if least_sum is None:
-        return None
-    floor_once = max(int(t.once[s][allowed[s]].min()) for s in range(pp))
-    floor_time = t.least_bottleneck or 0
-    for limit in _once_limits(t, allowed, floor_once):
-        # A plan not seen under a lower limit has a max D of at least this one.
-        if t.factor * floor_time + least_sum[0] + t.chunks * limit >= best:
-            break
+    best, chosen, floor_time = below, None, t.least_bottleneck
+    floor_once = _least_maximum(t, t.once, allowed) or 0
+    least = _Least(t, allowed, floor_once)
+    limit: int | None = floor_once
+    while limit is not None:
         check()
-        mask = allowed & (t.once <= limit)
-        start = _least_bottleneck(t, mask)
-        if start is None:
-            continue
-        for threshold in np.unique(t.time[mask & (t.time >= start)]).tolist():
-            if t.factor * threshold + least_sum[0] + t.chunks * floor_once >= best:
+        cap = least.cap(best, limit)
+        # A plan not seen under a lower limit has a max D of at least this one.
+        mask = allowed & (t.once <= limit) & (t.time <= cap)
+        start = _least_maximum(t, t.time, mask) if cap >= floor_time else None
+        for threshold in [] if start is None else np.unique(t.time[mask & (t.time >= start)]).tolist():
+            if t.factor * threshold + least.sum + t.chunks * floor_once >= best:
                 break
             check()
             found = _least_sum(t, mask & (t.time <= threshold))
             if found is not None and (value := t.value(found[1])) < best:
                 best, chosen = value, found[1]
+        limit = least.next_limit(best, limit, floor_time)
     return None if chosen is None else (best, chosen)
 
 
-def _once_limits(t: Tables, allowed: np.ndarray, floor_once: int) -> list[int]:
-    """Limits on D worth trying, ascending: distinct values from the largest unavoidable one."""
-    values = np.unique(t.once[allowed])
-    return [int(v) for v in values[values >= floor_once]]
+class _Least:
+    """The least sum of R over windows that a better plan could use; it grows as the best value falls."""
+
+    def __init__(self, t: Tables, allowed: Bools, floor_once: int):
+        self.t, self.allowed, self.floor_once = t, allowed, floor_once
+        found = _least_sum(t, allowed)
+        self.sum = found[0] if found else int(BIG)
+        self.best: int | None = None
+
+    def cap(self, best: int, limit: int) -> int:
+        """The largest bottleneck of a plan under `best` whose max D is at least `limit`."""
+        room = best - 1 - self.sum - self.t.chunks * limit
+        return room // self.t.factor if self.t.factor else (int(BIG) if room >= 0 else -1)
+
+    def next_limit(self, best: int, limit: int, floor_time: int) -> int | None:
+        """The next limit on D that a better plan could have, None when there is none."""
+        if best != self.best:
+            self.best = best
+            found = _least_sum(self.t, self.allowed & (self.t.time <= self.cap(best, self.floor_once)))
+            self.sum = found[0] if found else int(BIG)
+        usable = self.allowed & (self.t.time <= self.cap(best, limit)) & (self.t.once > limit)
+        following = int(self.t.once[usable].min(initial=int(BIG)))
+        return following if following < BIG and self.cap(best, following) >= floor_time else None
 
 
-def _least_bottleneck(t: Tables, mask: np.ndarray) -> int | None:
-    """The least threshold under which L layers fit, by bisection over the distinct values."""
-    values = np.unique(t.time[mask])
-    if not len(values) or not _reachable(t, mask):
-        return None
-    low, high = 0, len(values) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if _reachable(t, mask & (t.time <= values[middle])):
-            high = middle
-        else:
-            low = middle + 1
-    return int(values[low])
-
-
-def _reachable(t: Tables, mask: np.ndarray) -> bool:
-    """Whether some split uses allowed entries only: sets of positions where ranks end."""
-    if t.anywhere:
-        return _reachable_anywhere(t, mask)
-    reached = np.zeros(t.positions + 1, dtype=bool)
-    reached[0] = True
+def _least_maximum(t: Tables, values: Ints, mask: Bools) -> int | None:
+    """The least max of `values` over splits of allowed entries, None without any."""
+    best = np.full(t.positions + 1, BIG, dtype=np.int64)
+    best[0] = 0
     for s in range(mask.shape[0]):
-        following = np.zeros_like(reached)
+        following = np.full_like(best, BIG)
+        mine = np.where(mask[s], values[s], BIG)
         for n in _sizes(t, mask[s]):
-            following[n:] |= reached[: len(reached) - n] & mask[s, t.entries(n)]
-        reached = following
-    return bool(reached[-1])
+            reached = np.maximum(best[: len(best) - n], mine[t.entries(n)])
+            np.minimum(following[n:], reached, out=following[n:])
+        best = following
+    return int(best[-1]) if best[-1] < BIG else None
 
 
-def _reachable_anywhere(t: Tables, mask: np.ndarray) -> bool:
-    """The same for layers of one kind, positions as bits of an integer."""
-    reached, keep = 1, (1 << (t.positions + 1)) - 1
-    for s in range(mask.shape[0]):
-        following = 0
-        for n in _sizes(t, mask[s]):
-            following |= reached << n
-        reached = following & keep
-        if not reached:
-            return False
-    return bool(reached >> t.positions & 1)
-
-
-def _sizes(t: Tables, mask: np.ndarray) -> list[int]:
+def _sizes(t: Tables, mask: Bools) -> list[int]:
     """Sizes, in positions, of the windows that a rank may hold."""
     sizes = np.nonzero(np.bincount(t.sizes[mask]))[0]
     return [n for n in sizes.tolist() if n <= t.positions]
