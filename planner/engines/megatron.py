@@ -25,6 +25,7 @@ RULES: tuple[Rule, ...] = (
         "tp {tp} and {kv_heads} key/value heads: neither divides the other",
         "Megatron splits key/value heads or replicates them whole",
         "choose tp from the divisors or multiples of {kv_heads}",
+        on="degrees",
     ),
     Rule(
         "PLN521", "megatron: zero <= 1",

@@ -10,12 +10,12 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
 
-from planner.cost.task import INTERLEAVED, NONE, Ints, LayoutArray, Task
+from planner.cost.task import INTERLEAVED, NONE, LayoutArray, Task
 from planner.engines.base import Engine, Rule, schedule_codes
 from planner.errors import input_error
 from planner.specs.layout import RECOMPUTE_MODES, SCHEDULES
@@ -207,36 +207,51 @@ def enumerate_rows(task: Task, engine: Engine, space: Space) -> Rows:
     dp follows from the others, so the grid has no dp axis: rows whose degrees do not divide the device count, or whose
     dp is not among the allowed ones, break the rule `world = tp cp pp dp`.
     """
-    inner = list(itertools.product(space.micro_batch, space.schedules, space.zero, space.sequence_parallel))
+    schedules, inner = space.schedules, list(itertools.product(space.micro_batch, space.zero, space.sequence_parallel))
     every = itertools.product(space.tp, space.cp, space.pp, space.ep, space.etp)
     degrees = [d for d in every if space.any_etp or d[4] in (1, d[0])]
-    enumerated = len(inner) * len(degrees)
+    enumerated = len(inner) * len(schedules) * len(degrees)
     placed = []
     for tp, cp, pp, ep, etp in degrees:
         dp, rest = divmod(task.gpus, tp * cp * pp)
         if rest == 0 and (not space.dp or dp in space.dp):
             placed.append((tp, cp, pp, dp, ep, etp))
-    rejected = {}
-    if lost := (len(degrees) - len(placed)) * len(inner):
+    rejected: dict[str, int] = {}
+    if lost := (len(degrees) - len(placed)) * len(inner) * len(schedules):
         rejected["world = tp cp pp dp"] = lost
-    layouts = _grid(task, placed, inner)
-    for rule in engine.all_rules:
-        if not len(layouts):
-            break
-        layouts, lost = _apply(task, rule, layouts)
-        if lost:
-            rejected[rule.name] = rejected.get(rule.name, 0) + lost
+    # Rules are asked before the grid grows by the axes that they do not look at; what they exclude counts for all of it.
+    layouts = _first(placed)
+    steps: list[tuple[str, dict[str, Sequence[int]], int]] = [
+        ("degrees", {}, len(schedules) * len(inner)),
+        ("pipeline", {"schedule": [s for s, _ in schedules], "virtual_stages": [v for _, v in schedules]}, len(inner)),
+        ("row", {n: [i[k] for i in inner] for k, n in enumerate(("micro_batch", "zero", "sequence_parallel"))}, 1),
+    ]
+    for on, axes, weight in steps:
+        layouts = _grown(task, layouts, axes)
+        for rule in [r for r in engine.all_rules if r.on == on] if len(layouts) else []:
+            layouts, lost = _apply(task, rule, layouts)
+            if lost:
+                rejected[rule.name] = rejected.get(rule.name, 0) + lost * weight
     return Rows(layouts, enumerated, rejected)
 
 
-def _grid(task: Task, placed: Sequence[tuple[int, ...]], inner: list[tuple[int, tuple[int, int], int, int]]) -> LayoutArray:
-    """Every placed degree tuple with every inner choice."""
+def _first(placed: Sequence[tuple[int, ...]]) -> LayoutArray:
+    """The placed degrees, with neutral values on the other axes."""
     outer = np.array(placed, dtype=np.int64).reshape(-1, 6)
-    choices = np.array([(m, s, v, z, sp) for m, (s, v), z, sp in inner], dtype=np.int64).reshape(-1, 5)
-    tp, cp, pp, dp, ep, etp = (np.repeat(outer[:, i], len(choices)) for i in range(6))
-    micro, schedule, chunks, zero, sequence = (np.tile(choices[:, i], len(outer)) for i in range(5))
-    microbatches: Ints = np.maximum(task.job.global_batch // (dp * micro), 1)
-    return LayoutArray(tp, cp, pp, dp, ep, etp, zero, micro, schedule, chunks, sequence, microbatches)
+    one, zero = np.ones(len(outer), dtype=np.int64), np.zeros(len(outer), dtype=np.int64)
+    tp, cp, pp, dp, ep, etp = (outer[:, i] for i in range(6))
+    return LayoutArray(tp, cp, pp, dp, ep, etp, zero, one, zero, one, zero, one)
+
+
+def _grown(task: Task, layouts: LayoutArray, axes: dict[str, Sequence[int]]) -> LayoutArray:
+    """Every layout with every choice on some axes, which are chosen together."""
+    if not axes:
+        return layouts
+    choices = {name: np.array(values, dtype=np.int64) for name, values in axes.items()}
+    many = len(next(iter(choices.values())))
+    grown = layouts.take(np.repeat(np.arange(len(layouts)), many))
+    grown = replace(grown, **{name: np.tile(values, len(layouts)) for name, values in choices.items()})
+    return replace(grown, microbatches=np.maximum(task.job.global_batch // (grown.dp * grown.micro_batch), 1))
 
 
 def _apply(task: Task, rule: Rule, layouts: LayoutArray) -> tuple[LayoutArray, int]:

@@ -66,6 +66,16 @@ class Tables:
         """The least max R over all splits, None when none fits."""
         return _least_maximum(self, self.time, self.time < BIG)
 
+    @cached_property
+    def least_sums(self) -> tuple[Ints, Ints]:
+        """The least sum of R before and from each (rank, position)."""
+        return _potentials(self, np.add)
+
+    @cached_property
+    def least_peaks(self) -> tuple[Ints, Ints]:
+        """The least max R before and from each (rank, position)."""
+        return _potentials(self, np.maximum)
+
     @property
     def anywhere(self) -> bool:
         """Whether a window's entry depends on its length alone."""
@@ -108,7 +118,7 @@ def tables(g: Group, reach: int | None = None, task: Task | None = None) -> Tabl
 
 def _window_tables(g: Group, task: Task, top: int) -> Tables:
     w = windows(task.model.kind_of_layer, int(g.layouts.virtual_stages[0]), top // int(g.layouts.virtual_stages[0]))
-    g = mixed.blended(g, w.counts[None, None], task.model.text_kind)
+    g = mixed.blended(g, w.counts[None, None])
     beside = step.stage_update_bytes(g.deep, g.first[:, :, None], g.last[:, :, None], w.layers) <= g.p.capacity[:, :, None]
     return _priced(g, w.layers, w.at, beside[0])
 
@@ -388,9 +398,10 @@ def _arcs(t: Tables, below: int) -> list[Ints]:
     if floor_time is None:
         return [np.zeros((0, 3), dtype=np.int64)] * pp
     floor_once = max(int(t.once[s][fits[s]].min()) for s in range(pp))
-    bottleneck = t.factor * np.maximum(np.where(fits, t.time, 0), floor_time) + t.chunks * np.maximum(t.once, floor_once)
+    once = t.chunks * np.maximum(t.once, floor_once)
     if not t.anywhere:
-        return _arcs_between(t, fits, bottleneck, below)
+        return _arcs_between(t, fits, once, below)
+    bottleneck = t.factor * np.maximum(np.where(fits, t.time, 0), floor_time) + once
     # sum R = L * slope + sum of what exceeds the slope: a bound that does not depend on how the layers are split.
     slope = int(np.min((t.time[:, 1:] - t.time[:, :-1])[fits[:, 1:] & fits[:, :-1]], initial=np.iinfo(np.int64).max))
     slope = 0 if slope == np.iinfo(np.int64).max else slope // t.chunks
@@ -405,27 +416,36 @@ def _arcs(t: Tables, below: int) -> list[Ints]:
     return keep
 
 
-def _arcs_between(t: Tables, fits: np.ndarray, bottleneck: Ints, below: int) -> list[Ints]:
-    """The same where windows differ by their place: the least sum through each of them, before it and after it."""
-    pp, end = t.time.shape[0], t.positions
-    before, after = np.full((pp + 1, end + 1), BIG), np.full((pp + 1, end + 1), BIG)
-    before[0, 0], after[pp, end] = 0, 0
-    time = np.where(fits, t.time, BIG)
-    for s in range(pp):
-        for n in _sizes(t, fits[s]):
-            reached = np.minimum(before[s, : end + 1 - n] + time[s, t.entries(n)], BIG)
-            before[s + 1, n:] = np.minimum(before[s + 1, n:], reached)
-    for s in reversed(range(pp)):
-        for n in _sizes(t, fits[s]):
-            reached = np.minimum(after[s + 1, n:] + time[s, t.entries(n)], BIG)
-            after[s, : end + 1 - n] = np.minimum(after[s, : end + 1 - n], reached)
+def _arcs_between(t: Tables, fits: Bools, once: Ints, below: int) -> list[Ints]:
+    """The same where windows differ by their place: the least sum and the least maximum through each of them."""
+    sums, peaks = t.least_sums, t.least_peaks
     keep = []
-    for s in range(pp):
+    for s in range(t.time.shape[0]):
         found = [np.zeros((0, 3), dtype=np.int64)]
         for n in _sizes(t, fits[s]):
             entry = t.entries(n)
-            through = np.minimum(before[s, : end + 1 - n] + after[s + 1, n:], BIG) + time[s, entry]
-            usable = np.nonzero((through < BIG) & (bottleneck[s, entry] + through < below))[0]
+            starts, ends = slice(None, t.positions + 1 - n), slice(n, None)
+            through = np.minimum(sums[0][s, starts] + sums[1][s + 1, ends], BIG) + t.time[s, entry]
+            peak = np.maximum(np.maximum(peaks[0][s, starts], peaks[1][s + 1, ends]), t.time[s, entry])
+            reached = (through < BIG) & (peak < BIG)
+            usable = np.nonzero(reached & (t.factor * np.where(reached, peak, 0) + once[s, entry] + through < below))[0]
             found.append(np.stack([usable, np.full_like(usable, n), entry[usable]], axis=1))
         keep.append(np.concatenate(found))
     return keep
+
+
+def _potentials(t: Tables, join: np.ufunc) -> tuple[Ints, Ints]:
+    """The least sum (or maximum) of R over the ranks before each (rank, position), and from it to the end."""
+    pp, end = t.time.shape[0], t.positions
+    before, after = np.full((pp + 1, end + 1), BIG), np.full((pp + 1, end + 1), BIG)
+    before[0, 0], after[pp, end] = 0, 0
+    sizes = [_sizes(t, t.time[s] < BIG) for s in range(pp)]
+    for s in range(pp):
+        for n in sizes[s]:
+            reached = np.minimum(join(before[s, : end + 1 - n], t.time[s, t.entries(n)]), BIG)
+            before[s + 1, n:] = np.minimum(before[s + 1, n:], reached)
+    for s in reversed(range(pp)):
+        for n in sizes[s]:
+            reached = np.minimum(join(after[s + 1, n:], t.time[s, t.entries(n)]), BIG)
+            after[s, : end + 1 - n] = np.minimum(after[s, : end + 1 - n], reached)
+    return before, after
