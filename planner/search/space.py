@@ -18,7 +18,7 @@ import numpy as np
 from planner.cost.task import INTERLEAVED, NONE, LayoutArray, Task
 from planner.engines.base import Engine, Rule, schedule_codes
 from planner.errors import input_error
-from planner.specs.layout import RECOMPUTE_MODES, SCHEDULES
+from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES
 
 MAX_MICRO_BATCH = 16
 MAX_CHUNKS = 16
@@ -46,6 +46,10 @@ class Space:
     """Of these a row takes 1 or its tp; any of them when pinned (`any_etp`)."""
     any_etp: bool = False
     modes: tuple[int, ...] = (0, 1, 2)
+    offload: tuple[int, ...] = (0,)
+    """Codes of what lives in host memory."""
+    order: tuple[int, ...] = (0,)
+    """Codes of rank orders."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,10 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
     }  # fmt: skip
     modes: tuple[int, ...] = (0, 1, 2)
     sequence: tuple[int, ...] = tuple(sorted({0, *engine.sequence_parallel}))
+    named = {
+        "offload": tuple(OFFLOADS.index(n) for n in engine.offloads),
+        "order": tuple(map(RANK_ORDERS.index, engine.rank_orders)),
+    }
     for flag, axis, wanted in _restrictions(pins, forbid):
         if axis == "schedule":
             codes = _codes(axis, wanted, SCHEDULES)
@@ -96,6 +104,9 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
         elif axis == "recompute":
             codes = _codes(axis, wanted, RECOMPUTE_MODES)
             modes = _kept(flag, modes, tuple(m for m in modes if m in codes))
+        elif axis in named:
+            codes = _codes(axis, wanted, OFFLOADS if axis == "offload" else RANK_ORDERS)
+            named[axis] = _kept(flag, named[axis], tuple(c for c in named[axis] if c in codes))
         elif axis == "sequence_parallel":
             sequence = _kept(flag, sequence, tuple(v for v in sequence if v in _flags(axis, wanted)))
         elif axis == "dp":
@@ -108,7 +119,7 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
             chosen = _integers(axis, wanted)
             values[axis] = _kept(flag, values[axis], tuple(v for v in values[axis] if v in chosen))
     return Space(
-        **values, schedules=tuple(schedules), sequence_parallel=sequence, modes=modes, any_etp="etp" in pins,
+        **values, schedules=tuple(schedules), sequence_parallel=sequence, modes=modes, any_etp="etp" in pins, **named,
     )  # fmt: skip
 
 
@@ -150,7 +161,7 @@ def _kept(flag: str, before: C, after: C) -> C:
 def _restrictions(pins: Mapping[str, Sequence[object]], forbid: Sequence[str]) -> list[tuple[str, str, Sequence[object]]]:
     """Pins and forbids as (flag, axis, allowed values)."""
     short = {"mbs": "micro_batch", "sp": "sequence_parallel", "vpp": "virtual_stages", "v": "virtual_stages"}
-    known = (*AXES, "schedule", "recompute", "sequence_parallel")
+    known = (*AXES, "schedule", "recompute", "sequence_parallel", "offload", "order")
     result: list[tuple[str, str, Sequence[object]]] = []
     for name, wanted in pins.items():
         axis = short.get(name, name)
@@ -158,7 +169,7 @@ def _restrictions(pins: Mapping[str, Sequence[object]], forbid: Sequence[str]) -
             raise input_error("PLN121", f"--pin {name}: no such axis", f"axes are {', '.join(known)}", "")
         result.append((f"--pin {name}={','.join(map(str, wanted))}", axis, wanted))
     neutral: dict[str, Sequence[object]] = {a: [1] for a in AXES} | {"zero": [0], "recompute": ["none"]}
-    neutral["sequence_parallel"] = ["false"]
+    neutral |= {"sequence_parallel": ["false"], "offload": ["none"], "order": [RANK_ORDERS[0]]}
     for name in forbid:
         axis, flag = short.get(name, name), f"--forbid {name}"
         if axis in SCHEDULES and axis != "none":
@@ -207,15 +218,16 @@ def enumerate_rows(task: Task, engine: Engine, space: Space) -> Rows:
     dp follows from the others, so the grid has no dp axis: rows whose degrees do not divide the device count, or whose
     dp is not among the allowed ones, break the rule `world = tp cp pp dp`.
     """
-    schedules, inner = space.schedules, list(itertools.product(space.micro_batch, space.zero, space.sequence_parallel))
-    every = itertools.product(space.tp, space.cp, space.pp, space.ep, space.etp)
+    rest = ("micro_batch", "zero", "sequence_parallel", "offload")
+    schedules, inner = space.schedules, list(itertools.product(*(getattr(space, name) for name in rest)))
+    every = itertools.product(space.tp, space.cp, space.pp, space.ep, space.etp, space.order)
     degrees = [d for d in every if space.any_etp or d[4] in (1, d[0])]
     enumerated = len(inner) * len(schedules) * len(degrees)
     placed = []
-    for tp, cp, pp, ep, etp in degrees:
-        dp, rest = divmod(task.gpus, tp * cp * pp)
-        if rest == 0 and (not space.dp or dp in space.dp):
-            placed.append((tp, cp, pp, dp, ep, etp))
+    for tp, cp, pp, ep, etp, order in degrees:
+        dp, left = divmod(task.gpus, tp * cp * pp)
+        if left == 0 and (not space.dp or dp in space.dp):
+            placed.append((tp, cp, pp, dp, ep, etp, order))
     rejected: dict[str, int] = {}
     if lost := (len(degrees) - len(placed)) * len(inner) * len(schedules):
         rejected["world = tp cp pp dp"] = lost
@@ -224,7 +236,7 @@ def enumerate_rows(task: Task, engine: Engine, space: Space) -> Rows:
     steps: list[tuple[str, dict[str, Sequence[int]], int]] = [
         ("degrees", {}, len(schedules) * len(inner)),
         ("pipeline", {"schedule": [s for s, _ in schedules], "virtual_stages": [v for _, v in schedules]}, len(inner)),
-        ("row", {n: [i[k] for i in inner] for k, n in enumerate(("micro_batch", "zero", "sequence_parallel"))}, 1),
+        ("row", {n: [i[k] for i in inner] for k, n in enumerate(rest)}, 1),
     ]
     for on, axes, weight in steps:
         layouts = _grown(task, layouts, axes)
@@ -237,10 +249,10 @@ def enumerate_rows(task: Task, engine: Engine, space: Space) -> Rows:
 
 def _first(placed: Sequence[tuple[int, ...]]) -> LayoutArray:
     """The placed degrees, with neutral values on the other axes."""
-    outer = np.array(placed, dtype=np.int64).reshape(-1, 6)
+    outer = np.array(placed, dtype=np.int64).reshape(-1, 7)
     one, zero = np.ones(len(outer), dtype=np.int64), np.zeros(len(outer), dtype=np.int64)
-    tp, cp, pp, dp, ep, etp = (outer[:, i] for i in range(6))
-    return LayoutArray(tp, cp, pp, dp, ep, etp, zero, one, zero, one, zero, one)
+    tp, cp, pp, dp, ep, etp, order = (outer[:, i] for i in range(7))
+    return LayoutArray(tp, cp, pp, dp, ep, etp, zero, one, zero, one, zero, one, zero, order)
 
 
 def _grown(task: Task, layouts: LayoutArray, axes: dict[str, Sequence[int]]) -> LayoutArray:
