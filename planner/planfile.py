@@ -21,11 +21,16 @@ from planner.specs import files
 from planner.specs.base import Spec
 from planner.specs.hardware import HardwareProfile
 from planner.specs.job import Job
-from planner.specs.layout import Layout
+from planner.specs.layout import Layout, Positive
 from planner.specs.model import Model
 from planner.specs.policy import Policy
 
-FORMAT_VERSION = "2.0"
+FORMAT_VERSION = "2.1"
+_LATER: dict[tuple[str, ...], Any] = {
+    ("certificate", "declared"): None, ("certificate", "complete"): None, ("inputs", "contents"): {},
+}  # fmt: skip
+"""Fields that 2.0 lacks, with the value that stands for their absence: left out of the digest then, so that older files keep
+theirs."""
 
 
 class Cluster(Spec):
@@ -171,6 +176,27 @@ class Space(Spec):
     """How many outer rows each rule excluded."""
 
 
+class Declared(Spec):
+    """The declared space, pins and forbids applied: an outer row takes one value of each axis; dp follows from the others."""
+
+    tp: list[Positive]
+    cp: list[Positive]
+    pp: list[Positive]
+    dp: list[Positive]
+    """Allowed dp degrees; empty for any."""
+    ep: list[Positive]
+    etp: list[Positive]
+    any_etp: bool
+    """Whether a row takes any of `etp`, instead of only 1 or its tp."""
+    micro_batch: list[Positive]
+    zero: list[int]
+    schedules: dict[str, list[Positive]]
+    """Virtual stages of each schedule."""
+    sequence_parallel: list[bool]
+    recompute: list[str]
+    """Modes that a layer may have."""
+
+
 class Certificate(Spec):
     """What was proven, under the declared space and the integer cost model."""
 
@@ -183,6 +209,10 @@ class Certificate(Spec):
     objective_ns: int | None
     """The integer that the proof is about."""
     space: Space
+    declared: Declared | None = None
+    """What the proof quantifies over. None in files of version 2.0, which cannot be verified."""
+    complete: bool | None = None
+    """Whether the search ran to its end, and so proved the alternatives too. None in files of version 2.0."""
     seconds: float
     solver: str
 
@@ -220,6 +250,9 @@ class Inputs(Spec):
     model: str
     hardware: str
     digests: dict[str, str]
+    """Of the files that were read; of the canonical form where an object was given, and of the job."""
+    contents: dict[str, str] = Field(default_factory=dict)
+    """Of the canonical form of the model, hardware and job as the plan holds them: see `content_digests`."""
     pins: dict[str, list[Any]] = Field(default_factory=dict)
     forbidden: list[str] = Field(default_factory=list)
 
@@ -256,11 +289,21 @@ class Plan(Spec):
         data = self.model_dump(mode="json")
         if data["certificate"] is not None:
             del data["certificate"]["seconds"]
+        for (part, name), absent in _LATER.items():
+            if data[part] is not None and data[part][name] == absent:
+                del data[part][name]
         return "sha256:" + hashlib.sha256(canonical(data).encode()).hexdigest()
 
     def to_json(self) -> str:
         """The text of a plan file: two spaces, keys in schema order, a final newline."""
         return json.dumps(self.to_data(), indent=2, allow_nan=False) + "\n"
+
+
+def content_digests(model: Model, hardware: HardwareProfile, job: Job) -> dict[str, str]:
+    """SHA-256 of the canonical form of what a plan embeds, by its name there."""
+    parts: dict[str, Spec] = {"model": model, "hardware": hardware, "job": job}
+    texts = {name: canonical(part.model_dump(mode="json")) for name, part in parts.items()}
+    return {name: "sha256:" + hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
 def canonical(data: Any) -> str:
@@ -296,6 +339,18 @@ def read(path: str | Path) -> Plan:
 
 def from_document(document: files.Document) -> Plan:
     """The plan in a parsed document."""
+    plan, stated = unchecked(document)
+    if stated is not None and stated != plan.digest:
+        why = f"its content has digest {plan.digest[:19]}…, the file states {stated[:19]}…"
+        raise input_error(
+            "PLN116", "the plan was changed after it was made", why, "make the plan again, or remove the digest line",
+            Location(document.path, 1, 1),
+        )  # fmt: skip
+    return plan
+
+
+def unchecked(document: files.Document) -> tuple[Plan, str | None]:
+    """The plan in a parsed document, and the digest that the file states, whether they agree or not."""
     place = Location(document.path, 1, 1)
     if not is_plan(document.data):
         raise input_error("PLN114", "not a plan file", "it lacks format: planner.plan", "make one with planner plan -o", place)
@@ -305,13 +360,7 @@ def from_document(document: files.Document) -> Plan:
         raise input_error("PLN115", f"plan format {version}", why, "make the plan again", place)
     data = dict(document.data)
     stated = data.pop("digest", None)
-    plan = files.build(Plan, document, data)
-    if stated is not None and stated != plan.digest:
-        why = f"its content has digest {plan.digest[:19]}…, the file states {str(stated)[:19]}…"
-        raise input_error(
-            "PLN116", "the plan was changed after it was made", why, "make the plan again, or remove the digest line", place
-        )
-    return plan
+    return files.build(Plan, document, data), None if stated is None else str(stated)
 
 
 def refusals(plan: Plan) -> list[Problem]:

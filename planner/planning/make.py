@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from planner.engines.base import job_problems, layout_problems
 from planner.errors import InfeasibleError, InputError, Problem, input_error
@@ -12,7 +13,7 @@ from planner.planning.estimate import estimate_layout
 from planner.planning.request import Request, Setting, prepare
 from planner.search.solve import Outcome, Progress
 from planner.search.space import Space, declared_space
-from planner.specs.layout import Layout
+from planner.specs.layout import RECOMPUTE_MODES, SCHEDULES, Layout
 from planner.specs.policy import Policy
 from planner.units import GIB, gib
 
@@ -34,7 +35,7 @@ def make_plan(
         raise InputError(problems)
     space = declared_space(setting.task, setting.engine, request.pins, request.forbid)
     outcome = search(setting.task, setting.engine, space, alternatives, progress, time_limit)
-    certificate = _certificate(outcome)
+    certificate = _certificate(outcome, space)
     if not outcome.candidates:
         if outcome.status == "interrupted":
             raise TimeoutError if outcome.stopped_by == "limit" else KeyboardInterrupt
@@ -90,7 +91,7 @@ def _assemble(
     )
 
 
-def _certificate(outcome: Outcome) -> Certificate:
+def _certificate(outcome: Outcome, space: Space) -> Certificate:
     best = outcome.candidates[0].step_ns if outcome.candidates else None
     bound = outcome.bound_ns
     gap = (best - bound) / best if best and bound is not None else None
@@ -106,10 +107,27 @@ def _certificate(outcome: Outcome) -> Certificate:
                 "enumerated": counts.enumerated, "by_rule": counts.by_rule, "by_memory": counts.by_memory,
                 "by_bound": counts.by_bound, "exact": counts.exact, "open": counts.open, "rules": counts.rules,
             },
+            "declared": _declared(space),
+            "complete": not outcome.stopped_by,
             "seconds": round(outcome.seconds, 3),
             "solver": outcome.solver,
         }
     )  # fmt: skip
+
+
+def _declared(space: Space) -> dict[str, Any]:
+    """The declared space as the plan file records it."""
+    axes = ("tp", "cp", "pp", "dp", "ep", "etp", "micro_batch", "zero")
+    chunks: dict[str, list[int]] = {}
+    for code, v in space.schedules:
+        chunks.setdefault(SCHEDULES[code], []).append(v)
+    return {
+        **{axis: list(getattr(space, axis)) for axis in axes},
+        "any_etp": space.any_etp,
+        "schedules": chunks,
+        "sequence_parallel": [bool(v) for v in space.sequence_parallel],
+        "recompute": [RECOMPUTE_MODES[mode] for mode in space.modes],
+    }
 
 
 class NothingFits(InfeasibleError):
