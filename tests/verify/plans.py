@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from search.instances import instance, mixed_instance
@@ -32,13 +32,14 @@ def made(task: Task, engine: str, pins: dict[str, Any], forbid: list[str], top_k
         return None
 
 
+@cache
 def random_plan(seed: int, mixing: bool = False) -> Plan | None:
     """The plan of a random small task, loose or tight, pinned or not."""
     task, engine, space = (mixed_instance if mixing else instance)(seed)
     pins: dict[str, Any] = {"micro_batch": [1, 2]}
     if space.modes != (0, 1, 2):
         pins["recompute"] = [("none", "selective", "full")[m] for m in space.modes]
-    return made(replace(task), engine.name, pins, ["cp"] if space.cp == (1,) else [])
+    return made(task, engine.name, pins, ["cp"] if space.cp == (1,) else [])
 
 
 def checked(plan: Plan) -> Report:
