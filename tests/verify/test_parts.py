@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -13,13 +15,14 @@ from search.instances import instance, mixed_instance
 
 from planner import planfile
 from planner.cost import step
-from planner.planfile import Declared, Inputs, Plan
+from planner.errors import InputError
+from planner.planfile import Declared, Inputs
 from planner.specs.layout import RECOMPUTE_MODES, SCHEDULES, Layout, Stage
 from planner.verify import chains, labels, rows, simulation, space, tables
 from planner.verify.layouts import evaluate
 from planner.verify.tables import NEVER
 from planner.verify.windows import runs
-from verify.plans import changed, random_plan
+from verify.plans import random_plan
 
 
 def declared_of(made) -> Declared:
@@ -185,22 +188,19 @@ def test_runs_of_chunks_hold_what_the_cost_model_says():
     assert held.tolist() == [w.counts[w.number[0, 1]].tolist(), w.counts[w.number[1, 3]].tolist()]
 
 
-def test_older_plan_files_keep_their_digest():
-    """A plan without what 2.1 added has the digest that 2.0 gave it."""
+def test_older_plan_files_are_still_read(tmp_path):
+    """A file without what 2.1 added has the digest of its own content, and a changed one is refused all the same."""
     plan = next(p for p in map(random_plan, range(20)) if p is not None)
-
-    def forget(data):
-        data["certificate"] |= {"declared": None, "complete": None}
-        data["inputs"]["contents"] = {}
-
-    old = changed(plan, forget)
-    data = old.model_dump(mode="json")
+    data = plan.model_dump(mode="json")
     del data["certificate"]["declared"], data["certificate"]["complete"], data["inputs"]["contents"]
-    del data["certificate"]["seconds"]
-    import hashlib
-
-    assert old.digest == "sha256:" + hashlib.sha256(planfile.canonical(data).encode()).hexdigest()
-    assert isinstance(old, Plan)
+    proof = {k: v for k, v in data["certificate"].items() if k != "seconds"}
+    digest = hashlib.sha256(planfile.canonical(data | {"certificate": proof}).encode()).hexdigest()
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(data | {"digest": f"sha256:{digest}"}))
+    assert planfile.read(path).layout == plan.layout
+    path.write_text(json.dumps(data | {"engine": "torchtitan", "digest": f"sha256:{digest}"}))
+    with pytest.raises(InputError, match="PLN116"):
+        planfile.read(path)
 
 
 def test_documented_axes_follow_pins_and_forbids():
