@@ -8,7 +8,7 @@ import sys
 import typer
 
 from planner._version import __version__
-from planner.cli import calibrate, check, emit, estimate, hardware, model, plan, run, schema, validate
+from planner.cli import calibrate, check, emit, estimate, explain, hardware, model, plan, run, schema, validate
 
 app = typer.Typer(
     name="planner",
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("plan")(plan.plan)
 app.command("estimate")(estimate.estimate)
+app.command("explain")(explain.explain)
 app.command("check")(check.check)
 app.command("calibrate")(calibrate.calibrate)
 app.command("emit")(emit.emit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from planner.engines.base import job_problems, layout_problems
 from planner.errors import InfeasibleError, InputError, Problem, input_error
@@ -14,7 +15,10 @@ from planner.search.solve import Outcome, Progress
 from planner.search.space import Space, declared_space
 from planner.specs.layout import Layout
 from planner.specs.policy import Policy
-from planner.units import GIB, gib
+from planner.units import GIB, gib, seconds
+
+if TYPE_CHECKING:
+    from planner.planning.explain.answers import Change
 
 
 def make_plan(
@@ -122,16 +126,21 @@ class NothingFits(InfeasibleError):
 
 
 def explain_infeasible(setting: Setting, space: Space, request: Request, certificate: Certificate) -> NothingFits:
-    """The binding constraint of the closest layout, and the smallest cluster that works."""
+    """The binding constraint of the closest layout, the cheapest changes that work, and the smallest cluster."""
+    from planner.planning.explain.asked import Asked
+    from planner.planning.explain.changes import nearest_changes
     from planner.search import explain
     from planner.search.space import enumerate_rows
 
     task, engine = setting.task, setting.engine
-    rows = enumerate_rows(task, engine, space)
-    unit = task.hardware.node_size if request.nodes is not None else 1
-    smallest = explain.smallest_cluster(task, engine, lambda t: declared_space(t, engine, request.pins, request.forbid), unit)
+    rows, asked, whole = enumerate_rows(task, engine, space), Asked.of(request.pins, request.forbid), request.nodes is not None
+    changes = nearest_changes(task, engine, asked, whole, SHOWN_CHANGES)
+    unit = task.hardware.node_size if whole else 1
+    smallest = next((c.gpus for c in changes if c.gpus), None)
+    if smallest is None:
+        smallest = explain.smallest_cluster(task, engine, lambda t: asked.space(t, engine), unit)
+    fix = _fix(changes)
     where = f"{task.gpus} x {task.hardware.device.name}"
-    fix = _smallest_text(smallest, unit, task.gpus)
     nearest = explain.nearest_layout(task, space, rows)
     if nearest is None:
         rules = sorted(rows.rejected.items(), key=lambda item: -item[1])
@@ -156,17 +165,17 @@ def explain_infeasible(setting: Setting, space: Space, request: Request, certifi
     return NothingFits([problem], certificate, nodes)
 
 
-def _smallest_text(smallest: int | None, unit: int, asked: int) -> str:
-    if smallest is None:
-        tried = "none of the cluster sizes tried, up to a few hundred more nodes, works with these rules and pins"
-        return f"{tried}: loosen pins, or change batch, sequence or memory limits"
-    count = smallest // unit
-    noun = ("node" if unit > 1 else "device") + ("s" if count > 1 else "")
-    relation = (
-        "the smallest count that works" if smallest > asked else "fewer devices divide this job, the smallest count that works"
-    )
-    devices = f" ({smallest} devices)" if unit > 1 else ""
-    return f"use {count} {noun}{devices}: {relation}"
+SHOWN_CHANGES = 2
+"""Changes that the message names, the cheapest ones."""
+_VERBS = {"axis": "set ", "states": "use ", "fraction": "set ", "nodes": "use ", "memory": ""}
+
+
+def _fix(changes: Sequence[Change]) -> str:
+    """The cheapest changes that make something fit, one a line."""
+    lines = [f"{_VERBS[c.kind]}{c.text}, {seconds(c.step_time_s)} a step" for c in changes[:SHOWN_CHANGES]]
+    if not lines:
+        return "no single change that was tried works, more nodes neither: loosen pins, or change batch, sequence or limits"
+    return "\n   or: ".join(lines)
 
 
 def limit_text(memory: Memory, policy: Policy) -> str:

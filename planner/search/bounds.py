@@ -139,7 +139,7 @@ def _most_by_bisection(g: Group, room: Ints, mode: int) -> Ints:
 
 def memory_feasible(g: Group) -> Bools:
     """Which rows have any split and recompute that fits. Exact, so that a row left over has a finite value."""
-    most = np.minimum(most_layers(g), g.n_layers)
+    most = np.minimum(most_layers(g), g.n_layers) // g.least * g.least  # a rank's chunks are equal
     return np.all(most >= g.least, axis=1) & (most.sum(axis=1) >= g.n_layers)
 
 

@@ -1,0 +1,39 @@
+"""`planner explain`: why this plan, and why not another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from planner.cli import common
+
+
+@common.guarded
+def explain(
+    plan_file: Annotated[
+        Path, typer.Argument(metavar="PLAN", help="A plan file, from planner plan -o or planner estimate -o.")
+    ],
+    why_not: Annotated[
+        list[str] | None,
+        typer.Option("--why-not", metavar="AXES", help="Why not this instead: tp=4,pp=8, axes as for --pin; repeatable."),
+    ] = None,
+    output_format: Annotated[str, typer.Option("--format", help="table, json or markdown.")] = "table",
+) -> None:
+    """Say what binds a plan, what its runners-up lose, what was excluded, where every rank is; or why not another layout."""
+    import planner
+
+    common.checked_format(output_format, ("table", "json", "markdown"))
+    pins = common.parse_axes(why_not or [], "--why-not")
+    found = planner.explain(planner.load_plan(str(plan_file)), why_not=pins)
+    if output_format == "json":
+        common.write_result(common.to_json(found.model_dump(mode="json")))
+        return
+    from planner.report import explain as report
+    from planner.report import terminal
+
+    if output_format == "markdown":
+        common.write_result(report.markdown(found))
+    else:
+        report.print_explanation(found, terminal.console(piped=80))
