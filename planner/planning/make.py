@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from planner.engines.base import job_problems, layout_problems
@@ -12,7 +13,7 @@ from planner.planning import choice
 from planner.planning.estimate import estimate_layout
 from planner.planning.request import Request, Setting, prepare
 from planner.search.solve import Outcome, Progress
-from planner.search.space import Space, declared_space
+from planner.search.space import Rows, Space, declared_space
 from planner.specs.layout import Layout
 from planner.specs.policy import Policy
 from planner.units import GIB, gib, seconds
@@ -119,8 +120,12 @@ def _certificate(outcome: Outcome) -> Certificate:
 class NothingFits(InfeasibleError):
     """The proof that no layout of the space fits."""
 
-    def __init__(self, problems: list[Problem], certificate: Certificate, smallest_nodes: int | None):
+    def __init__(
+        self, problems: list[Problem], certificate: Certificate, smallest_nodes: int | None, changes: Sequence[Change] = ()
+    ):
         super().__init__(problems)
+        self.changes = changes
+        """The cheapest single changes that work."""
         self.certificate = certificate
         self.smallest_nodes = smallest_nodes
 
@@ -139,35 +144,42 @@ def explain_infeasible(setting: Setting, space: Space, request: Request, certifi
     smallest = next((c.gpus for c in changes if c.gpus), None)
     if smallest is None:
         smallest = explain.smallest_cluster(task, engine, lambda t: asked.space(t, engine), unit)
-    fix = _fix(changes)
-    where = f"{task.gpus} x {task.hardware.device.name}"
     nearest = explain.nearest_layout(task, space, rows)
-    if nearest is None:
-        rules = sorted(rows.rejected.items(), key=lambda item: -item[1])
-        counted = "; ".join(f"{name}: {n:,}" for name, n in rules[:4])
-        what = f"no layout of {task.model.name} on {where} obeys the rules"
-        problem = Problem("PLN302", what, f"of {rows.enumerated:,} layouts, excluded by {counted}", fix)
-    else:
-        memory = estimate_layout(task, nearest.layout).memory
-        worst = memory.stages[memory.peak_stage]
-        parts = ", ".join(
-            f"{name} {getattr(worst, name):.1f}"
-            for name in ("params", "grads", "optimizer", "activations", "buffers", "transient", "outside")
-            if getattr(worst, name) >= 0.05
-        )
-        what = (
-            f"{task.model.name} does not fit on {where}: the closest layout ({short(nearest.layout)}) needs "
-            f"{memory.peak_gib:.1f} GiB on stage {memory.peak_stage}, the limit is {memory.limit_gib:.1f} GiB"
-        )
-        why = f"{worst.cause}; GiB: {parts}; {memory.limit_gib:.1f} GiB is {limit_text(memory, setting.policy)}"
-        problem = Problem("PLN301", what, why, fix)
+    problem = _unruly(setting, rows) if nearest is None else _too_big(setting, nearest.layout)
     nodes = None if smallest is None else -(-smallest // task.hardware.node_size)
-    return NothingFits([problem], certificate, nodes)
+    return NothingFits([replace(problem, fix=_fix(changes))], certificate, nodes, changes[:SHOWN_CHANGES])
 
 
+def _where(setting: Setting) -> str:
+    return f"{setting.task.gpus} x {setting.task.hardware.device.name}"
+
+
+def _unruly(setting: Setting, rows: Rows) -> Problem:
+    """No layout obeys the rules: those that exclude most."""
+    rules = sorted(rows.rejected.items(), key=lambda item: -item[1])
+    counted = "; ".join(f"{name}: {n:,}" for name, n in rules[:4])
+    what = f"no layout of {setting.task.model.name} on {_where(setting)} obeys the rules"
+    return Problem("PLN302", what, f"of {rows.enumerated:,} layouts, excluded by {counted}")
+
+
+def _too_big(setting: Setting, layout: Layout) -> Problem:
+    """The closest layout, and what fills its fullest stage."""
+    memory = estimate_layout(setting.task, layout).memory
+    worst = memory.stages[memory.peak_stage]
+    parts = ", ".join(f"{name} {size:.1f}" for name in MEMORY_PARTS if (size := getattr(worst, name)) >= 0.05)
+    what = (
+        f"{setting.task.model.name} does not fit on {_where(setting)}: the closest layout ({short(layout)}) needs "
+        f"{memory.peak_gib:.1f} GiB on stage {memory.peak_stage}, the limit is {memory.limit_gib:.1f} GiB"
+    )
+    why = f"{worst.cause}; GiB: {parts}; {memory.limit_gib:.1f} GiB is {limit_text(memory, setting.policy)}"
+    return Problem("PLN301", what, why)
+
+
+MEMORY_PARTS = ("params", "grads", "optimizer", "activations", "buffers", "transient", "outside")
+"""Parts of a stage's memory, as messages list them."""
 SHOWN_CHANGES = 2
 """Changes that the message names, the cheapest ones."""
-_VERBS = {"axis": "set ", "states": "use ", "fraction": "set ", "nodes": "use ", "memory": ""}
+_VERBS = {"layers": "", "axis": "set ", "states": "use ", "fraction": "set ", "nodes": "use ", "memory": ""}
 
 
 def _fix(changes: Sequence[Change]) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +16,7 @@ from planner.units import GIB, gib, seconds
 
 _MANY = 12
 """Longer lists of ranks and nodes show their ends only."""
+_CLOSEST = "The closest layout"
 _WIDE = ("recompute", "why")
 """Columns whose text may take several lines."""
 
@@ -39,17 +40,17 @@ def print_explanation(e: Explanation, out: Console) -> None:
     for i, block in enumerate(blocks(e)):
         out.print(Text(f"{chr(10) if i else ''}{block.title}", style="bold"))
         for line in block.before:
-            out.print(_indented(line))
+            out.print(_wrapped(line, out.width))
         if block.rows:
             out.print(_table(block))
         for line in block.after:
-            out.print(_indented(line))
+            out.print(_wrapped(line, out.width))
 
 
-def _indented(line: str) -> Padding:
-    """A line whose continuation lines are indented as it is."""
-    text = line.lstrip(" ")
-    return Padding(Text(text), (0, 0, 0, len(line) - len(text)), expand=False)
+def _wrapped(line: str, width: int) -> Text:
+    """A line broken at spaces; what follows is indented as its beginning, and two columns more."""
+    indent = " " * (len(line) - len(line.lstrip(" ")) + 2)
+    return Text(textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
 
 
 def _table(block: Block) -> Table:
@@ -91,7 +92,7 @@ def blocks(e: Explanation) -> Iterator[Block]:
     facts = f"{seconds(e.step_time_s)} a step, peak {e.peak_gib:.1f} GiB of {e.limit_gib:.1f}{fits}"
     yield Block(f"Why {e.name}", (facts,))
     if e.unfit is not None:
-        yield from _answer(e.unfit, "What does not fit, and what would")
+        yield from (b for b in _answer(e.unfit, "What does not fit") if b.title != _CLOSEST)
     yield _ranks(e)
     if e.losses:
         lines = [line for loss in e.losses for line in (loss.name, f"  {loss.sentence}")]
@@ -125,14 +126,22 @@ def _ranks(e: Explanation) -> Block:
     if any(r.one_more or r.less_recompute for r in shown):
         after[0] += f"; +layer, -recomp.: {unit} over it with one more layer (recompute as it is), and with one step less"
         after[0] += " recompute; below zero it would fit"
-    after += [f"rank {r.stage}: {r.reason}" for r in shown]
+    after += [f"rank{'s' * (',' in who)} {who}: {reason}" for who, reason in _by_reason(shown)]
     if b.next_stage is not None:
         ahead = f"{seconds(b.ahead_s)} ({b.ahead_s / b.time_s:.1%}) before" if b.ahead_s else "as slow as"
-        gain = f": without that, a step would gain {seconds(b.per_step_s)}" if b.ahead_s else ""
+        gain = f"; as fast as that, a step would gain {seconds(b.per_step_s)}" if b.ahead_s else ""
         after.append(f"slowest: rank {b.stage}, {seconds(b.time_s)} a micro-batch, {ahead} rank {b.next_stage}{gain}")
     title = "What binds each pipeline rank" + (f" ({len(shown)} of {len(e.ranks)})" if len(shown) < len(e.ranks) else "")
     left, right = ("rank", "layers", "recompute", "binds"), ("slack", "+layer", "-recomp.", "time")
     return Block(title, (), left, right, rows, after)
+
+
+def _by_reason(ranks: Sequence[Rank]) -> list[tuple[str, str]]:
+    """Ranks by the sentence that says what binds them."""
+    found: dict[str, list[str]] = {}
+    for r in ranks:
+        found.setdefault(r.reason, []).append(str(r.stage))
+    return [(", ".join(who), reason) for reason, who in found.items()]
 
 
 def _ends(ranks: Sequence[Rank], keep: set[int]) -> list[Rank]:
@@ -198,15 +207,12 @@ def _answer(w: WhyNot, title: str) -> Iterator[Block]:
         yield Block("Broken rules", lines)
     if w.shortfall is not None:
         s = w.shortfall
-        parts = ", ".join(f"{name} {value:.1f}" for name, value in s.parts.items() if value >= 0.05)
-        facts = [
-            s.name,
-            f"  stage {s.stage} needs {s.needs_gib:.1f} GiB, {gib(s.over_gib * GIB)} too much: {s.cause}",
-            f"  GiB: {parts}",
-        ]
-        yield Block("The closest layout", facts)
+        unit, scale = ("GiB", 1.0) if s.needs_gib >= 1 else ("MiB", 1024.0)
+        parts = ", ".join(f"{name} {value * scale:.1f}" for name, value in s.parts.items() if value * scale >= 0.05)
+        over = f"  stage {s.stage} needs {gib(s.needs_gib * GIB)}, {gib(s.over_gib * GIB)} too much: {s.cause}"
+        yield Block(_CLOSEST, [s.name, over, f"  {unit}: {parts}"])
     if w.conflict is not None and (len(w.conflict.members) > 1 or w.conflict.stages):
-        alone = "this alone cannot hold" if len(w.conflict.members) == 1 else "without any one of these the others can hold"
+        alone = "this alone cannot hold" if len(w.conflict.members) == 1 else "not all can hold; without any one the others can"
         yield Block("What conflicts", ["{" + ", ".join(_runs(w)) + "}", alone])
     if allowed := {axis: values for axis, values in w.allowed.items() if values}:
         lines = [f"{axis}: {', '.join(map(str, values))}" for axis, values in allowed.items()]

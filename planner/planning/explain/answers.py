@@ -23,10 +23,12 @@ class OneMore(Spec):
     over_gib: float
     """Memory beyond the limit with the recompute that the rank has; negative when it fits."""
     moment: Literal["backward", "update"]
+    plain_time_s: float
+    """Time of one micro-batch with that recompute, seconds."""
     recompute: str | None
     """The cheapest recompute with which it fits; None when none does."""
     time_s: float | None
-    """Time of one micro-batch then, seconds."""
+    """Time of one micro-batch with the cheapest, seconds."""
 
 
 class LessRecompute(Spec):
@@ -53,7 +55,7 @@ class Rank(Spec):
     share: float
     """Of the slowest rank's time."""
     one_more: OneMore | None
-    """None where there is no further layer: a single rank holds all."""
+    """None where no other rank could give a layer up."""
     less_recompute: LessRecompute | None
     """None where nothing is recomputed."""
 
@@ -142,8 +144,9 @@ class Shortfall(Spec):
     """GiB of each part on that rank."""
 
 
-ChangeKind = Literal["axis", "states", "fraction", "nodes", "memory"]
-"""A restriction on an axis lifted, another precision of states, a higher share of the memory, more nodes, more memory."""
+ChangeKind = Literal["layers", "axis", "states", "fraction", "nodes", "memory"]
+"""Other stages of the same layout; an axis with its restriction lifted; another precision of states; a higher share of the
+memory; more nodes; devices with more memory."""
 
 
 class Change(Spec):

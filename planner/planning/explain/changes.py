@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from planner.cost.task import Task
+import numpy as np
+
+from planner.cost.task import LayoutArray, Task
 from planner.engines.base import Engine
 from planner.engines.registry import engine_named
 from planner.engines.traits import TRAITS
@@ -20,10 +22,13 @@ from planner.errors import InputError
 from planner.planning.estimate import estimate_layout
 from planner.planning.explain.answers import Change, ChangeKind
 from planner.planning.explain.asked import Asked
+from planner.search import stages
+from planner.search.bounds import BIG
 from planner.search.explain import any_fits, smallest_cluster
 from planner.search.extra import least_extra_memory, with_memory
-from planner.search.solve import search
-from planner.specs.layout import Layout
+from planner.search.solve import group_of, layout_of, price, search
+from planner.search.space import Space
+from planner.specs.layout import RECOMPUTE_MODES, Layout
 from planner.units import GIB, gib
 
 SEARCH_SECONDS = 30.0
@@ -89,6 +94,41 @@ def _proved(idea: _Idea) -> Change | None:
             "peak_gib": estimate.memory.peak_gib, "status": outcome.status, **idea.details,
         }
     )  # fmt: skip
+
+
+def resplit(task: Task, engine: Engine, layout: Layout, space: Space) -> list[Change]:
+    """Other stages of a layout whose own do not fit, that do: other recompute of the same split, another split in `space`.
+
+    `space` is the row of the layout and the recompute modes that it uses.
+    """
+    named: list[tuple[str, Layout]] = []
+    recomputed = _recomputed(task, layout)
+    if recomputed is not None:
+        named.append((f"recompute: {recompute_words(recomputed)}", recomputed))
+    if any_fits(task, engine, space):
+        moved = search(task, engine, space, 1).candidates[0].layout
+        modes = "" if all(s.recompute == "none" for s in moved.stages) else f", recompute: {recompute_words(moved)}"
+        named.append((f"layers {', '.join(str(s.layers) for s in moved.stages)}{modes}", moved))
+    found = []
+    for text, other in named:
+        e = estimate_layout(task, other)
+        more = {"step_time_s": e.step_time_s, "peak_gib": e.memory.peak_gib, "status": "optimal"}
+        found.append(Change.model_validate({"kind": "layers", "text": text, "layout": other, **more}))
+    return sorted(found, key=lambda c: c.step_time_s)
+
+
+def _recomputed(task: Task, layout: Layout) -> Layout | None:
+    """The layout with its split and the cheapest recompute that fits on every rank; None when none does."""
+    x = LayoutArray.of([layout], task.job)
+    p, kinds = price(task, x)
+    g = group_of(task, tuple(range(len(RECOMPUTE_MODES))), x, p, kinds, np.array([0]))
+    t = stages.tables(g, task=task if kinds else None)
+    split = [stage.layers for stage in layout.stages]
+    if max(split) // t.chunks >= t.at.shape[1]:  # more layers than any rank can hold
+        return None
+    if any(t.time[s, entry] >= BIG for s, entry in enumerate(t.columns(split))):
+        return None
+    return layout_of(x, 0, t, split)
 
 
 def _axes(task: Task, engine: Engine, asked: Asked) -> Iterator[_Idea]:

@@ -87,8 +87,13 @@ class _Row:
         return (bytes_needed - int(self.p.capacity[0])) * self.task.reserved_ratio / GIB
 
     def wider(self, s: int) -> int | None:
-        """Start of rank s's window with one more position: after its last layer, before its first on the last rank."""
+        """Start of rank s's window with one more position: after its last layer, before its first on the last rank.
+
+        None where no other rank could give a layer up.
+        """
         start, size = self.start(s), self.layout.stages[s].layers // self.chunks
+        if size + self.layout.pp > self.windows.positions:
+            return None
         if start + size < self.windows.positions:
             return start
         return start - 1 if start > 0 else None
@@ -141,7 +146,14 @@ def _one_more(row: _Row, s: int) -> OneMore | None:
     if entry >= 0 and t.time[s, entry] < BIG:
         recompute = format_recompute(layers, int(t.selective[s, entry]), int(t.full[s, entry]))
         time = int(t.time[s, entry]) / 1e9
-    return OneMore(layers=layers, over_gib=row.over(cost.most), moment=cost.moment, recompute=recompute, time_s=time)
+    return OneMore(
+        layers=layers,
+        over_gib=row.over(cost.most),
+        moment=cost.moment,
+        plain_time_s=cost.time / 1e9,
+        recompute=recompute,
+        time_s=time,
+    )
 
 
 def _less_recompute(row: _Row, s: int) -> LessRecompute | None:
@@ -177,15 +189,21 @@ def _binding(
         return moment, f"it needs {over:.1f} GiB more than a device may hold"
     if less is not None and less.over_gib > 0:
         return moment, f"it recomputes because with {less.recompute} it is {_gib(less.over_gib)} over the limit"
+    if less is not None:
+        return "nothing", f"memory would let it recompute less: {less.recompute}"
+    if more is None and len(row.layout.stages) > 1:
+        return "rule", "every chunk holds at least one layer: no other rank can give one up"
     if more is None:
         return "nothing", "it holds all layers, and memory is left"
     unit = "one more layer" if row.chunks == 1 else f"one more layer in each of its {row.chunks} chunks"
+    tight: Binding = "memory in update" if more.moment == "update" else "memory in backward"
     if more.recompute is None or more.time_s is None:
-        tight: Binding = "memory in update" if more.moment == "update" else "memory in backward"
         return tight, f"{unit} fits under no recompute: {_gib(more.over_gib)} over the limit as it recomputes now"
-    if (share := more.time_s * 1e9 / slowest) > 1:
-        recompute = "" if more.recompute == "none" else f" (recompute {more.recompute})"
-        return "time", f"{unit}{recompute} would take {share - 1:.1%} longer than the slowest rank does"
+    if (longer := more.plain_time_s * 1e9 / slowest - 1) > 0:
+        fits = f", and be {_gib(more.over_gib)} over the limit" if more.over_gib > 0 else ""
+        return "time", f"{unit} would take {longer:.1%} longer than the slowest rank does{fits}"
+    if (longer := more.time_s * 1e9 / slowest - 1) > 0:
+        return tight, f"{unit} fits only with recompute {more.recompute}: {longer:.1%} longer than the slowest rank takes"
     if row.layout.stages[s].layers == row.chunks:
         return "rule", "every chunk holds at least one layer; it could hold more"
     return "nothing", f"{unit} would fit and be no slower than the slowest rank"

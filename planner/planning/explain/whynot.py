@@ -14,16 +14,16 @@ from planner.planfile import Estimate, Plan
 from planner.planning.estimate import estimate_layout
 from planner.planning.explain.answers import BrokenRule, Conflict, Shortfall, WhyNot
 from planner.planning.explain.asked import Asked, Pins
-from planner.planning.explain.changes import nearest_changes
+from planner.planning.explain.changes import nearest_changes, resplit
 from planner.planning.explain.losses import loss_of
-from planner.planning.make import short
+from planner.planning.make import MEMORY_PARTS, short
 from planner.search import conflicts, stages
 from planner.search.extra import least_extra_memory, with_memory
 from planner.search.solve import Outcome, group_of, price, search
 from planner.search.space import Space, declared_space, enumerate_rows, unruled_rows
 from planner.specs.layout import SCHEDULES, Layout, even_stages
+from planner.units import GIB, gib
 
-PARTS = ("params", "grads", "optimizer", "activations", "buffers", "transient", "outside")
 _AXES = (
     "tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "schedule", "virtual_stages", "sequence_parallel",
 )  # fmt: skip
@@ -58,7 +58,18 @@ def why_unfit(plan: Plan, now: Estimate, task: Task, engine: Engine) -> WhyNot:
     pins: dict[str, list[object]] = {name: [getattr(plan.layout, name)] for name in _AXES}
     pins["recompute"] = [*sorted(used)]
     asked = Asked.of(pins)
-    return _answer(_Question(plan, now, task, engine, asked.pins, asked, asked.space(task, engine)))
+    q = _Question(plan, now, task, engine, asked.pins, asked, asked.space(task, engine))
+    short_of, changes = shortfall(task, plan.layout), resplit(task, engine, plan.layout, q.space)
+    conflict = memory_conflict(task, plan.layout, q.space.modes)
+    if conflict is None:  # another split fits: this one is part of the conflict
+        s, stage = short_of.stage, plan.layout.stages[short_of.stage]
+        members = [f"memory of stage {s}", f"stage {s} holds {stage.layers} layers, recompute {stage.recompute}"]
+        conflict = Conflict(members=members, rules=[], stages=[s], all_layers=False)
+    else:
+        changes += nearest_changes(task, engine, asked)
+    sentence = _over("the layout", short_of)
+    more = {"shortfall": short_of, "conflict": conflict, "changes": changes}
+    return _result(q, "does not fit", sentence, "infeasible", 1, **more)
 
 
 def stage_modes(layers: int, selective: int, full: int) -> set[str]:
@@ -169,8 +180,8 @@ def _breaks_rules(q: _Question, layouts: int) -> WhyNot:
 def _broken(q: _Question, asked: Asked, pins: dict[str, list[Any]]) -> list[BrokenRule]:
     """Rules that every row under `asked` breaks."""
     x = unruled_rows(q.task, asked.space(q.task, q.engine))
-    always = conflicts.broken(q.task, q.engine, x).all(axis=0).tolist()
-    return _described(q, x, [rule for rule, every in zip(q.engine.all_rules, always, strict=True) if every], pins)
+    breaks = conflicts.broken(q.task, q.engine, x)
+    return _described(q, x, [rule for i, rule in enumerate(q.engine.all_rules) if bool(breaks[:, i].all())], pins)
 
 
 def _described(q: _Question, x: LayoutArray, rules: Sequence[Rule], pins: dict[str, list[Any]]) -> list[BrokenRule]:
@@ -206,12 +217,15 @@ def _does_not_fit(q: _Question, outcome: Outcome) -> WhyNot:
         return _result(q, "does not fit", sentence, outcome.status, outcome.counts.enumerated, changes=changes)
     closest = search(with_memory(q.task, extra), q.engine, q.space, 1).candidates[0].layout
     short_of = shortfall(q.task, closest)
-    sentence = (
-        f"{label} does not fit: the closest layout needs {short_of.needs_gib:.1f} GiB on stage {short_of.stage}, "
-        f"{short_of.over_gib:.1f} GiB over the limit of {short_of.limit_gib:.1f}"
-    )
+    sentence = f"{label} does not fit: " + _over("the closest layout", short_of)
     more = {"shortfall": short_of, "conflict": memory_conflict(q.task, closest, q.space.modes), "changes": changes}
     return _result(q, "does not fit", sentence, outcome.status, outcome.counts.enumerated, **more)
+
+
+def _over(who: str, short_of: Shortfall) -> str:
+    over = gib(short_of.over_gib * GIB)
+    needs, limit = gib(short_of.needs_gib * GIB), gib(short_of.limit_gib * GIB)
+    return f"{who} needs {needs} on stage {short_of.stage}, {over} over the limit of {limit}"
 
 
 def shortfall(task: Task, layout: Layout) -> Shortfall:
@@ -220,7 +234,7 @@ def shortfall(task: Task, layout: Layout) -> Shortfall:
     worst = memory.stages[memory.peak_stage]
     return Shortfall(
         layout=layout, name=short(layout), stage=worst.stage, needs_gib=worst.total, limit_gib=memory.limit_gib,
-        over_gib=-worst.headroom, cause=worst.cause, parts={name: getattr(worst, name) for name in PARTS},
+        over_gib=-worst.headroom, cause=worst.cause, parts={name: getattr(worst, name) for name in MEMORY_PARTS},
     )  # fmt: skip
 
 
