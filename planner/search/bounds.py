@@ -113,7 +113,7 @@ def group_of(p: Primitives, layouts: LayoutArray, n_layers: int, modes: tuple[in
 
 
 def most_layers(g: Group) -> Ints:
-    """The most layers that each rank can hold under its best recompute, shape (rows, pp). Exact."""
+    """The most layers, in whole layers a chunk, that each rank can hold under its best recompute, shape (rows, pp). Exact."""
     best = np.zeros((len(g.layouts), g.pp), dtype=np.int64)
     for mode in g.modes:
         room = g.room(mode)
@@ -124,7 +124,8 @@ def most_layers(g: Group) -> Ints:
         best = np.maximum(best, most)
     zero = np.zeros((1, 1), dtype=np.int64)
     left = g.p.capacity - step.stage_update_bytes(g.p, g.first, g.last, zero)
-    return np.minimum(best, np.where(left < 0, 0, left // np.maximum(g.p.updating, 1)))
+    most = np.minimum(best, np.where(left < 0, 0, left // np.maximum(g.p.updating, 1)))
+    return np.minimum(most, g.n_layers) // g.least * g.least  # chunks are equal: a rank holds whole multiples of them
 
 
 def _most_by_bisection(g: Group, room: Ints, mode: int) -> Ints:
@@ -139,7 +140,7 @@ def _most_by_bisection(g: Group, room: Ints, mode: int) -> Ints:
 
 def memory_feasible(g: Group) -> Bools:
     """Which rows have any split and recompute that fits. Exact, so that a row left over has a finite value."""
-    most = np.minimum(most_layers(g), g.n_layers) // g.least * g.least  # a rank's chunks are equal
+    most = most_layers(g)
     return np.all(most >= g.least, axis=1) & (most.sum(axis=1) >= g.n_layers)
 
 

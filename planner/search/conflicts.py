@@ -95,13 +95,16 @@ def rule_core(engine: Engine, breaks: Bools) -> tuple[Rule, ...]:
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
-def memory_core(t: Tables) -> MemoryCore | None:
+def memory_core(t: Tables, fullest: int | None = None) -> MemoryCore | None:
     """The ranks of one row whose memory limits conflict, with "all layers are placed" where it takes part; None when it fits.
 
-    A rank without its limit may hold any run of layers, at least one position of the sequence like every other.
+    A rank without its limit may hold any run of layers, at least one position of the sequence like every other. Where the
+    rank `fullest` can hold nothing at all, it is the conflict, of the several that there may be.
     """
     pp, end = t.time.shape[0], t.positions
     fits = t.time < BIG
+    if fullest is not None and not fits[fullest].any():
+        return MemoryCore((fullest,), False)
 
     def constrain(model: Any, literals: Sequence[Any]) -> None:
         # ends[s][b]: the layers of rank s - 1 end, and those of rank s begin, at position b.

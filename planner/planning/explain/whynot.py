@@ -243,7 +243,8 @@ def memory_conflict(task: Task, layout: Layout, modes: tuple[int, ...]) -> Confl
     x = LayoutArray.of([layout], task.job)
     p, kinds = price(task, x)
     g = group_of(task, modes, x, p, kinds, np.array([0]))
-    core = conflicts.memory_core(stages.tables(g, task=task if kinds else None))
+    fullest = estimate_layout(task, layout).memory.peak_stage
+    core = conflicts.memory_core(stages.tables(g, task=task if kinds else None), fullest)
     if core is None:
         return None
     members = [f"memory of stage {s}" for s in core.stages] + ["all layers placed"] * core.placed
