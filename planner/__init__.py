@@ -16,6 +16,11 @@ A tour:
     planner.estimate("llama3-70b", "h100-sxm", nodes=8, seq_len=8192, global_batch=512,
                      layout={"tp": 8, "pp": 4, "dp": 2, "micro_batch": 1})
 
+    sizes = planner.scale("llama3-70b", "h100-sxm", nodes="8:64:8", seq_len=8192, global_batch=512, tokens="15T",
+                          objective="cost")
+    sizes.frame             # one row a size: time, efficiency, days, device-hours, cost, energy
+    sizes.plan              # the plan of the size that the objective picks; sizes.plans holds all by number of devices
+
 Errors are `planner.errors.PlannerError`: each carries a code, a place, numbers, and a fix. The rooms, from left to
 right: specs (what a person declares), cost (what a layout costs), engines (what executes it), search (which is best, and
 the proof), planfile and planning (the plan), checks, launchers, report, cli; and runtime, which trains.
@@ -23,6 +28,7 @@ the proof), planfile and planning (the plan), checks, launchers, report, cli; an
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from planner._version import __version__
@@ -31,11 +37,12 @@ if TYPE_CHECKING:
     from planner.errors import Problem
     from planner.planfile import Plan
     from planner.planning.explain import Explanation
+    from planner.planning.scale import Scaling
     from planner.specs.hardware import HardwareProfile
     from planner.specs.layout import Layout
     from planner.specs.model import Model
 
-__all__ = ["__version__", "check", "estimate", "explain", "load_hardware", "load_model", "load_plan", "plan"]
+__all__ = ["__version__", "check", "estimate", "explain", "load_hardware", "load_model", "load_plan", "plan", "scale"]
 
 
 def plan(
@@ -54,6 +61,10 @@ def plan(
     max_oom_probability: float | None = None,
     alternatives: int = 4,
     adapter: dict[str, Any] | None = None,
+    objective: str = "throughput",
+    tokens: str | float | None = None,
+    price: float | None = None,
+    pue: float | None = None,
 ) -> Plan:
     """The proven best plan for a job on a cluster.
 
@@ -63,11 +74,17 @@ def plan(
     them that is simpler or leaves more memory is preferred to the fastest (`Plan.choice` says so). Memory is limited by
     `max_memory_fraction` of what the device offers, and by `max_oom_probability` where it is given. `adapter` trains low-rank
     adapters beside a frozen base, as in {"rank": 16, "base": "nf4"} (`planner.specs.adapter.Adapter`).
+
+    `objective`: "throughput" for the fastest layout, "memory" for the one with the lowest peak ("time", "cost" and
+    "min-gpus" tell several sizes apart: see `scale`). With `tokens` (a number, or text such as "15T") `Plan.economy` holds
+    steps, days, device-hours, cost and energy: `price` in USD of a device-hour (the profile's when left out), `pue` the
+    site's energy over that of its devices.
     """
     from planner.planning import make
 
     limits = {"max_memory_fraction": max_memory_fraction, "max_oom_probability": max_oom_probability}
     request = _request(model, hardware, nodes, gpus, engine, seq_len, global_batch, precision, limits, pin, forbid, adapter)
+    request = _aims(request, objective, tokens, price, pue)
     return make.make_plan(request, alternatives)
 
 
@@ -85,11 +102,14 @@ def estimate(
     max_memory_fraction: float = 0.92,
     max_oom_probability: float | None = None,
     adapter: dict[str, Any] | None = None,
+    tokens: str | float | None = None,
+    price: float | None = None,
+    pue: float | None = None,
 ) -> Plan:
     """The prediction for one layout: a plan without a certificate.
 
-    `layout` may leave out `dp`, `schedule` and `stages`: they follow from the rest (an even split). `adapter` as for
-    `plan`. Raises InputError.
+    `layout` may leave out `dp`, `schedule` and `stages`: they follow from the rest (an even split). `tokens`, `price` and
+    `pue`, and `adapter`, as in `plan`. Raises InputError.
     """
     from planner.planning import make
     from planner.planning.request import prepare
@@ -98,10 +118,55 @@ def estimate(
 
     limits = {"max_memory_fraction": max_memory_fraction, "max_oom_probability": max_oom_probability}
     request = _request(model, hardware, nodes, gpus, engine, seq_len, global_batch, precision, limits, None, (), adapter)
+    request = _aims(request, "throughput", tokens, price, pue)
     if not isinstance(layout, Layout):
         task = prepare(request).task
         layout = complete_layout(layout, task.model, task.gpus)
     return make.make_estimate(request, layout)
+
+
+def scale(
+    model: str | Model,
+    hardware: str | HardwareProfile,
+    *,
+    seq_len: int,
+    global_batch: int,
+    nodes: str | Iterable[int] | None = None,
+    gpus: str | Iterable[int] | None = None,
+    precision: str = "bf16",
+    engine: str = "bundled",
+    pin: dict[str, Any] | None = None,
+    forbid: str | tuple[str, ...] = (),
+    max_memory_fraction: float = 0.92,
+    max_oom_probability: float | None = None,
+    alternatives: int = 4,
+    objective: str = "throughput",
+    tokens: str | float | None = None,
+    price: float | None = None,
+    pue: float | None = None,
+    deadline_days: float | None = None,
+    adapter: dict[str, Any] | None = None,
+) -> Scaling:
+    """Plans of one job for several cluster sizes, and the size that `objective` picks; the global batch stays.
+
+    `nodes` or `gpus`: numbers, or text such as "8,16,32" or "8:64:8". `objective`: "throughput" and "time" for the size
+    that trains soonest ("time" may skip sizes that a bound rules out), "cost" for the least device-hours, "min-gpus" for
+    the fewest devices that fit. With `deadline_days` (of training `tokens`) later sizes are never picked. Everything else
+    as in `plan`. Sizes that do not fit are rows with a reason; `Scaling.require()` raises InfeasibleError when none is
+    picked. Raises InputError when every size is refused.
+    """
+    from planner.errors import input_error
+    from planner.planning import scale as scaling
+    from planner.planning.counts import parse_counts
+
+    given = nodes if gpus is None else gpus
+    if given is None or (nodes is not None and gpus is not None):
+        raise input_error("PLN131", "give nodes or gpus, one of them", "", 'for example nodes=[8, 16] or nodes="8:64:8"')
+    counts = parse_counts(given, "--nodes" if gpus is None else "--gpus")
+    limits = {"max_memory_fraction": max_memory_fraction, "max_oom_probability": max_oom_probability}
+    one, many = (counts[0], None) if gpus is None else (None, counts[0])
+    request = _request(model, hardware, one, many, engine, seq_len, global_batch, precision, limits, pin, forbid, adapter)
+    return scaling.scale(_aims(request, objective, tokens, price, pue, deadline_days), counts, alternatives)
 
 
 def check(path: str, *, max_oom_probability: float | None = None) -> list[Problem]:
@@ -148,6 +213,18 @@ def load_plan(path: str) -> Plan:
     from planner import planfile
 
     return planfile.read(path)
+
+
+def _aims(
+    request: Any, objective: str, tokens: str | float | None, price: float | None, pue: float | None, due: float | None = None
+) -> Any:
+    """The request with what it is the best for, and its token budget."""
+    from dataclasses import replace
+
+    from planner.planning.economy import budget
+    from planner.planning.request import checked_objective
+
+    return replace(request, objective=checked_objective(objective), budget=budget(tokens, price, pue, due))
 
 
 def _request(

@@ -19,13 +19,15 @@ from planner._version import __version__
 from planner.errors import Location, Problem, input_error
 from planner.specs import files
 from planner.specs.base import Spec
+from planner.specs.figures import Provenance
 from planner.specs.hardware import HardwareProfile
 from planner.specs.job import Job
 from planner.specs.layout import Layout
 from planner.specs.model import Model
 from planner.specs.policy import Policy
 
-FORMAT_VERSION = "2.0"
+FORMAT_VERSION = "2.1"
+"""Major: older readers cannot read it. Minor: fields were added, all with defaults, so that files of that major still load."""
 
 
 class Cluster(Spec):
@@ -148,14 +150,76 @@ class Estimate(Spec):
     tokens_per_s: float
     tokens_per_s_per_gpu: float
     tflops_per_gpu: float
+    """Model FLOPs of one device in `flops_convention`, TFLOP/s."""
     mfu: float
-    """Model FLOPs (6 N without the input embedding, full attention) over the dense peak."""
+    """Model FLOPs in `flops_convention` over the dense peak."""
+    mfu_causal: float | None = None
+    """The same with causal attention: the keys that a query sees. None in plans of version 2.0."""
+    hfu: float | None = None
+    """Hardware FLOPs over the dense peak: those of `mfu`, and what the layout's recompute repeats. None in version 2.0."""
+    flops_convention: Literal["full attention (PaLM, appendix B)"] = "full attention (PaLM, appendix B)"
+    """6 (N - input embedding) + 12 L q s a token: every query against every key (arXiv 2204.02311)."""
     microbatches: int
     bubble_fraction: float
     breakdown: Breakdown
     memory: Memory
-    provenance: Literal["measured", "fitted", "datasheet", "assumed"]
+    provenance: Provenance
     """The least certain origin among the profile's figures."""
+
+
+class Span(Spec):
+    """A quantity that is proportional to the step time, with the interval that follows from the step time's."""
+
+    value: float
+    low: float
+    high: float
+
+    def times(self, factor: float) -> Span:
+        """The same in other units, or of more."""
+        return Span(value=self.value * factor, low=self.low * factor, high=self.high * factor)
+
+
+class Rate(Spec):
+    """A price or a power of one device, and where it comes from."""
+
+    value: float
+    provenance: Provenance | Literal["given"]
+    """given: by whoever asked for the plan."""
+    source: str
+
+
+class Economy(Spec):
+    """What training a number of tokens takes at the estimate's step time."""
+
+    tokens: int
+    steps: int
+    """Optimizer steps: tokens over the tokens of one step, rounded up."""
+    days: Span
+    device_hours: Span
+    cost_usd: Span | None
+    """None without a price."""
+    energy_mwh: Span | None
+    """Of the devices at board power, times the PUE: an upper estimate. None without a power."""
+    price_usd_per_device_hour: Rate | None
+    power_watts: Rate | None
+    """Board power of one device."""
+    pue: float
+    """Energy of the site over that of its devices; 1 counts the devices alone."""
+    deadline_days: float | None
+    notes: list[str]
+    """What is missing, and how to read the energy."""
+
+
+class ComputeOptimal(Spec):
+    """How many tokens would be compute-optimal for a model of this size: a rule of thumb, where no budget was given."""
+
+    tokens: int
+    tokens_per_param: float
+    counted: Literal["parameters", "active parameters"]
+    """active parameters: of a mixture of experts."""
+    days: Span
+    """Training time at the estimate's step time."""
+    source: str
 
 
 class Space(Spec):
@@ -169,6 +233,19 @@ class Space(Spec):
     open: int
     rules: dict[str, int] = Field(default_factory=dict)
     """How many outer rows each rule excluded."""
+
+
+class LowestMemory(Spec):
+    """The lowest memory limit under which some layout fits, found by bisection with the exact memory test of every row."""
+
+    limit_gib: float
+    """Some layout fits under it; the optimum is the fastest of those."""
+    impossible_gib: float
+    """Proven: no layout of the space fits under it."""
+    resolution: float
+    """Share of `limit_gib` that the two are apart, at most."""
+    tests: int
+    """Limits tested."""
 
 
 class Certificate(Spec):
@@ -185,6 +262,8 @@ class Certificate(Spec):
     space: Space
     seconds: float
     solver: str
+    lowest_memory: LowestMemory | None = None
+    """The lower memory limit that the proof holds under, with `--objective memory`."""
 
 
 class Alternative(Spec):
@@ -212,6 +291,20 @@ class Choice(Spec):
     """Of the optimum that the certificate is about; it is the first alternative when the rule is not `fastest`."""
     inside_interval: int
     """How many alternatives, the first ones, lie inside the estimate's interval: only a measurement can rank them."""
+
+
+Objective = Literal["throughput", "time", "cost", "min-gpus", "memory"]
+"""What a plan is the best for. One cluster: `memory` for the lowest peak and the fastest layout there, all others for the
+fastest layout. Several: throughput and time pick the fastest, cost the least device-hours, min-gpus the fewest devices."""
+
+
+class CountChoice(Spec):
+    """Why the plan is for this number of devices, where several were compared."""
+
+    compared: list[int]
+    """Device counts."""
+    reason: str
+    """One sentence."""
 
 
 class Inputs(Spec):
@@ -244,6 +337,13 @@ class Plan(Spec):
     choice: Choice | None = None
     """None for a layout that a person named."""
     alternatives: list[Alternative] = Field(default_factory=list)
+    objective: Objective = "throughput"
+    count_choice: CountChoice | None = None
+    """None where one device count was asked for."""
+    economy: Economy | None = None
+    """None without a token budget."""
+    compute_optimal: ComputeOptimal | None = None
+    """None with a token budget."""
     inputs: Inputs
 
     def to_data(self) -> dict[str, Any]:
@@ -253,14 +353,27 @@ class Plan(Spec):
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical form without the search's wall time."""
-        data = self.model_dump(mode="json")
-        if data["certificate"] is not None:
-            del data["certificate"]["seconds"]
-        return "sha256:" + hashlib.sha256(canonical(data).encode()).hexdigest()
+        return _digest(self.model_dump(mode="json"))
 
     def to_json(self) -> str:
         """The text of a plan file: two spaces, keys in schema order, a final newline."""
         return json.dumps(self.to_data(), indent=2, allow_nan=False) + "\n"
+
+
+def _digest(data: dict[str, Any]) -> str:
+    """SHA-256 of a plan's data without the search's wall time."""
+    proof = data.get("certificate")
+    if isinstance(proof, dict):
+        data = {**data, "certificate": {k: v for k, v in proof.items() if k != "seconds"}}
+    return "sha256:" + hashlib.sha256(canonical(data).encode()).hexdigest()
+
+
+def _digest_as_written(data: dict[str, Any]) -> str:
+    """The digest of a file's own data; "" for what JSON cannot hold."""
+    try:
+        return _digest(data)
+    except (TypeError, ValueError):
+        return ""
 
 
 def canonical(data: Any) -> str:
@@ -306,7 +419,8 @@ def from_document(document: files.Document) -> Plan:
     data = dict(document.data)
     stated = data.pop("digest", None)
     plan = files.build(Plan, document, data)
-    if stated is not None and stated != plan.digest:
+    # Fields that a newer minor version added are not in an older file: its own content has the digest it states.
+    if stated is not None and stated != plan.digest and stated != _digest_as_written(data):
         why = f"its content has digest {plan.digest[:19]}…, the file states {str(stated)[:19]}…"
         raise input_error(
             "PLN116", "the plan was changed after it was made", why, "make the plan again, or remove the digest line", place

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -57,6 +58,29 @@ def parse(text: str, dimension: str) -> float:
         examples = ", ".join([u for u, (d, _) in UNITS.items() if d == dimension][:8])
         raise ValueError(f"'{text}' needs a unit of {dimension} ({examples})")
     return number * known[1]
+
+
+_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_COUNT = re.compile(r"^\s*(\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:[eE]\+?(\d{1,3}))?\s*([KMBTkmbt]?)\s*$", re.ASCII)
+
+
+def parse_count(text: str) -> int:
+    """A whole number such as "15T", "300 B", "1.4e12" or "1_000"; K, M, B and T are powers of 1000, in either case.
+
+    Exact: no floats on the way. Raises ValueError for other text, or when it is not whole.
+    """
+    match = _COUNT.match(text)
+    if not match:
+        raise ValueError("not a count")
+    value = Decimal(match[1].replace("_", "")).scaleb(int(match[2] or 0)) * _COUNTS[match[3].upper()]
+    if value != value.to_integral_value():
+        raise ValueError("not a whole number")
+    return int(value)
+
+
+def days(value: float) -> str:
+    """A long time, given in days: "21.3 days", "3,160 days"; below two days as `seconds` prints it."""
+    return f"{significant(value)} days" if value >= 2 else seconds(value * 86400.0)
 
 
 def gib(n_bytes: float, digits: int = 1) -> str:

@@ -13,9 +13,12 @@ export OMP_NUM_THREADS=1
 
 say() { printf '\n== %s\n' "$*"; }
 
+extras="runtime,test"
+case " $* " in *" --slow "*) extras="$extras,corpus" ;; esac # published configurations, 82 MB
+
 say "environment"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${PLANNER_TORCH:-torch==2.13.0}" -e ".[runtime,test]"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${PLANNER_TORCH:-torch==2.13.0}" -e ".[$extras]"
 bin="$venv/bin"
 "$bin/planner" --version
 
@@ -30,4 +33,5 @@ say "import contract"
 "$bin/lint-imports"
 
 say "pytest"
-"$bin/python" -m pytest "$@"
+# One worker a core; tests that start process groups share a worker (tests/runtime/conftest.py).
+"$bin/python" -m pytest -n auto --dist loadgroup "$@"

@@ -26,6 +26,15 @@ ModelArgument = Annotated[
 Hardware = Annotated[str, typer.Option("--hardware", "--hw", help="A hardware profile: a file, or the name of a shipped one.")]
 Nodes = Annotated[int | None, typer.Option("--nodes", help="Nodes of the cluster.")]
 Gpus = Annotated[int | None, typer.Option("--gpus", help="Devices of the cluster, instead of --nodes.")]
+NodeCounts = Annotated[
+    str | None, typer.Option("--nodes", metavar="N", help="Nodes of the cluster; several for a table: 8,16,32 or 8:64:8.")
+]
+GpuCounts = Annotated[str | None, typer.Option("--gpus", metavar="N", help="Devices, instead of --nodes; several for a table.")]
+Tokens = Annotated[
+    str | None, typer.Option("--tokens", help="Tokens to train: 15T, 300B, 1.4e12. Adds days, device-hours, cost, energy.")
+]
+Price = Annotated[float | None, typer.Option("--price", metavar="USD", help="Price of one device-hour; else the profile's.")]
+Pue = Annotated[float | None, typer.Option("--pue", help="Energy of the site over that of its devices; 1 when left out.")]
 SeqLen = Annotated[int, typer.Option("--seq-len", help="Tokens of one sequence.")]
 GlobalBatch = Annotated[int, typer.Option("--global-batch", help="Sequences of one optimizer step.")]
 Precision = Annotated[str, typer.Option("--precision", help="bf16, fp16 or fp32.")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from planner.errors import input_error
 
 if TYPE_CHECKING:
     from planner.planfile import Plan
+    from planner.planning.economy import Budget
 
 
 @common.guarded
@@ -48,6 +50,9 @@ def estimate(
     recompute: Annotated[str, typer.Option(help="none, selective, full, or counts such as full:3,selective:2.")] = "none",
     max_memory_fraction: common.Fraction = 0.92,
     max_oom_probability: common.OomProbability = None,
+    tokens: common.Tokens = None,
+    price: common.Price = None,
+    pue: common.Pue = None,
     as_type: common.AsType = None,
     output_format: common.Format = "table",
     output: Annotated[Path | None, typer.Option("-o", "--out", help="Write the plan file here.")] = None,
@@ -107,6 +112,7 @@ def _from_file(source: str, flags: dict[str, Any]) -> tuple[Plan, str] | None:
     """The estimate of a plan or configuration file and the engine it names; None when the source is a model."""
     from planner import planfile
     from planner.planning import make
+    from planner.planning.economy import budget_of
     from planner.planning.request import Request, request_of
     from planner.specs import files
     from planner.specs.layout import Configuration
@@ -121,17 +127,26 @@ def _from_file(source: str, flags: dict[str, Any]) -> tuple[Plan, str] | None:
         plan = planfile.from_document(document)
         request = Request(
             plan.model, plan.hardware, plan.job, gpus=plan.cluster.gpus, engine=plan.engine, policy=plan.policy,
+            budget=_budget(flags) or (None if plan.economy is None else budget_of(plan.economy)),
             relative_to=Path(source).parent,
         )  # fmt: skip
         return make.make_estimate(request, plan.layout), plan.engine
     if isinstance(data, dict) and "layout" in data:
         configuration = files.build(Configuration, document)
-        made = make.make_estimate(request_of(configuration, Path(source).parent), configuration.layout)
+        request = replace(request_of(configuration, Path(source).parent), budget=_budget(flags))
+        made = make.make_estimate(request, configuration.layout)
         return made, configuration.engine
     return None
 
 
-_BESIDE_FILES = ("source", "output", "output_format", "detail")
+def _budget(flags: dict[str, Any]) -> Budget | None:
+    """The token budget in the flags."""
+    from planner.planning.economy import budget
+
+    return budget(flags["tokens"], flags["price"], flags["pue"])
+
+
+_BESIDE_FILES = ("source", "output", "output_format", "detail", "tokens", "price", "pue")
 
 
 def _no_flags(source: str, flags: dict[str, Any]) -> None:
@@ -171,6 +186,6 @@ def _from_flags(flags: dict[str, Any]) -> Plan:
         flags["hardware"],
         layout=layout,
         **{k: flags[k] for k in ("seq_len", "global_batch", "nodes", "gpus", "precision", "engine", "max_memory_fraction")},
-        max_oom_probability=flags["max_oom_probability"],
+        **{k: flags[k] for k in ("max_oom_probability", "tokens", "price", "pue")},
         adapter=common.adapter(flags),
     )

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.cli import common
-from planner.errors import input_error
+from planner.errors import InfeasibleError, Problem, input_error
 
 if TYPE_CHECKING:
     from planner.planfile import Plan
+    from planner.planning.request import Request
     from planner.search.solve import Progress
 
 
@@ -23,8 +24,8 @@ def plan(
     hardware: common.Hardware,
     seq_len: common.SeqLen,
     global_batch: common.GlobalBatch,
-    nodes: common.Nodes = None,
-    gpus: common.Gpus = None,
+    nodes: common.NodeCounts = None,
+    gpus: common.GpuCounts = None,
     precision: common.Precision = "bf16",
     engine: common.EngineName = "bundled",
     lora_rank: common.LoraRank = None,
@@ -39,25 +40,53 @@ def plan(
     ] = None,
     max_memory_fraction: common.Fraction = 0.92,
     max_oom_probability: common.OomProbability = None,
+    objective: Annotated[
+        str, typer.Option("--objective", help="throughput, time, cost, min-gpus or memory: what the plan is the best for.")
+    ] = "throughput",
+    tokens: common.Tokens = None,
+    price: common.Price = None,
+    pue: common.Pue = None,
+    deadline_days: Annotated[
+        float | None, typer.Option("--deadline-days", metavar="D", help="Days that training --tokens may take.")
+    ] = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, max=50, help="Plans to prove, the best included.")] = 4,
     time_limit: Annotated[float | None, typer.Option("--time-limit", help="Seconds; then the best plan so far.")] = None,
     output_format: common.Format = "table",
-    output: Annotated[Path | None, typer.Option("-o", "--out", help="Write the plan file here.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Write the plan file here; a table of counts as .csv or .parquet.")
+    ] = None,
     as_type: common.AsType = None,
 ) -> None:
     """Find the best layout for a training job, prove it, and say whether it fits."""
-    from planner import planfile
-    from planner.planning.make import NothingFits, make_plan
+    from planner.cli import scale
+    from planner.planning.counts import several
 
     common.checked_format(output_format)
     common.writable(output)
-    request = _request(locals())
+    flags = dict(locals())
     if time_limit is not None and not (0 < time_limit < float("inf")):
         raise input_error("PLN107", f"--time-limit {time_limit}: not a time above zero", "", "give seconds, such as 60")
     signals = common.Signals()
+    if several(nodes) or several(gpus):
+        scale.scaling(flags, signals)
+    else:
+        _one(flags, signals)
+    if signals.code:
+        print("planner: interrupted: this is the best plan so far", file=sys.stderr)
+        raise typer.Exit(signals.code)
+
+
+def _one(flags: dict[str, Any], signals: common.Signals) -> None:
+    """Plan for one cluster; print, and write."""
+    from planner import planfile
+    from planner.planning.economy import in_time
+    from planner.planning.make import NothingFits, make_plan
+
+    output, output_format = flags["output"], flags["output_format"]
+    request = request_of(flags)
     try:
-        with signals, _progress() as report:
-            made = make_plan(request, top_k, report, time_limit)
+        with signals, progress() as report:
+            made = make_plan(request, flags["top_k"], report, flags["time_limit"])
     except KeyboardInterrupt as interrupt:
         interrupt.code = signals.code  # type: ignore[attr-defined]
         raise
@@ -68,18 +97,32 @@ def plan(
             data = {"certificate": certificate, "smallest_nodes": error.smallest_nodes, "changes": changes}
             common.write_result(common.to_json(data))
         raise
+    if not in_time(made.economy):
+        raise _late(made)
     if output is not None:
         planfile.write(made, output)
     print_plan(made, output_format)
     if output is not None:
         print(f"plan written to {output}", file=sys.stderr)
-    if signals.code:
-        print("planner: interrupted: this is the best plan so far", file=sys.stderr)
-        raise typer.Exit(signals.code)
 
 
-def _request(flags: dict[str, Any]) -> Any:
-    from planner.planning.request import Request, build_spec
+def _late(made: Plan) -> InfeasibleError:
+    """The fastest plan is after the deadline."""
+    from planner.units import count, days
+
+    e = made.economy
+    assert e is not None
+    assert e.deadline_days is not None
+    what = f"{count(e.tokens)} tokens take {days(e.days.value)} on {made.cluster.gpus} devices, after {days(e.deadline_days)}"
+    fix = "compare larger clusters: --nodes 8:64:8 --objective min-gpus"
+    return InfeasibleError(Problem("PLN304", what, f"{e.steps:,} steps of {made.estimate.step_time_s:.3g} s", fix))
+
+
+def request_of(flags: dict[str, Any]) -> Request:
+    """The request in the flags; of several counts the first. Raises InputError."""
+    from planner.planning.counts import parse_counts
+    from planner.planning.economy import budget
+    from planner.planning.request import Request, build_spec, checked_objective
     from planner.specs import files
     from planner.specs.job import Job
     from planner.specs.policy import Policy
@@ -87,12 +130,23 @@ def _request(flags: dict[str, Any]) -> Any:
     job_data = {k: flags[k] for k in ("seq_len", "global_batch", "precision")} | {"adapter": common.adapter(flags)}
     job = build_spec(Job, job_data, "job")
     policy = build_spec(Policy, {k: flags[k] for k in ("max_memory_fraction", "max_oom_probability")}, "policy")
+    nodes, gpus = (parse_counts(flags[n], f"--{n}")[0] if flags[n] is not None else None for n in ("nodes", "gpus"))
     model = flags["model"]
     if flags.get("as_type"):
         model = files.load_model(model, as_type=flags["as_type"])[0]
-    pins = common.parse_assignments(flags.get("pin") or [], "--pin")
-    forbid = [name.strip() for item in flags.get("forbid") or [] for name in item.split(",")]
-    return Request(model, flags["hardware"], job, flags["nodes"], flags["gpus"], flags["engine"], policy, pins, forbid)
+    return Request(
+        model,
+        flags["hardware"],
+        job,
+        nodes=nodes,
+        gpus=gpus,
+        engine=flags["engine"],
+        policy=policy,
+        pins=common.parse_assignments(flags.get("pin") or [], "--pin"),
+        forbid=[name.strip() for item in flags.get("forbid") or [] for name in item.split(",")],
+        objective=checked_objective(flags["objective"]),
+        budget=budget(flags["tokens"], flags["price"], flags["pue"], flags["deadline_days"]),
+    )
 
 
 def print_plan(made: Plan, output_format: str) -> None:
@@ -112,7 +166,7 @@ def print_plan(made: Plan, output_format: str) -> None:
         terminal.print_plan(made, terminal.console())
 
 
-class _progress:
+class progress:
     """A progress bar on standard error, for a terminal, once the search has taken a second."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -36,6 +36,9 @@ class Rule:
     fix: str
     whole_job: bool = False
     """It looks at the model and the job only: no layout can satisfy it."""
+    on: Literal["degrees", "pipeline", "row"] = "row"
+    """What of a layout it looks at: tp, cp, pp, dp, ep, etp alone; the schedule and its chunks besides; or anything. The
+    search asks it as early as that."""
 
     def problem(self, values: dict[str, Any]) -> Problem:
         """The finding for one layout's values."""
@@ -77,8 +80,8 @@ class Engine:
 
     @property
     def all_rules(self) -> tuple[Rule, ...]:
-        """Rules of every engine, then its own."""
-        return COMMON_RULES + self.rules
+        """Rules of every engine and its own, in the order in which they are asked: those that look at least first."""
+        return tuple(sorted(COMMON_RULES + self.rules, key=lambda rule: ("degrees", "pipeline", "row").index(rule.on)))
 
 
 def _divides(n: np.ndarray | int, d: np.ndarray) -> Bools:
@@ -101,6 +104,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "tp {tp} x cp {cp} x pp {pp} x dp {dp} is {product} devices, the cluster has {gpus}",
         "every device belongs to exactly one rank",
         "choose degrees whose product is {gpus}",
+        on="degrees",
     ),
     Rule(
         "PLN202", "heads % tp",
@@ -108,6 +112,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "tp {tp} does not divide the {heads} attention heads",
         "{heads} / {tp} is not a whole number",
         "choose tp from the divisors of {heads}",
+        on="degrees",
     ),
     Rule(
         "PLN203", "mlp width % tp",
@@ -115,6 +120,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "tp {tp} does not divide the MLP width {dense_width}",
         "{dense_width} / {tp} is not a whole number",
         "choose another tp",
+        on="degrees",
     ),
     Rule(
         "PLN204", "vocab % tp",
@@ -122,6 +128,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "tp {tp} does not divide the vocabulary {vocab}",
         "embedding and head are split over tp by rows",
         "pad the vocabulary to a multiple of {tp}, or choose another tp",
+        on="degrees",
     ),
     Rule(
         "PLN205", "global batch % (dp micro_batch)",
@@ -136,6 +143,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "schedule {schedule} with pp {pp}",
         "a pipeline schedule needs pp > 1, and pp > 1 needs one",
         "set schedule: none exactly when pp is 1",
+        on="pipeline",
     ),
     Rule(
         "PLN207", "virtual stages fit schedule",
@@ -143,6 +151,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "schedule {schedule} with {virtual_stages} virtual stage(s)",
         "only interleaved has virtual stages, and it has at least 2",
         "set virtual_stages: 1, or schedule: interleaved with 2 or more",
+        on="pipeline",
     ),
     Rule(
         "PLN208", "layers >= stages",
@@ -150,6 +159,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "pp {pp} x {virtual_stages} virtual stages need more layers than the {n_layers} there are",
         "every chunk of the pipeline holds a layer",
         "choose fewer stages",
+        on="pipeline",
     ),
     Rule(
         "PLN219", "layers % chunks",
@@ -157,6 +167,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "{n_layers} layers with {virtual_stages} virtual stages",
         "every rank holds equal chunks, so that none waits for another chunk by chunk",
         "choose virtual_stages from the divisors of {n_layers}",
+        on="pipeline",
     ),
     Rule(
         "PLN209", "interleaved: micro-batches % pp",
@@ -192,6 +203,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "sequence length {seq_len} is not divisible by 2 x cp {cp}",
         "context parallelism gives each rank two equal pieces, to balance causal attention",
         "choose another sequence length or cp",
+        on="degrees",
     ),
     Rule(
         "PLN214", "expert degrees need experts",
@@ -199,6 +211,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "ep {ep}, etp {etp} on a model without experts",
         "expert parallelism spreads experts",
         "set ep: 1 and etp: 1",
+        on="degrees",
     ),
     Rule(
         "PLN216", "experts % ep",
@@ -206,6 +219,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "ep {ep} does not divide the {experts} experts",
         "every expert-parallel rank holds as many experts",
         "choose ep from the divisors of {experts}",
+        on="degrees",
     ),
     Rule(
         "PLN217", "tp cp dp % ep etp",
@@ -213,6 +227,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "tp {tp} x cp {cp} x dp {dp} is not a multiple of ep {ep} x etp {etp}",
         "experts are spread over the ranks of one pipeline stage",
         "choose ep and etp whose product divides the ranks of a stage",
+        on="degrees",
     ),
     Rule(
         "PLN218", "expert width % etp",
@@ -220,6 +235,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "etp {etp} does not divide the expert width {expert_width}",
         "{expert_width} / {etp} is not a whole number",
         "choose another etp",
+        on="degrees",
     ),
     Rule(
         "PLN215", "sequence <= learned positions",

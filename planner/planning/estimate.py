@@ -14,9 +14,9 @@ from planner.cost.schedules import in_flight
 from planner.cost.step import StageCost
 from planner.cost.task import Ints, LayoutArray, StageArray, Task
 from planner.planfile import Breakdown, Estimate, Memory, MemoryInterval, StageMemory, TimeInterval
+from planner.planning.utilisation import utilisation
 from planner.specs.figures import Provenance
 from planner.specs.layout import Layout
-from planner.specs.projections import training_flops
 from planner.units import GIB
 
 
@@ -73,15 +73,17 @@ def estimate_layout(task: Task, layout: Layout) -> Estimate:
     priced = _Priced(task, layout, x, stages, kinds, counts, blended or each[0], cost)
     seconds = int(step.step_cost(kinds[text].p, x, stages, blended).step[0]) / 1e9
     rate = task.job.tokens_per_step / seconds
-    model_flops = training_flops(task.model, task.job) * rate / task.gpus
+    used = utilisation(task, layout, rate / task.gpus)
     breakdown = _breakdown(priced, seconds)
     return Estimate(
         step_time_s=seconds,
         interval=_time_interval(task, seconds),
         tokens_per_s=rate,
         tokens_per_s_per_gpu=rate / task.gpus,
-        tflops_per_gpu=model_flops / 1e12,
-        mfu=model_flops / task.peak,
+        tflops_per_gpu=used.model_flops / 1e12,
+        mfu=used.mfu,
+        mfu_causal=used.mfu_causal,
+        hfu=used.hfu,
         microbatches=int(x.microbatches[0]),
         bubble_fraction=breakdown.bubble / seconds,
         breakdown=breakdown,

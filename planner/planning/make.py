@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from planner.engines.base import job_problems, layout_problems
 from planner.errors import InfeasibleError, InputError, Problem, input_error
-from planner.planfile import Alternative, Certificate, Choice, Estimate, Memory, Plan
+from planner.planfile import Alternative, Certificate, Choice, Estimate, LowestMemory, Memory, Plan
 from planner.planning import choice
+from planner.planning.economy import compute_optimal, economy
 from planner.planning.estimate import estimate_layout
+from planner.planning.lowmemory import lowest_limit
 from planner.planning.request import Request, Setting, prepare
 from planner.search.solve import Outcome, Progress
-from planner.search.space import Rows, Space, declared_space
+from planner.search.space import Space, declared_space
 from planner.specs.layout import Layout
 from planner.specs.policy import Policy
 from planner.units import GIB, gib, seconds
@@ -27,7 +28,8 @@ def make_plan(
 ) -> Plan:
     """The proven best plan of the declared space, with the best of the `alternatives` - 1 next (tp, cp, pp, ep).
 
-    Where several of them are as fast as can be told, the plan is the simplest or emptiest one: see `choice`.
+    Where several of them are as fast as can be told, the plan is the simplest or emptiest one: see `choice`. With the
+    objective `memory` the space is what fits under the lowest limit that anything fits under: see `lowmemory`.
     Raises InputError, InfeasibleError when nothing fits, TimeoutError or KeyboardInterrupt when stopped before any plan.
     """
     from planner.search.solve import search
@@ -38,12 +40,20 @@ def make_plan(
     if problems := job_problems(setting.task, setting.engine):
         raise InputError(problems)
     space = declared_space(setting.task, setting.engine, request.pins, request.forbid)
-    outcome = search(setting.task, setting.engine, space, alternatives, progress, time_limit)
-    certificate = _certificate(outcome)
+    floor = lowest_limit(setting.task, setting.engine, space) if request.objective == "memory" else None
+    task = setting.task if floor is None else floor.task
+    outcome = search(task, setting.engine, space, alternatives, progress, time_limit)
+    certificate = _certificate(outcome, None if floor is None else floor.proof)
     if not outcome.candidates:
         if outcome.status == "interrupted":
             raise TimeoutError if outcome.stopped_by == "limit" else KeyboardInterrupt
         raise explain_infeasible(setting, space, request, certificate)
+    plan = _assembled(setting, outcome, certificate)
+    return plan.model_copy(update={"objective": request.objective})
+
+
+def _assembled(setting: Setting, outcome: Outcome, certificate: Certificate) -> Plan:
+    """The plan among the candidates of a search, the others as alternatives."""
     found = [choice.Proven(c.layout, estimate_layout(setting.task, c.layout)) for c in outcome.candidates]
     # A search that ended early proved too little for anything but its best to be the plan.
     chosen = 0 if outcome.stopped_by else choice.choose(found)
@@ -91,11 +101,20 @@ def _assemble(
         certificate=certificate,
         choice=why,
         alternatives=list(others),
+        **_money(setting, estimate),
         inputs=setting.inputs,
     )
 
 
-def _certificate(outcome: Outcome) -> Certificate:
+def _money(setting: Setting, estimate: Estimate) -> dict[str, Any]:
+    """What the budget comes to, or how many tokens would be compute-optimal without one."""
+    task = setting.task
+    if setting.budget is None:
+        return {"compute_optimal": compute_optimal(task.model, task.job, estimate)}
+    return {"economy": economy(setting.budget, task.job, task.gpus, task.hardware, estimate)}
+
+
+def _certificate(outcome: Outcome, lowest: LowestMemory | None) -> Certificate:
     best = outcome.candidates[0].step_ns if outcome.candidates else None
     bound = outcome.bound_ns
     gap = (best - bound) / best if best and bound is not None else None
@@ -113,6 +132,7 @@ def _certificate(outcome: Outcome) -> Certificate:
             },
             "seconds": round(outcome.seconds, 3),
             "solver": outcome.solver,
+            "lowest_memory": lowest,
         }
     )  # fmt: skip
 
@@ -135,44 +155,42 @@ def explain_infeasible(setting: Setting, space: Space, request: Request, certifi
     from planner.planning.explain.asked import Asked
     from planner.planning.explain.changes import nearest_changes
     from planner.search import explain
-    from planner.search.space import enumerate_rows
 
     task, engine = setting.task, setting.engine
-    rows, asked, whole = enumerate_rows(task, engine, space), Asked.of(request.pins, request.forbid), request.nodes is not None
+    asked, whole = Asked.of(request.pins, request.forbid), request.nodes is not None
     changes = nearest_changes(task, engine, asked, whole, SHOWN_CHANGES)
-    unit = task.hardware.node_size if whole else 1
     smallest = next((c.gpus for c in changes if c.gpus), None)
     if smallest is None:
+        unit = task.hardware.node_size if whole else 1
         smallest = explain.smallest_cluster(task, engine, lambda t: asked.space(t, engine), unit)
-    nearest = explain.nearest_layout(task, space, rows)
-    problem = _unruly(setting, rows) if nearest is None else _too_big(setting, nearest.layout)
+    problem = why_nothing_fits(setting, space, _fix(changes))
     nodes = None if smallest is None else -(-smallest // task.hardware.node_size)
-    return NothingFits([replace(problem, fix=_fix(changes))], certificate, nodes, changes[:SHOWN_CHANGES])
+    return NothingFits([problem], certificate, nodes, changes[:SHOWN_CHANGES])
 
 
-def _where(setting: Setting) -> str:
-    return f"{setting.task.gpus} x {setting.task.hardware.device.name}"
+def why_nothing_fits(setting: Setting, space: Space, fix: str) -> Problem:
+    """The binding constraint of the closest layout, or the rules that leave none."""
+    from planner.search import explain
+    from planner.search.space import enumerate_rows
 
-
-def _unruly(setting: Setting, rows: Rows) -> Problem:
-    """No layout obeys the rules: those that exclude most."""
-    rules = sorted(rows.rejected.items(), key=lambda item: -item[1])
-    counted = "; ".join(f"{name}: {n:,}" for name, n in rules[:4])
-    what = f"no layout of {setting.task.model.name} on {_where(setting)} obeys the rules"
-    return Problem("PLN302", what, f"of {rows.enumerated:,} layouts, excluded by {counted}")
-
-
-def _too_big(setting: Setting, layout: Layout) -> Problem:
-    """The closest layout, and what fills its fullest stage."""
-    memory = estimate_layout(setting.task, layout).memory
+    task = setting.task
+    rows = enumerate_rows(task, setting.engine, space)
+    where = f"{task.gpus} x {task.hardware.device.name}"
+    nearest = explain.nearest_layout(task, space, rows)
+    if nearest is None:
+        rules = sorted(rows.rejected.items(), key=lambda item: -item[1])
+        counted = "; ".join(f"{name}: {n:,}" for name, n in rules[:4])
+        what = f"no layout of {task.model.name} on {where} obeys the rules"
+        return Problem("PLN302", what, f"of {rows.enumerated:,} layouts, excluded by {counted}", fix)
+    memory = estimate_layout(task, nearest.layout).memory
     worst = memory.stages[memory.peak_stage]
     parts = ", ".join(f"{name} {size:.1f}" for name in MEMORY_PARTS if (size := getattr(worst, name)) >= 0.05)
     what = (
-        f"{setting.task.model.name} does not fit on {_where(setting)}: the closest layout ({short(layout)}) needs "
+        f"{task.model.name} does not fit on {where}: the closest layout ({short(nearest.layout)}) needs "
         f"{memory.peak_gib:.1f} GiB on stage {memory.peak_stage}, the limit is {memory.limit_gib:.1f} GiB"
     )
     why = f"{worst.cause}; GiB: {parts}; {memory.limit_gib:.1f} GiB is {limit_text(memory, setting.policy)}"
-    return Problem("PLN301", what, why)
+    return Problem("PLN301", what, why, fix)
 
 
 MEMORY_PARTS = ("params", "grads", "optimizer", "activations", "buffers", "transient", "outside")

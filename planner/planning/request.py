@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from pydantic import ValidationError
 
@@ -15,7 +15,8 @@ from planner.cost.task import MAX_DEVICES, Task
 from planner.engines.base import Engine
 from planner.engines.registry import engine_named
 from planner.errors import InputError, Problem, input_error
-from planner.planfile import Cluster, Inputs, Plan
+from planner.planfile import Cluster, Inputs, Objective, Plan
+from planner.planning.economy import Budget
 from planner.specs import files
 from planner.specs.hardware import HardwareProfile
 from planner.specs.job import Job
@@ -38,6 +39,9 @@ class Request:
     policy: Policy = field(default_factory=Policy)
     pins: Mapping[str, Sequence[object]] = field(default_factory=dict)
     forbid: Sequence[str] = ()
+    objective: Objective = "throughput"
+    budget: Budget | None = None
+    """How many tokens are to be trained, at what price, by when."""
     relative_to: Path | None = None
     """The folder that paths are relative to, besides the current one."""
 
@@ -51,6 +55,15 @@ class Setting:
     cluster: Cluster
     inputs: Inputs
     policy: Policy
+    budget: Budget | None = None
+
+
+def checked_objective(name: str) -> Objective:
+    """A known objective. Raises InputError."""
+    known = get_args(Objective)
+    if name not in known:
+        raise input_error("PLN107", f"--objective {name}: not an objective", f"objectives are {', '.join(known)}", "")
+    return cast(Objective, name)
 
 
 def prepare(request: Request) -> Setting:
@@ -77,7 +90,7 @@ def prepare(request: Request) -> Setting:
     digests = {"model": model_digest, "hardware": hardware_digest, "job": job_digest}
     pins = {k: list(v) for k, v in request.pins.items()}
     inputs = Inputs(model=model_name, hardware=hardware_name, digests=digests, pins=pins, forbidden=list(request.forbid))
-    return Setting(task, engine, cluster, inputs, policy)
+    return Setting(task, engine, cluster, inputs, policy, request.budget)
 
 
 LONGEST_STEP_DAYS = 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from planner.planfile import Alternative, Estimate, Plan
+from planner.planfile import Alternative, Economy, Estimate, Plan, Span
 from planner.report.stagetext import stages_text
 
 
@@ -20,8 +20,20 @@ def plan_frame(plan: Plan) -> pd.DataFrame:
         tokens_per_s_per_gpu=e.tokens_per_s_per_gpu,
     )
     rows = [_row(i, a, e) for i, a in enumerate([first, *plan.alternatives], start=1)]
-    rows[0] |= {"peak_allocated_gib": e.memory.peak_allocated_gib, "mfu": e.mfu}
+    rows[0] |= {"peak_allocated_gib": e.memory.peak_allocated_gib, "mfu": e.mfu, "mfu_causal": e.mfu_causal, "hfu": e.hfu}
+    if plan.economy is not None:
+        for row, share in zip(rows, [1.0, *(a.step_time_s / e.step_time_s for a in plan.alternatives)], strict=True):
+            row |= _money(plan.economy, share)
     return pd.DataFrame(rows)
+
+
+def _money(e: Economy, share: float) -> dict[str, object]:
+    """What the token budget comes to for a layout whose step takes `share` of the plan's."""
+    cells: dict[str, object] = {"steps": e.steps}
+    for name in ("days", "device_hours", "cost_usd", "energy_mwh"):
+        span: Span | None = getattr(e, name)
+        cells |= {} if span is None else {name: span.value * share}
+    return cells
 
 
 def _row(rank: int, a: Alternative, plan: Estimate) -> dict[str, object]:

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from planner.planfile import Plan, StageMemory
+from planner.planfile import Estimate, Plan, StageMemory
 from planner.planning.make import limit_text, short
+from planner.report import money
 from planner.report.stagetext import stages_text
 from planner.report.uncertainty import probability, step_time, with_interval
 from planner.specs.projections import trained_params
@@ -52,6 +53,7 @@ def print_plan(plan: Plan, out: Console) -> None:
     if plan.alternatives:
         out.print(_alternatives_table(plan))
         out.print(Text(_near_text(plan)))
+    money.print_economy(plan, out)
     if plan.certificate is not None:
         out.print(_proof(plan))
 
@@ -63,7 +65,7 @@ def _headline(plan: Plan, out: Console) -> None:
     out.print(f"sequence {job.seq_len:,}, global batch {job.global_batch:,}, {job.precision}, engine {plan.engine}")
     e, m = plan.estimate, plan.estimate.memory
     verdict = "[bold green]fits[/]" if m.fits else "[bold red]does not fit[/]"
-    speed = f"{seconds(e.step_time_s)} a step, {significant(e.tokens_per_s_per_gpu)} tokens/s/device, MFU {e.mfu:.1%}"
+    speed = f"{seconds(e.step_time_s)} a step, {significant(e.tokens_per_s_per_gpu)} tokens/s/device, {_mfu(e)}"
     out.print(f"{verdict}: {gib(m.peak_gib * GIB)} of {gib(m.limit_gib * GIB)}, {speed}")
     if plan.choice is not None and plan.choice.rule != "fastest":
         out.print(Text(plan.choice.reason))
@@ -74,6 +76,12 @@ def _parameters(plan: Plan) -> str:
     """How many there are, and how many of them are trained where that is not all."""
     total, adapter = f"{count(plan.model.total_params)} parameters", plan.job.adapter
     return f"{total}, {count(trained_params(plan.model, plan.job))} trained, {adapter.text}" if adapter else total
+
+
+def _mfu(e: Estimate) -> str:
+    """MFU with its convention, and what others call so."""
+    others = [f"{name} {value:.1%}" for name, value in (("causal", e.mfu_causal), ("HFU", e.hfu)) if value is not None]
+    return f"MFU {e.mfu:.1%} (full attention" + (f"; {', '.join(others)})" if others else ")")
 
 
 def _table(title: str) -> Table:
@@ -193,6 +201,12 @@ def _proof(plan: Plan) -> Text:
         + f"; {seconds(c.seconds)}, {c.solver}."
     )
     text.append(body, style="not bold")
+    if low := c.lowest_memory:
+        text.append(
+            f" That is under a limit of {low.limit_gib:.2f} GiB, the lowest that anything fits under: "
+            f"nothing fits under {low.impossible_gib:.2f} GiB.",
+            style="not bold",
+        )
     return text
 
 

@@ -8,6 +8,11 @@ from planner.units import seconds
 _WORDS: dict[Certainty, str] = {"fitted": "calibrated", "assumed": "assumed"}
 
 
+def certainty(provenance: Certainty) -> str:
+    """The word for where an interval comes from: "calibrated" or "assumed"."""
+    return _WORDS[provenance]
+
+
 def with_interval(value: str, low: str, high: str, provenance: Certainty) -> str:
     """A printed quantity with its interval: "2.31 s (2.1 to 2.54, calibrated)". Units stand once where all are equal."""
     units = {text.rpartition(" ")[2] for text in (value, low, high)}

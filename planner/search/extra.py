@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives, capacity
 from planner.cost.task import Ints, LayoutArray, Task
 from planner.engines.base import Engine
@@ -39,11 +40,11 @@ def least_extra_memory(task: Task, engine: Engine, space: Space) -> int | None:
     x = enumerate_rows(task, engine, space).layouts
     if not len(x):
         return None
-    p, kinds = price(task, x)
+    p, stack = price(task, x)
     rows = np.arange(len(x))
 
     def fitting(extra_mib: int) -> Ints:
-        return _fitting(with_memory(task, extra_mib * MIB), space.modes, x, p, kinds, rows)
+        return _fitting(with_memory(task, extra_mib * MIB), space.modes, x, p, stack, rows)
 
     if len(fitting(0)):
         return 0
@@ -62,14 +63,12 @@ def least_extra_memory(task: Task, engine: Engine, space: Space) -> int | None:
     return high * MIB
 
 
-def _fitting(
-    task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, kinds: tuple[Primitives, ...], rows: Ints
-) -> Ints:
+def _fitting(task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, stack: Stack | None, rows: Ints) -> Ints:
     """Those of `rows` that fit the task's memory; nothing else that was priced depends on it."""
     p = replace(p, capacity=capacity(task, p.outside))
-    kinds = tuple(replace(k, capacity=p.capacity) for k in kinds)
+    stack = None if stack is None else stack.with_capacity(p.capacity)
     found = []
-    for chunk in bounds.same_pipeline(x, rows, bool(kinds)):
-        g = group_of(task, modes, x, p, kinds, chunk)
-        found.append(chunk[mixed.memory_feasible(task, g) if kinds else bounds.memory_feasible(g)])
+    for chunk in bounds.same_pipeline(x, rows, stack is not None):
+        g = group_of(task, modes, x, p, stack, chunk)
+        found.append(chunk[mixed.memory_feasible(task, g) if stack else bounds.memory_feasible(g)])
     return np.concatenate([np.zeros(0, dtype=np.int64), *found])

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from planner.cost import primitives, step
+from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.task import Bools, Ints, LayoutArray, StageArray, Task
 from planner.engines.base import Engine
@@ -84,7 +85,7 @@ class _State:
     """Solved exactly, perhaps only far enough to prove that nothing lies below a cutoff: `bound` says which."""
     known: Bools
     """The row's least value is known: it is its bound."""
-    kinds: tuple[Primitives, ...] = ()
+    stack: Stack | None = None
     """Primitives by kind of layers, where the model mixes several."""
     values: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
     """Row -> (step ns, split) for rows with a plan."""
@@ -95,12 +96,12 @@ class _State:
 
     def group(self, rows: Ints) -> Group:
         """Rows with one pp as a `Group`."""
-        return group_of(self.task, self.space.modes, self.layouts, self.p, self.kinds, rows)
+        return group_of(self.task, self.space.modes, self.layouts, self.p, self.stack, rows)
 
     @property
     def mixing(self) -> Task | None:
         """The task, where its model mixes kinds of layers."""
-        return self.task if self.kinds else None
+        return self.task if self.stack is not None else None
 
     def kth(self, k: int) -> int:
         """The k-th best value over distinct groups, BIG while there are fewer."""
@@ -162,35 +163,33 @@ def solver_name() -> str:
 def _prepare(task: Task, space: Space, rows: Rows) -> _State:
     """Primitives, the exact memory test, and the first bound of every row."""
     x = rows.layouts
-    p, kinds = price(task, x)
+    p, stack = price(task, x)
     size = len(x)
     none = np.zeros(size, dtype=bool)
-    state = _State(task, space, x, p, np.full(size, BIG), none.copy(), none.copy(), none.copy(), kinds)
-    for chunk in bounds.same_pipeline(x, np.arange(size), bool(kinds)):
+    state = _State(task, space, x, p, np.full(size, BIG), none.copy(), none.copy(), none.copy(), stack)
+    for chunk in bounds.same_pipeline(x, np.arange(size), stack is not None):
         g = state.group(chunk)
-        fits = mixed.memory_feasible(task, g) if kinds else bounds.memory_feasible(g)
+        fits = mixed.memory_feasible(task, g) if g.stack else bounds.memory_feasible(g)
         state.fits[chunk] = fits
-        simple = mixed.simple_bound(task, g) if kinds else bounds.simple_bound(g)
+        simple = mixed.simple_bound(task, g) if g.stack else bounds.simple_bound(g)
         state.bound[chunk] = np.where(fits, simple, BIG)
     key = np.stack([x.tp, x.cp, x.pp, x.ep], axis=1)
     state.groups = np.unique(key, axis=0, return_inverse=True)[1].ravel() if size else np.zeros(0, dtype=np.int64)
     return state
 
 
-def price(task: Task, x: LayoutArray) -> tuple[Primitives, tuple[Primitives, ...]]:
+def price(task: Task, x: LayoutArray) -> tuple[Primitives, Stack | None]:
     """(primitives of each row, those by kind of layers where the model mixes several and the first are its last kind's)."""
     if task.model.homogeneous:
-        return primitives.price(task, x), ()
-    kinds = tuple(primitives.price(task.only(k), x) for k in range(len(task.model.kinds)))
-    return kinds[task.model.text_kind], kinds
+        return primitives.price(task, x), None
+    kinds = [primitives.price(task.only(k), x) for k in range(len(task.model.kinds))]
+    return kinds[task.model.text_kind], Stack.of(kinds, task.model.text_kind)
 
 
-def group_of(
-    task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, kinds: tuple[Primitives, ...], rows: Ints
-) -> Group:
+def group_of(task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, stack: Stack | None, rows: Ints) -> Group:
     """Rows with one pipeline degree (and one v, where the model mixes kinds of layers) as a `Group`."""
     g = bounds.group_of(p.take(rows), x.take(rows), task.model.n_layers, modes)
-    return mixed.with_kinds(g, tuple(k.take(rows) for k in kinds)) if kinds else g
+    return g if stack is None else replace(g, stack=stack.take(rows))
 
 
 # ---- the rising target ---------------------------------------------------------------------------------------------
@@ -226,10 +225,10 @@ def _check(deadline: float | None) -> None:
 def _refine(state: _State, target: int, k: int, deadline: float | None) -> None:
     """Raise the bounds of rows below the target, where they could still matter."""
     rows = np.nonzero(state.fits & ~state.known & (state.bound < min(target, state.kth(k) + 1)))[0]
-    for chunk in bounds.same_pipeline(state.layouts, rows, bool(state.kinds)):
+    for chunk in bounds.same_pipeline(state.layouts, rows, state.stack is not None):
         _check(deadline)
         g = state.group(chunk)
-        better = mixed.target_bound(state.task, g, target) if state.kinds else bounds.target_bound(g, target)
+        better = mixed.target_bound(state.task, g, target) if g.stack else bounds.target_bound(g, target)
         state.bound[chunk] = np.maximum(state.bound[chunk], np.minimum(better, target))
 
 
@@ -238,12 +237,11 @@ def _solve(state: _State, row: int, target: int, k: int, deadline: float | None)
     own = state.best.get(int(state.groups[row]), int(BIG))
     cutoff = min(target, max(min(own, state.kth(k)), state.optimum) + 1)
     g = state.group(np.array([row]))
-    mixing = state.mixing
-    reach = int((mixed.reach_below(mixing, g, cutoff) if mixing else bounds.reach_below(g, cutoff))[0])
+    reach = _reach(state, g, cutoff)
     if reach < int(state.layouts.virtual_stages[row]):  # not even one layer a chunk stays below the cutoff
         state.examined[row], state.bound[row] = True, max(int(state.bound[row]), cutoff)
         return
-    t = stages.tables(g, reach, mixing)
+    t = stages.tables(g, reach, state.mixing)
     v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row])
     below = (cutoff - constant - 1) * v + 1
     found = stages.best_split(t, below, lambda: _check(deadline))
@@ -256,6 +254,12 @@ def _solve(state: _State, row: int, target: int, k: int, deadline: float | None)
     state.values[row] = (value, found[1])
     group = int(state.groups[row])
     state.best[group] = min(state.best.get(group, int(BIG)), value)
+
+
+def _reach(state: _State, g: Group, cutoff: int) -> int:
+    """The most layers that a rank of a group of one row can hold in a plan below `cutoff`."""
+    mixing = state.mixing
+    return int((mixed.reach_below(mixing, g, cutoff) if mixing else bounds.reach_below(g, cutoff))[0])
 
 
 def _agree(t: stages.Tables, below: int, found: tuple[int, list[int]] | None) -> None:
@@ -331,7 +335,7 @@ def _candidate(state: _State, row: int) -> Candidate:
     """The canonical plan of a row; re-evaluated by the cost model, which must give the same integer."""
     value, _ = state.values[row]
     g = state.group(np.array([row]))
-    t = stages.tables(g, task=state.mixing)
+    t = stages.tables(g, _reach(state, g, value + 1), state.mixing)
     v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row])
     verdict = stages.cp_sat(t, (value - constant) * v + 1, canonical=True)
     if verdict.status != "OPTIMAL" or verdict.split is None:
@@ -348,9 +352,8 @@ def _evaluate(state: _State, row: int, layout: Layout, x: LayoutArray) -> step.S
     """The cost model's own verdict on a layout of a row."""
     only, ranks = np.array([row]), StageArray.of([layout])
     blended = None
-    if state.kinds:
-        counts = step.layers_by_kind(state.task, layout)
-        blended = step.blend([k.take(only).take(ranks.row) for k in state.kinds], counts, state.task.model.text_kind)
+    if state.stack is not None:
+        blended = state.stack.take(only).take(ranks.row).blend(step.layers_by_kind(state.task, layout))
     return step.step_cost(state.p.take(only), x, ranks, blended)
 
 

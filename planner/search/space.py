@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from planner.cost.task import INTERLEAVED, NONE, Ints, LayoutArray, Task
+from planner.cost.task import INTERLEAVED, NONE, LayoutArray, Task
 from planner.engines.base import Engine, Rule, schedule_codes
 from planner.errors import input_error
 from planner.specs.layout import RECOMPUTE_MODES, SCHEDULES
@@ -255,55 +255,75 @@ def enumerate_rows(task: Task, engine: Engine, space: Space) -> Rows:
     dp follows from the others, so the grid has no dp axis: rows whose degrees do not divide the device count, or whose
     dp is not among the allowed ones, break the rule `world = tp cp pp dp`.
     """
-    inner, degrees = _axes(space)
-    enumerated = len(inner) * len(degrees)
+    pipeline, row = _inner_axes(space)
+    degrees, schedules, inner = _degrees(space), len(space.schedules), len(row["zero"])
+    enumerated = inner * schedules * len(degrees)
     placed = []
     for tp, cp, pp, ep, etp in degrees:
         dp, rest = divmod(task.gpus, tp * cp * pp)
         if rest == 0 and (not space.dp or dp in space.dp):
             placed.append((tp, cp, pp, dp, ep, etp))
-    rejected = {}
-    if lost := (len(degrees) - len(placed)) * len(inner):
+    rejected: dict[str, int] = {}
+    if lost := (len(degrees) - len(placed)) * inner * schedules:
         rejected["world = tp cp pp dp"] = lost
-    layouts = _grid(task, placed, inner)
-    for rule in engine.all_rules:
-        if not len(layouts):
-            break
-        layouts, lost = _apply(task, rule, layouts)
-        if lost:
-            rejected[rule.name] = rejected.get(rule.name, 0) + lost
+    # Rules are asked before the grid grows by the axes that they do not look at; what they exclude counts for all of it.
+    layouts = _first(placed)
+    steps: list[tuple[str, dict[str, Sequence[int]], int]] = [
+        ("degrees", {}, schedules * inner), ("pipeline", pipeline, inner), ("row", row, 1),
+    ]  # fmt: skip
+    for on, axes, weight in steps:
+        layouts = _grown(task, layouts, axes)
+        for rule in [r for r in engine.all_rules if r.on == on] if len(layouts) else []:
+            layouts, lost = _apply(task, rule, layouts)
+            if lost:
+                rejected[rule.name] = rejected.get(rule.name, 0) + lost * weight
     return Rows(layouts, enumerated, rejected)
 
 
 def unruled_rows(task: Task, space: Space) -> LayoutArray:
     """The rows of the grid whether they obey the rules or not; dp is what the devices leave, or each allowed one."""
-    inner, degrees = _axes(space)
     placed = [
         (tp, cp, pp, dp, ep, etp)
-        for tp, cp, pp, ep, etp in degrees
+        for tp, cp, pp, ep, etp in _degrees(space)
         for dp in space.dp or (max(task.gpus // (tp * cp * pp), 1),)
     ]
-    return _grid(task, placed, inner)
+    layouts = _first(placed)
+    for axes in _inner_axes(space):
+        layouts = _grown(task, layouts, axes)
+    return layouts
 
 
-Inner = tuple[int, tuple[int, int], int, int]
-
-
-def _axes(space: Space) -> tuple[list[Inner], list[tuple[int, int, int, int, int]]]:
-    """(micro-batch, schedule, ZeRO stage, sequence parallelism) and (tp, cp, pp, ep, etp) combinations."""
-    inner = list(itertools.product(space.micro_batch, space.schedules, space.zero, space.sequence_parallel))
+def _degrees(space: Space) -> list[tuple[int, int, int, int, int]]:
+    """(tp, cp, pp, ep, etp) combinations."""
     every = itertools.product(space.tp, space.cp, space.pp, space.ep, space.etp)
-    return inner, [d for d in every if space.any_etp or d[4] in (1, d[0])]
+    return [d for d in every if space.any_etp or d[4] in (1, d[0])]
 
 
-def _grid(task: Task, placed: Sequence[tuple[int, ...]], inner: list[Inner]) -> LayoutArray:
-    """Every placed degree tuple with every inner choice."""
+def _inner_axes(space: Space) -> tuple[dict[str, Sequence[int]], dict[str, Sequence[int]]]:
+    """What the grid grows by beyond the degrees: (schedule, virtual stages), then the other choices of a row."""
+    inner = list(itertools.product(space.micro_batch, space.zero, space.sequence_parallel))
+    schedules, chunks = ([pair[k] for pair in space.schedules] for k in (0, 1))
+    pipeline: dict[str, Sequence[int]] = {"schedule": schedules, "virtual_stages": chunks}
+    return pipeline, {n: [i[k] for i in inner] for k, n in enumerate(("micro_batch", "zero", "sequence_parallel"))}
+
+
+def _first(placed: Sequence[tuple[int, ...]]) -> LayoutArray:
+    """The placed degrees, with neutral values on the other axes."""
     outer = np.array(placed, dtype=np.int64).reshape(-1, 6)
-    choices = np.array([(m, s, v, z, sp) for m, (s, v), z, sp in inner], dtype=np.int64).reshape(-1, 5)
-    tp, cp, pp, dp, ep, etp = (np.repeat(outer[:, i], len(choices)) for i in range(6))
-    micro, schedule, chunks, zero, sequence = (np.tile(choices[:, i], len(outer)) for i in range(5))
-    microbatches: Ints = np.maximum(task.job.global_batch // (dp * micro), 1)
-    return LayoutArray(tp, cp, pp, dp, ep, etp, zero, micro, schedule, chunks, sequence, microbatches)
+    one, zero = np.ones(len(outer), dtype=np.int64), np.zeros(len(outer), dtype=np.int64)
+    tp, cp, pp, dp, ep, etp = (outer[:, i] for i in range(6))
+    return LayoutArray(tp, cp, pp, dp, ep, etp, zero, one, zero, one, zero, one)
+
+
+def _grown(task: Task, layouts: LayoutArray, axes: dict[str, Sequence[int]]) -> LayoutArray:
+    """Every layout with every choice on some axes, which are chosen together."""
+    if not axes:
+        return layouts
+    choices = {name: np.array(values, dtype=np.int64) for name, values in axes.items()}
+    many = len(next(iter(choices.values())))
+    grown = layouts.take(np.repeat(np.arange(len(layouts)), many))
+    grown = replace(grown, **{name: np.tile(values, len(layouts)) for name, values in choices.items()})
+    return replace(grown, microbatches=np.maximum(task.job.global_batch // (grown.dp * grown.micro_batch), 1))
 
 
 def _apply(task: Task, rule: Rule, layouts: LayoutArray) -> tuple[LayoutArray, int]:

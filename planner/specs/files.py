@@ -310,7 +310,11 @@ def load_model(reference: str, relative_to: Path | None = None, as_type: str | N
     document = parse_document(_resolve(reference, "models", "model", relative_to))
     if huggingface.is_config(document.data):
         name = Path(document.path).resolve().parent.name if Path(document.path).stem == "config" else Path(document.path).stem
-        data = huggingface.to_model_data(document.data, name, Location(document.path, 1, 1), as_type)
+
+        def locate(*keys: str | int) -> Location:
+            return with_positions(document).location(keys)
+
+        data = huggingface.to_model_data(document.data, name, locate, as_type)
         return build(Model, Document(document.path, data, document.text)), document
     return build(Model, document), document
 

@@ -17,8 +17,9 @@ from planner.specs.layers import Attention, FrontEnd, LayerGroup, Mlp
 
 __all__ = ["Attention", "FrontEnd", "LayerGroup", "Mlp", "Model"]
 
-FlopsConvention = Literal["full", "causal"]
-"""How attention is counted: every query against every key of the sequence (or window), or the keys that it sees."""
+FlopsConvention = Literal["full", "causal", "recompute"]
+"""What is counted: attention of every query to every key of the sequence (or window); to the keys that it sees; or as `full`,
+with the forward pass of every layer once more, as full activation recompute runs it."""
 
 
 class Model(Spec):
@@ -308,45 +309,52 @@ class Model(Spec):
         layers = sum(g.count * self.layer_params_of(g) for g in self.layers)
         return self.embedding_params + self.position_params + self.front_params + layers + self.norm_params + self.head_params
 
+    def visited_params_of(self, group: LayerGroup) -> int:
+        """Parameters of one layer that a token uses: all but the routed experts that it does not visit."""
+        m = group.mlp
+        return self.layer_params_of(group) - self.expert_params_of(group) // m.experts * (m.experts - m.top_k)
+
     @cached_property
     def active_params(self) -> int:
         """Parameters that one token uses: all but the routed experts that it does not visit."""
-        idle = 0
-        for g in self.layers:
-            if g.mlp.routed:
-                idle += g.count * (self.expert_params_of(g) // g.mlp.experts) * (g.mlp.experts - g.mlp.top_k)
-        return self.total_params - idle
+        return self.total_params - sum(g.count * (self.layer_params_of(g) - self.visited_params_of(g)) for g in self.layers)
 
     def flops_per_token(self, seq_len: int, convention: FlopsConvention = "full") -> float:
-        """Training FLOPs a token, forward and backward, without recompute.
+        """Training FLOPs a token, forward and backward.
 
         6 (N - input embeddings) + 12 L q s with `full` attention (PaLM, arXiv 2204.02311, appendix B, with the input
-        embedding left out because it is a lookup); `causal` counts the keys that a query sees, s / 2. Multi-token
-        modules count as trained, encoder layers by the encoder tokens that a sequence brings.
+        embedding left out because it is a lookup); `causal` counts the keys that a query sees, s / 2; `recompute` is
+        `full` with the layers at 4/3: the forward pass, a third of them, runs twice (8 N instead of 6 N; Narayanan et al.,
+        arXiv 2104.04473, appendix). Of routed experts, those visited count. Multi-token modules count as trained, encoder
+        layers by the encoder tokens that a sequence brings.
         """
-        total = 6.0 * self.product_params(seq_len) + self.mtp * self._attention_flops(self.layers[-1], seq_len, convention)
+        total = 6.0 * self._end_products(seq_len) + self.mtp * self.layer_flops(self.layers[-1], seq_len, convention)
         for g in self.layers:
-            share = g.front.tokens / seq_len if g.front else 1.0
             length = g.front.tokens if g.front else seq_len
-            total += share * g.count * self._attention_flops(g, length, convention)
+            total += length / seq_len * g.count * self.layer_flops(g, length, convention)
         return total
 
     def product_params(self, seq_len: int) -> float:
         """Weights that one token passes through in matrix products, on average over a sequence of `seq_len` tokens."""
-        total = float(self.vocab * self.hidden * (1 + self.mtp))
-        total += self.mtp * (2 * self.hidden**2 + self.active_params_of(self.layers[-1]))
+        total = self._end_products(seq_len) + self.mtp * self.active_params_of(self.layers[-1])
         for g in self.layers:
             total += (g.front.tokens / seq_len if g.front else 1.0) * g.count * self.active_params_of(g)
+        return total
+
+    def _end_products(self, seq_len: int) -> float:
+        """The part of `product_params` outside the layers: heads, projections of multi-token modules, front ends."""
+        total = float(self.vocab * self.hidden * (1 + self.mtp) + self.mtp * 2 * self.hidden**2)
         for front in self.fronts:
             projector = sum(n * m for n, m in front.projector_shapes(self.hidden)) / front.merge
             total += (projector + front.hidden * front.patch) * front.tokens / seq_len
         return total
 
-    def _attention_flops(self, g: LayerGroup, length: int, convention: FlopsConvention) -> float:
-        """Training FLOPs of one layer's attention for a token of a sequence of `length`."""
+    def layer_flops(self, g: LayerGroup, length: int, convention: FlopsConvention) -> float:
+        """Training FLOPs of one layer of `g` for a token of a sequence of `length`."""
         a = g.attention
         if a.kind == "linear":  # one state of d x d a head, updated and read
             keys = float(self.head_dim_of(g))
         else:
-            keys = float(a.keys_of(length)) if convention == "full" else a.mean_keys_of(length)
-        return 12.0 * a.heads * self.attention_dim_of(g) * keys
+            keys = a.mean_keys_of(length) if convention == "causal" else float(a.keys_of(length))
+        once = 6.0 * self.active_params_of(g) + 12.0 * a.heads * self.attention_dim_of(g) * keys
+        return once * 4 / 3 if convention == "recompute" else once

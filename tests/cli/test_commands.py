@@ -224,6 +224,37 @@ def test_version_help_lists_and_schemas():
         assert json.loads(planner("schema", kind).stdout)["type"] == "object"
 
 
+def test_inspect_says_what_every_kind_of_layer_is():
+    text = planner("model", "inspect", "llama4-maverick", COLUMNS="200").stdout
+    for words in (
+        "400,711,848,960 parameters (401 B), 17,184,691,200 active",
+        "16,295,536,640 each, 315,238,400 active: attention in chunks of 8,192, 40 heads, 8 kv, width 128",
+        "1 of 128 gated experts 8,192 and shared 8,192",
+        "full attention, 40 heads, 8 kv, width 128, no positions",
+        "(1 x A, 1 x B, 1 x A, 1 x C) x 12",
+        "(full attention)",
+        "(causal)",
+        "(full recompute)",
+    ):
+        assert words in text, words
+    assert "1 multi-token modules" in planner("model", "inspect", "deepseek-v3", COLUMNS="200").stdout
+    assert "vision: bidirectional attention in chunks of 64" in planner("model", "inspect", "vit-llm-72b", COLUMNS="200").stdout
+
+
+def test_inspect_counts_under_stable_names():
+    facts = json.loads(planner("model", "inspect", "gpt-oss-120b", "--seq-len", "4096", "--format", "json").stdout)
+    params, flops = facts["params"], facts["flops_per_token"]
+    names = {"total", "active", "embedding", "positions", "front_ends", "layers", "final_norm", "head", "multi_token"}
+    assert set(params) == names
+    layers = sum(g["count"] * g["params"] for g in params["layers"])
+    assert params["total"] == params["embedding"] + layers + params["final_norm"] + params["head"]
+    first, second = params["layers"][:2]
+    assert (first["span"], first["span_tokens"], second["span"]) == ("window", 128, "full")
+    assert (first["experts"], first["top_k"], first["attention"]) == (128, 4, "softmax")
+    assert set(flops) == {"seq_len", "full_attention", "causal", "full_recompute"}
+    assert flops["causal"] < flops["full_attention"] < flops["full_recompute"] < 4 / 3 * flops["full_attention"]
+
+
 def test_a_model_survives_the_trip_through_yaml(tmp_path):
     path = tmp_path / "again.yaml"
     path.write_text(planner("model", "inspect", "gpt3-175b", "--format", "yaml").stdout)

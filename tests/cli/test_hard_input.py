@@ -120,7 +120,7 @@ HF = {
 
 
 @pytest.mark.parametrize("changes", [
-    {"hidden_act": "gelu"}, {"num_local_experts": 8}, {"quantization_config": {"bits": 4}}, {"tie_word_embeddings": "no"},
+    {"hidden_act": "xielu"}, {"num_local_experts": 8}, {"num_hidden_layers": 10**9}, {"tie_word_embeddings": "no"},
     {"partial_rotary_factor": 0.5}, {"hidden_size": 10**400}, {"num_attention_heads": "4"}, {"num_attention_heads": 0},
     {"rope_parameters": [1]}, {"rms_norm_eps": "x"}, {"model_type": ["llama"]}, {"model_type": None},
 ])  # fmt: skip

@@ -30,7 +30,7 @@ def limited(tmp_path_factory) -> Path:
 
 def test_the_plan_file_records_the_limit_and_keeps_to_it(limited):
     data = json.loads(limited.read_text())
-    assert data["version"] == "2.0"
+    assert data["version"] == "2.1"
     assert data["policy"] == {"max_memory_fraction": 0.92, "max_oom_probability": 0.05}
     memory = data["estimate"]["memory"]
     assert memory["limit_by"] == "max_oom_probability"

@@ -48,9 +48,9 @@ def test_memory_cores_are_minimal(family, seed):
     x = enumerate_rows(task, engine, space).layouts
     if not len(x):
         return
-    p, kinds = price(task, x)
+    p, stack = price(task, x)
     for row in rng.sample(range(len(x)), min(12, len(x))):
-        t = stages.tables(group_of(task, space.modes, x, p, kinds, np.array([row])), task=task if kinds else None)
+        t = stages.tables(group_of(task, space.modes, x, p, stack, np.array([row])), task=task if stack else None)
         core = conflicts.memory_core(t)
         every = set(range(t.time.shape[0]))
         assert (core is None) == satisfiable(t, every, True)
@@ -111,12 +111,12 @@ def test_rows_with_chunks_that_fit_have_a_plan(seed):
     x = enumerate_rows(task, engine, space).layouts
     if not len(x):
         return
-    p, kinds = price(task, x)
+    p, stack = price(task, x)
     tight = replace(p, capacity=np.maximum(p.capacity // 2, 1))
     from planner.search import bounds
 
     for chunk in bounds.same_pipeline(x, np.arange(len(x))):
-        fits = bounds.memory_feasible(group_of(task, space.modes, x, tight, kinds, chunk))
+        fits = bounds.memory_feasible(group_of(task, space.modes, x, tight, stack, chunk))
         for row, fit in zip(chunk.tolist(), fits.tolist(), strict=True):
-            t = stages.tables(group_of(task, space.modes, x, tight, kinds, np.array([row])))
+            t = stages.tables(group_of(task, space.modes, x, tight, stack, np.array([row])))
             assert fit == (conflicts.memory_core(t) is None)

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from planner.cli.common import to_yaml
 from planner.errors import InputError, Problem
+from planner.specs import files
 from planner.specs.files import load_model, shipped
 
 SHIPPED = {
@@ -18,12 +20,32 @@ SHIPPED = {
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
     "llama3-405b": 405_853_388_800,
+    "llama3.2-1b": 1_235_814_400,
+    "qwen3-8b": 8_190_735_360,
+    "gemma3-27b": 27_009_346_304,
+    "olmo2-32b": 32_234_279_936,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "gpt-oss-120b": 116_829_156_672,
+    "llama4-maverick": 400_711_848_960,
+    "deepseek-v3": 671_026_404_352,
+    "vit-llm-72b": 73_410_777_344,
     # layers (12 h^2 + 13 h) + (vocab + positions) h + 2 h, with tied embeddings
     "gpt3-175b": 96 * (12 * 12288**2 + 13 * 12288) + (51200 + 2048) * 12288 + 2 * 12288,
     "megatron-1t": 128 * (12 * 25600**2 + 13 * 25600) + (51200 + 2048) * 25600 + 2 * 25600,
     "turing-530b": 105 * (12 * 20480**2 + 13 * 20480) + (51200 + 2048) * 20480 + 2 * 20480,
     # 2 V h + layers (2 h q + 2 h kv + 3 h f + 2 h) + h
     "tiny": 2 * 2048 * 256 + 8 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 704 + 2 * 256) + 256,
+}
+
+ACTIVE = {
+    "mixtral-8x7b": 12_879_925_248,
+    "qwen3-30b-a3b": 3_353_032_704,
+    "qwen3-235b-a22b": 22_190_763_520,
+    "gpt-oss-120b": 5_711_982_912,
+    "llama4-maverick": 17_184_691_200,
+    "deepseek-v3": 37_552_282_624,
 }
 
 GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
@@ -138,8 +160,39 @@ def test_shipped_count_is_exact(name: str):
     model, _ = load_model(name)
     assert model.name == name
     assert model.total_params == SHIPPED[name]
+    assert model.active_params == ACTIVE.get(name, model.total_params)
     assert model.source
-    assert model.homogeneous
+    text = (files.data_folder("models") / f"{name}.yaml").read_text()
+    if name in ACTIVE:
+        assert f"{model.total_params:,} parameters, {model.active_params:,} active" in text.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_survives_the_trip_through_yaml(name: str, tmp_path: Path):
+    model, _ = load_model(name)
+    path = tmp_path / "again.yaml"
+    path.write_text(to_yaml(model.model_dump(mode="json", exclude_none=True, exclude_defaults=True)))
+    assert load_model(str(path))[0] == model
+
+
+def test_full_recompute_is_narayanan():
+    """Narayanan et al. 2021, arXiv 2104.04473, equation 3: 96 l h^2 (1 + s / 6 h + V / 16 l h) FLOPs a token."""
+    model, _ = load_model("gpt3-175b")
+    layers, h, s, v = 96, 12288, 2048, 51200
+    expected = 96 * layers * h**2 * (1 + s / (6 * h) + v / (16 * layers * h))
+    assert model.flops_per_token(s, "recompute") == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama3-8b", "deepseek-v3", "gemma3-27b", "vit-llm-72b"])
+def test_recompute_adds_one_forward_pass_of_the_layers(name: str):
+    """The whole without the embedding-sized head, projections of multi-token modules, patches and projectors, once more."""
+    model, _ = load_model(name)
+    full, again = (model.flops_per_token(8192, c) for c in ("full", "recompute"))
+    outside = 6 * model.vocab * model.hidden * (1 + model.mtp) + model.mtp * 12 * model.hidden**2
+    for front in model.fronts:
+        products = sum(n * m for n, m in front.projector_shapes(model.hidden)) / front.merge + front.hidden * front.patch
+        outside += 6 * products * front.tokens / 8192
+    assert again - full == pytest.approx((full - outside) / 3)
 
 
 def test_the_gpt_papers_round_to_these_counts():
@@ -187,8 +240,9 @@ def test_a_path_relative_to_the_file_that_names_it(tmp_path: Path):
 def test_unknown_model_type_is_refused(tmp_path: Path):
     path = write_config(tmp_path / "odd", LLAMA | {"model_type": "mamba"})
     problem = model_problem(path)
-    assert (problem.code, problem.location.line) == ("PLN111", 1)
+    assert (problem.code, problem.location.line) == ("PLN111", 5)
     assert "mamba" in problem.what
+    assert "every field that llama needs" in problem.why
     assert "llama" in problem.fix
 
 

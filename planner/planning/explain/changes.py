@@ -120,9 +120,9 @@ def resplit(task: Task, engine: Engine, layout: Layout, space: Space) -> list[Ch
 def _recomputed(task: Task, layout: Layout) -> Layout | None:
     """The layout with its split and the cheapest recompute that fits on every rank; None when none does."""
     x = LayoutArray.of([layout], task.job)
-    p, kinds = price(task, x)
-    g = group_of(task, tuple(range(len(RECOMPUTE_MODES))), x, p, kinds, np.array([0]))
-    t = stages.tables(g, task=task if kinds else None)
+    p, stack = price(task, x)
+    g = group_of(task, tuple(range(len(RECOMPUTE_MODES))), x, p, stack, np.array([0]))
+    t = stages.tables(g, task=task if stack else None)
     split = [stage.layers for stage in layout.stages]
     if max(split) // t.chunks >= t.at.shape[1]:  # more layers than any rank can hold
         return None

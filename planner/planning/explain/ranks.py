@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from planner.cost import step
+from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.task import LayoutArray, StageArray, Task
 from planner.planning.explain.answers import Binding, Bottleneck, LessRecompute, OneMore, Rank
@@ -47,7 +48,7 @@ class _Row:
     modes: tuple[int, ...]
     x: LayoutArray
     p: Primitives
-    kinds: tuple[Primitives, ...]
+    stack: Stack | None
 
     @cached_property
     def windows(self) -> Windows:
@@ -59,8 +60,8 @@ class _Row:
     def tables(self) -> stages.Tables:
         """The cheapest recompute of every rank and window."""
         reach = self.windows.reach * self.chunks
-        g = solve.group_of(self.task, self.modes, self.x, self.p, self.kinds, np.array([0]))
-        return stages.tables(g, reach, self.task if self.kinds else None)
+        g = solve.group_of(self.task, self.modes, self.x, self.p, self.stack, np.array([0]))
+        return stages.tables(g, reach, self.task if self.stack else None)
 
     @property
     def chunks(self) -> int:
@@ -76,9 +77,9 @@ class _Row:
         a = np.array
         held = StageArray(a([0]), a([s]), a([1]), a([layers]), a([selective]), a([full]))
         blended = None
-        if self.kinds:
+        if self.stack is not None:
             counts = self.windows.counts[[self.windows.at[start, layers // self.chunks]]]
-            blended = step.blend([k.take(a([0])) for k in self.kinds], counts, self.task.model.text_kind)
+            blended = self.stack.blend(counts)
         c = step.stage_cost(self.p, self.x, held, blended)
         return _Cost(int(c.time[0]), int(c.backward_bytes[0]), int(c.update_bytes[0]))
 

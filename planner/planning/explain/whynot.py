@@ -145,6 +145,8 @@ def _fits(q: _Question, outcome: Outcome) -> WhyNot:
 
 def _why_faster(q: _Question) -> str:
     """Why the plan is not that fast layout."""
+    if q.plan.objective == "memory":
+        return "the plan was made for the lowest memory"
     if q.plan.certificate is None:
         return "the plan's layout was named by a person"
     if _notes(q):
@@ -241,10 +243,10 @@ def shortfall(task: Task, layout: Layout) -> Shortfall:
 def memory_conflict(task: Task, layout: Layout, modes: tuple[int, ...]) -> Conflict | None:
     """A minimal conflict in the outer row of a layout that does not fit, over all its splits; None when one fits."""
     x = LayoutArray.of([layout], task.job)
-    p, kinds = price(task, x)
-    g = group_of(task, modes, x, p, kinds, np.array([0]))
+    p, stack = price(task, x)
+    g = group_of(task, modes, x, p, stack, np.array([0]))
     fullest = estimate_layout(task, layout).memory.peak_stage
-    core = conflicts.memory_core(stages.tables(g, task=task if kinds else None), fullest)
+    core = conflicts.memory_core(stages.tables(g, task=task if stack else None), fullest)
     if core is None:
         return None
     members = [f"memory of stage {s}" for s in core.stages] + ["all layers placed"] * core.placed
