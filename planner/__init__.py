@@ -11,6 +11,8 @@ A tour:
     plan.choice             # why this one, and how many runners-up are too near to tell apart
     plan.to_json()          # the plan file
 
+    planner.explain(plan, why_not={"tp": 8})    # what binds it, what others lose, and why not this one
+
     planner.estimate("llama3-70b", "h100-sxm", nodes=8, seq_len=8192, global_batch=512,
                      layout={"tp": 8, "pp": 4, "dp": 2, "micro_batch": 1})
 
@@ -34,12 +36,13 @@ from planner._version import __version__
 if TYPE_CHECKING:
     from planner.errors import Problem
     from planner.planfile import Plan
+    from planner.planning.explain import Explanation
     from planner.planning.scale import Scaling
     from planner.specs.hardware import HardwareProfile
     from planner.specs.layout import Layout
     from planner.specs.model import Model
 
-__all__ = ["__version__", "check", "estimate", "load_hardware", "load_model", "load_plan", "plan", "scale"]
+__all__ = ["__version__", "check", "estimate", "explain", "load_hardware", "load_model", "load_plan", "plan", "scale"]
 
 
 def plan(
@@ -177,6 +180,18 @@ def check(path: str, *, max_oom_probability: float | None = None) -> list[Proble
 
     limit = build_spec(Policy, {"max_oom_probability": max_oom_probability}, "policy").max_oom_probability
     return list(check_file(path, limit).findings)
+
+
+def explain(plan: Plan, *, why_not: dict[str, Any] | None = None) -> Explanation:
+    """Why a plan is what it is: what binds every rank, what runners-up lose, what was excluded, where every rank is.
+
+    `why_not` names another layout by some of its axes, as in {"tp": 8, "zero": [0, 1]}: `Explanation.why_not` then says
+    which rules it breaks, what does not fit and what would, or where the best such layout is slower. Times are in seconds,
+    sizes in GiB. Raises InputError for an unknown engine, axis or value.
+    """
+    from planner.planning.explain import explain_plan
+
+    return explain_plan(plan, {k: list(v) if isinstance(v, (list, tuple)) else [v] for k, v in (why_not or {}).items()})
 
 
 def load_model(reference: str) -> Model:

@@ -189,6 +189,21 @@ def parse_assignments(items: list[str], flag: str) -> dict[str, list[object]]:
     return result
 
 
+def parse_axes(items: list[str], flag: str) -> dict[str, list[object]]:
+    """`tp=4,pp=8` and `zero=0,1` as {axis: values}: a word without `=` is one more value of the axis before it.
+
+    Raises InputError with all malformed ones.
+    """
+    words: list[str] = []
+    for item in items:
+        for i, word in enumerate(item.split(",")):
+            if i == 0 or "=" in word:
+                words.append(word)
+            else:
+                words[-1] += f",{word}"
+    return parse_assignments(words, flag)
+
+
 def adapter(flags: dict[str, Any]) -> dict[str, Any] | None:
     """The adapter that the flags of a command describe, None without `--lora-rank`. Raises InputError."""
     names = ("lora_targets", "lora_base", "lora_train_embeddings")

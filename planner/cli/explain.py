@@ -1,4 +1,4 @@
-"""`planner explain`: what is behind a plan."""
+"""`planner explain`: why this plan, and why not another."""
 
 from __future__ import annotations
 
@@ -12,19 +12,39 @@ from planner.cli import common
 
 @common.guarded
 def explain(
-    path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file that planner plan -o wrote.")],
+    plan_file: Annotated[
+        Path, typer.Argument(metavar="PLAN", help="A plan file, from planner plan -o or planner estimate -o.")
+    ],
+    why_not: Annotated[
+        list[str] | None,
+        typer.Option("--why-not", metavar="AXES", help="Why not this instead: tp=4,pp=8, axes as for --pin; repeatable."),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check the plan's certificate again, by code that shares nothing with the search.")
     ] = False,
-    output_format: Annotated[str, typer.Option("--format", help="table or json.")] = "table",
+    output_format: Annotated[str, typer.Option("--format", help="table, json or markdown.")] = "table",
 ) -> None:
-    """Explain a plan: its report, or with --verify whether what it claims is true."""
-    from planner import planfile
-    from planner.cli.explain_verify import verify_file
-    from planner.cli.plan import print_plan
+    """Say what binds a plan, what its runners-up lose, what was excluded, where every rank is; or why not another layout.
 
-    common.checked_format(output_format, ("table", "json"))
+    With --verify: whether what the plan claims is true.
+    """
+    import planner
+
+    common.checked_format(output_format, ("table", "json") if verify else ("table", "json", "markdown"))
     if verify:
-        verify_file(path, output_format)
+        from planner.cli.explain_verify import verify_file
+
+        verify_file(plan_file, output_format)
+        return
+    pins = common.parse_axes(why_not or [], "--why-not")
+    found = planner.explain(planner.load_plan(str(plan_file)), why_not=pins)
+    if output_format == "json":
+        common.write_result(common.to_json(found.model_dump(mode="json")))
+        return
+    from planner.report import explain as report
+    from planner.report import terminal
+
+    if output_format == "markdown":
+        common.write_result(report.markdown(found))
     else:
-        print_plan(planfile.read(path), output_format)
+        report.print_explanation(found, terminal.console(piped=80))

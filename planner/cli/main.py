@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("plan")(plan.plan)
 app.command("estimate")(estimate.estimate)
+app.command("explain")(explain.explain)
 app.command("check")(check.check)
 app.command("explain")(explain.explain)
 app.command("calibrate")(calibrate.calibrate)

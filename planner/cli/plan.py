@@ -93,7 +93,9 @@ def _one(flags: dict[str, Any], signals: common.Signals) -> None:
     except NothingFits as error:
         if output_format == "json":
             certificate = error.certificate.model_dump(mode="json")
-            common.write_result(common.to_json({"certificate": certificate, "smallest_nodes": error.smallest_nodes}))
+            changes = [change.model_dump(mode="json") for change in error.changes]
+            data = {"certificate": certificate, "smallest_nodes": error.smallest_nodes, "changes": changes}
+            common.write_result(common.to_json(data))
         raise
     if not in_time(made.economy):
         raise _late(made)

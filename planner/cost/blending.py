@@ -8,7 +8,7 @@ largest kind of all; embedding and head are those of one kind, the language mode
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -59,6 +59,12 @@ class Stack:
     def take(self, rows: Ints) -> Stack:
         """The rows (the first axis of the primitives) at `rows`."""
         return Stack(self.means.take(rows, axis=2), self.peaks.take(rows, axis=2), self.ends.take(rows, axis=1))
+
+    def with_capacity(self, capacity: Ints) -> Stack:
+        """The stack on devices that may hold other bytes."""
+        ends = self.ends.copy()
+        ends[_ENDS.index("capacity")] = capacity
+        return replace(self, ends=ends)
 
     def deep(self, axes: int) -> Stack:
         """The stack with `axes` more axes of length one at the end."""

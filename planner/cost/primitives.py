@@ -213,15 +213,9 @@ class PrimitiveTable:
             boundary=np.where(many & a.keeps_stage_output, ceil(a.boundary_copies * boundary), 0),
             receive=np.where(many, boundary * buffers, 0),
             chunks=x.virtual_stages,
-            capacity=self._capacity(outside),
+            capacity=capacity(self.task, outside),
             outside=outside,
         )
-
-    def _capacity(self, outside: Ints) -> Ints:
-        """Bytes that may be allocated: what both limits, of memory and of the risk to run out, leave."""
-        filled = np.floor((self.task.limit - outside) / self.task.reserved_ratio).astype(np.int64)
-        allowed = risk.allocated_limit(self.task)
-        return filled if allowed is None else np.minimum(filled, allowed)
 
     def _hide(self, x: LayoutArray, share: Ints) -> Ints:
         """Step-wise traffic that one layer's compute hides.
@@ -254,6 +248,13 @@ _BLOCK = ("tp", "cp", "ep", "etp", "micro_batch", "sequence_parallel")
 """What a layer's operators depend on."""
 _OUTER = (*_BLOCK, "dp", "zero", "offload", "apart")
 """What everything but the pipeline's own terms depends on."""
+
+
+def capacity(task: Task, outside: Ints) -> Ints:
+    """Bytes that may be allocated beside `outside`: what both limits, of memory and of the risk to run out, leave."""
+    filled = np.floor((task.limit - outside) / task.reserved_ratio).astype(np.int64)
+    allowed = risk.allocated_limit(task)
+    return filled if allowed is None else np.minimum(filled, allowed)
 
 
 def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planner.engines.base import job_problems, layout_problems
 from planner.errors import InfeasibleError, InputError, Problem, input_error
@@ -17,7 +17,10 @@ from planner.search.solve import Outcome, Progress
 from planner.search.space import Space, declared_space
 from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES, Layout
 from planner.specs.policy import Policy
-from planner.units import GIB, gib
+from planner.units import GIB, gib, seconds
+
+if TYPE_CHECKING:
+    from planner.planning.explain.answers import Change
 
 
 def make_plan(
@@ -156,22 +159,32 @@ def _declared(space: Space) -> dict[str, Any]:
 class NothingFits(InfeasibleError):
     """The proof that no layout of the space fits."""
 
-    def __init__(self, problems: list[Problem], certificate: Certificate, smallest_nodes: int | None):
+    def __init__(
+        self, problems: list[Problem], certificate: Certificate, smallest_nodes: int | None, changes: Sequence[Change] = ()
+    ):
         super().__init__(problems)
+        self.changes = changes
+        """The cheapest single changes that work."""
         self.certificate = certificate
         self.smallest_nodes = smallest_nodes
 
 
 def explain_infeasible(setting: Setting, space: Space, request: Request, certificate: Certificate) -> NothingFits:
-    """The binding constraint of the closest layout, and the smallest cluster that works."""
+    """The binding constraint of the closest layout, the cheapest changes that work, and the smallest cluster."""
+    from planner.planning.explain.asked import Asked
+    from planner.planning.explain.changes import nearest_changes
     from planner.search import explain
 
     task, engine = setting.task, setting.engine
-    unit = task.hardware.node_size if request.nodes is not None else 1
-    smallest = explain.smallest_cluster(task, engine, lambda t: declared_space(t, engine, request.pins, request.forbid), unit)
-    problem = why_nothing_fits(setting, space, _smallest_text(smallest, unit, task.gpus))
+    asked, whole = Asked.of(request.pins, request.forbid), request.nodes is not None
+    changes = nearest_changes(task, engine, asked, whole, SHOWN_CHANGES)
+    smallest = next((c.gpus for c in changes if c.gpus), None)
+    if smallest is None:
+        unit = task.hardware.node_size if whole else 1
+        smallest = explain.smallest_cluster(task, engine, lambda t: asked.space(t, engine), unit)
+    problem = why_nothing_fits(setting, space, _fix(changes))
     nodes = None if smallest is None else -(-smallest // task.hardware.node_size)
-    return NothingFits([problem], certificate, nodes)
+    return NothingFits([problem], certificate, nodes, changes[:SHOWN_CHANGES])
 
 
 def why_nothing_fits(setting: Setting, space: Space, fix: str) -> Problem:
@@ -190,11 +203,7 @@ def why_nothing_fits(setting: Setting, space: Space, fix: str) -> Problem:
         return Problem("PLN302", what, f"of {rows.enumerated:,} layouts, excluded by {counted}", fix)
     memory = estimate_layout(task, nearest.layout).memory
     worst = memory.stages[memory.peak_stage]
-    parts = ", ".join(
-        f"{name} {getattr(worst, name):.1f}"
-        for name in ("params", "grads", "optimizer", "activations", "buffers", "transient", "outside")
-        if getattr(worst, name) >= 0.05
-    )
+    parts = ", ".join(f"{name} {size:.1f}" for name in MEMORY_PARTS if (size := getattr(worst, name)) >= 0.05)
     what = (
         f"{task.model.name} does not fit on {where}: the closest layout ({short(nearest.layout)}) needs "
         f"{memory.peak_gib:.1f} GiB on stage {memory.peak_stage}, the limit is {memory.limit_gib:.1f} GiB"
@@ -203,17 +212,19 @@ def why_nothing_fits(setting: Setting, space: Space, fix: str) -> Problem:
     return Problem("PLN301", what, why, fix)
 
 
-def _smallest_text(smallest: int | None, unit: int, asked: int) -> str:
-    if smallest is None:
-        tried = "none of the cluster sizes tried, up to a few hundred more nodes, works with these rules and pins"
-        return f"{tried}: loosen pins, or change batch, sequence or memory limits"
-    count = smallest // unit
-    noun = ("node" if unit > 1 else "device") + ("s" if count > 1 else "")
-    relation = (
-        "the smallest count that works" if smallest > asked else "fewer devices divide this job, the smallest count that works"
-    )
-    devices = f" ({smallest} devices)" if unit > 1 else ""
-    return f"use {count} {noun}{devices}: {relation}"
+MEMORY_PARTS = ("params", "grads", "optimizer", "activations", "buffers", "transient", "outside")
+"""Parts of a stage's memory, as messages list them."""
+SHOWN_CHANGES = 2
+"""Changes that the message names, the cheapest ones."""
+_VERBS = {"layers": "", "axis": "set ", "states": "use ", "fraction": "set ", "nodes": "use ", "memory": ""}
+
+
+def _fix(changes: Sequence[Change]) -> str:
+    """The cheapest changes that make something fit, one a line."""
+    lines = [f"{_VERBS[c.kind]}{c.text}, {seconds(c.step_time_s)} a step" for c in changes[:SHOWN_CHANGES]]
+    if not lines:
+        return "no single change that was tried works, more nodes neither: loosen pins, or change batch, sequence or limits"
+    return "\n   or: ".join(lines)
 
 
 def limit_text(memory: Memory, policy: Policy) -> str:

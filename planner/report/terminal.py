@@ -35,11 +35,11 @@ _BREAKDOWN = (
 _PARTS = ("params", "grads", "optimizer", "activations", "buffers", "transient")
 
 
-def console(stream: TextIO | None = None, width: int | None = None) -> Console:
-    """A console that keeps tables whole when the output is not a terminal, and honours NO_COLOR."""
+def console(stream: TextIO | None = None, width: int | None = None, piped: int = 140) -> Console:
+    """A console that is `piped` columns wide when the output is not a terminal, and honours NO_COLOR."""
     stream = stream or sys.stdout
     if width is None and not stream.isatty() and "COLUMNS" not in os.environ:
-        width = 140
+        width = piped
     return Console(file=stream, width=width, highlight=False, emoji=False)
 
 

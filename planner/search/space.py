@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,8 @@ MAX_CHUNKS = 16
 """Chunks a rank, at most: Llama 3 used 8 or fewer; beyond, per-chunk overheads that the model lacks dominate."""
 AXES = ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "virtual_stages")
 """Integer axes that can be pinned."""
+SHORT = {"mbs": "micro_batch", "sp": "sequence_parallel", "vpp": "virtual_stages", "v": "virtual_stages"}
+"""Short names of axes."""
 
 
 @dataclass(frozen=True)
@@ -158,20 +160,68 @@ def _kept(flag: str, before: C, after: C) -> C:
     return after
 
 
+def axis_named(name: str, flag: str = "--pin") -> str:
+    """The axis called `name` or its short form. Raises InputError for an unknown one."""
+    axis, known = SHORT.get(name, name), (*AXES, "schedule", "recompute", "sequence_parallel", "offload", "order")
+    if axis not in known:
+        raise input_error("PLN121", f"{flag} {name}: no such axis", f"axes are {', '.join(known)}", "")
+    return axis
+
+
+def axis_forbidden(name: str) -> str:
+    """The axis that forbidding `name` restricts: an axis, a schedule, or a recompute mode."""
+    axis = SHORT.get(name, name)
+    return "schedule" if axis in SCHEDULES[1:] else "recompute" if axis in RECOMPUTE_MODES[1:] else axis
+
+
+def with_pins(space: Space, pins: Mapping[str, Sequence[object]], flag: str = "--pin") -> Space:
+    """`space` with axes at exactly these values, inside what it declares or not: what a person asks about.
+
+    Raises InputError for an unknown axis, or for a value that is none of its kind.
+    """
+    changes: dict[str, Any] = {}
+    schedules, chunks = None, None
+    for name, wanted in pins.items():
+        axis = axis_named(name, flag)
+        if axis == "schedule":
+            schedules = sorted(_codes(axis, wanted, SCHEDULES, flag))
+        elif axis == "virtual_stages":
+            chunks = _integers(axis, wanted, flag)
+        elif axis == "recompute":
+            changes["modes"] = tuple(sorted(_codes(axis, wanted, RECOMPUTE_MODES, flag)))
+        elif axis in ("offload", "order"):
+            changes[axis] = tuple(sorted(_codes(axis, wanted, OFFLOADS if axis == "offload" else RANK_ORDERS, flag)))
+        elif axis == "sequence_parallel":
+            changes[axis] = tuple(sorted(_flags(axis, wanted, flag)))
+        else:
+            changes[axis] = _integers(axis, wanted, flag)
+    if "etp" in changes:
+        changes["any_etp"] = True
+    if schedules is not None or chunks is not None:
+        changes["schedules"] = _pinned_schedules(space, schedules, chunks)
+    return replace(space, **changes)
+
+
+def _pinned_schedules(space: Space, codes: Sequence[int] | None, chunks: Sequence[int] | None) -> tuple[tuple[int, int], ...]:
+    """(schedule, virtual stages) of a space under pins of one of them or both."""
+    if codes is None:
+        plain = [c for c, v in space.schedules if v == 1]
+        return tuple((c, v) for v in chunks or () for c in ([INTERLEAVED] if v > 1 else plain))
+    if chunks is not None:
+        return tuple((c, v) for c in codes for v in chunks)
+    declared = tuple(v for c, v in space.schedules if c == INTERLEAVED) or (2,)
+    return tuple((c, v) for c in codes for v in (declared if c == INTERLEAVED else (1,)))
+
+
 def _restrictions(pins: Mapping[str, Sequence[object]], forbid: Sequence[str]) -> list[tuple[str, str, Sequence[object]]]:
     """Pins and forbids as (flag, axis, allowed values)."""
-    short = {"mbs": "micro_batch", "sp": "sequence_parallel", "vpp": "virtual_stages", "v": "virtual_stages"}
-    known = (*AXES, "schedule", "recompute", "sequence_parallel", "offload", "order")
     result: list[tuple[str, str, Sequence[object]]] = []
     for name, wanted in pins.items():
-        axis = short.get(name, name)
-        if axis not in known:
-            raise input_error("PLN121", f"--pin {name}: no such axis", f"axes are {', '.join(known)}", "")
-        result.append((f"--pin {name}={','.join(map(str, wanted))}", axis, wanted))
+        result.append((f"--pin {name}={','.join(map(str, wanted))}", axis_named(name), wanted))
     neutral: dict[str, Sequence[object]] = {a: [1] for a in AXES} | {"zero": [0], "recompute": ["none"]}
     neutral |= {"sequence_parallel": ["false"], "offload": ["none"], "order": [RANK_ORDERS[0]]}
     for name in forbid:
-        axis, flag = short.get(name, name), f"--forbid {name}"
+        axis, flag = SHORT.get(name, name), f"--forbid {name}"
         if axis in SCHEDULES and axis != "none":
             result.append((flag, "schedule", [s for s in SCHEDULES if s != axis]))
         elif axis in RECOMPUTE_MODES and axis != "none":
@@ -184,31 +234,31 @@ def _restrictions(pins: Mapping[str, Sequence[object]], forbid: Sequence[str]) -
     return result
 
 
-def _integers(axis: str, wanted: Sequence[object]) -> tuple[int, ...]:
+def _integers(axis: str, wanted: Sequence[object], flag: str = "--pin") -> tuple[int, ...]:
     values = []
     for item in wanted:
         text = str(item)
         low = 0 if axis == "zero" else 1
         if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < low:
             raise input_error(
-                "PLN122", f"--pin {axis}={text}: not a whole number >= {low}", "", f"write --pin {axis}=8 or {axis}=4,8"
+                "PLN122", f"{flag} {axis}={text}: not a whole number >= {low}", "", f"write {flag} {axis}=8 or {axis}=4,8"
             )
         values.append(int(text))
     return tuple(sorted(set(values)))
 
 
-def _codes(axis: str, wanted: Sequence[object], names: Sequence[str]) -> set[int]:
+def _codes(axis: str, wanted: Sequence[object], names: Sequence[str], flag: str = "--pin") -> set[int]:
     unknown = [str(w) for w in wanted if str(w) not in names]
     if unknown:
-        raise input_error("PLN122", f"--pin {axis}={unknown[0]}: not a choice", f"one of {', '.join(names)}", "")
+        raise input_error("PLN122", f"{flag} {axis}={unknown[0]}: not a choice", f"one of {', '.join(names)}", "")
     return {names.index(str(w)) for w in wanted}
 
 
-def _flags(axis: str, wanted: Sequence[object]) -> set[int]:
+def _flags(axis: str, wanted: Sequence[object], flag: str = "--pin") -> set[int]:
     table = {"true": 1, "1": 1, "on": 1, "false": 0, "0": 0, "off": 0}
     unknown = [str(w) for w in wanted if str(w).lower() not in table]
     if unknown:
-        raise input_error("PLN122", f"--pin {axis}={unknown[0]}: not true or false", "", "")
+        raise input_error("PLN122", f"{flag} {axis}={unknown[0]}: not true or false", "", "")
     return {table[str(w).lower()] for w in wanted}
 
 
@@ -218,26 +268,22 @@ def enumerate_rows(task: Task, engine: Engine, space: Space) -> Rows:
     dp follows from the others, so the grid has no dp axis: rows whose degrees do not divide the device count, or whose
     dp is not among the allowed ones, break the rule `world = tp cp pp dp`.
     """
-    rest = ("micro_batch", "zero", "sequence_parallel", "offload")
-    schedules, inner = space.schedules, list(itertools.product(*(getattr(space, name) for name in rest)))
-    every = itertools.product(space.tp, space.cp, space.pp, space.ep, space.etp, space.order)
-    degrees = [d for d in every if space.any_etp or d[4] in (1, d[0])]
-    enumerated = len(inner) * len(schedules) * len(degrees)
+    pipeline, row = _inner_axes(space)
+    degrees, schedules, inner = _degrees(space), len(space.schedules), len(row["zero"])
+    enumerated = inner * schedules * len(degrees)
     placed = []
     for tp, cp, pp, ep, etp, order in degrees:
         dp, left = divmod(task.gpus, tp * cp * pp)
         if left == 0 and (not space.dp or dp in space.dp):
             placed.append((tp, cp, pp, dp, ep, etp, order))
     rejected: dict[str, int] = {}
-    if lost := (len(degrees) - len(placed)) * len(inner) * len(schedules):
+    if lost := (len(degrees) - len(placed)) * inner * schedules:
         rejected["world = tp cp pp dp"] = lost
     # Rules are asked before the grid grows by the axes that they do not look at; what they exclude counts for all of it.
     layouts = _first(placed)
     steps: list[tuple[str, dict[str, Sequence[int]], int]] = [
-        ("degrees", {}, len(schedules) * len(inner)),
-        ("pipeline", {"schedule": [s for s, _ in schedules], "virtual_stages": [v for _, v in schedules]}, len(inner)),
-        ("row", {n: [i[k] for i in inner] for k, n in enumerate(rest)}, 1),
-    ]
+        ("degrees", {}, schedules * inner), ("pipeline", pipeline, inner), ("row", row, 1),
+    ]  # fmt: skip
     for on, axes, weight in steps:
         layouts = _grown(task, layouts, axes)
         for rule in [r for r in engine.all_rules if r.on == on] if len(layouts) else []:
@@ -245,6 +291,34 @@ def enumerate_rows(task: Task, engine: Engine, space: Space) -> Rows:
             if lost:
                 rejected[rule.name] = rejected.get(rule.name, 0) + lost * weight
     return Rows(layouts, enumerated, rejected)
+
+
+def unruled_rows(task: Task, space: Space) -> LayoutArray:
+    """The rows of the grid whether they obey the rules or not; dp is what the devices leave, or each allowed one."""
+    placed = [
+        (tp, cp, pp, dp, ep, etp, order)
+        for tp, cp, pp, ep, etp, order in _degrees(space)
+        for dp in space.dp or (max(task.gpus // (tp * cp * pp), 1),)
+    ]
+    layouts = _first(placed)
+    for axes in _inner_axes(space):
+        layouts = _grown(task, layouts, axes)
+    return layouts
+
+
+def _degrees(space: Space) -> list[tuple[int, int, int, int, int, int]]:
+    """(tp, cp, pp, ep, etp, rank order) combinations."""
+    every = itertools.product(space.tp, space.cp, space.pp, space.ep, space.etp, space.order)
+    return [d for d in every if space.any_etp or d[4] in (1, d[0])]
+
+
+def _inner_axes(space: Space) -> tuple[dict[str, Sequence[int]], dict[str, Sequence[int]]]:
+    """What the grid grows by beyond the degrees: (schedule, virtual stages), then the other choices of a row."""
+    names = ("micro_batch", "zero", "sequence_parallel", "offload")
+    inner = list(itertools.product(*(getattr(space, name) for name in names)))
+    schedules, chunks = ([pair[k] for pair in space.schedules] for k in (0, 1))
+    pipeline: dict[str, Sequence[int]] = {"schedule": schedules, "virtual_stages": chunks}
+    return pipeline, {n: [i[k] for i in inner] for k, n in enumerate(names)}
 
 
 def _first(placed: Sequence[tuple[int, ...]]) -> LayoutArray:
