@@ -46,6 +46,10 @@ def estimate(
     schedule: Annotated[str | None, typer.Option(help="gpipe, 1f1b or interleaved; 1f1b when pp > 1 is left out.")] = None,
     virtual_stages: Annotated[int, typer.Option("--virtual-stages", help="Chunks a rank, with interleaved.")] = 1,
     sequence_parallel: Annotated[bool | None, typer.Option(help="Split norms over tp; on with tp > 1 when left out.")] = None,
+    offload: Annotated[str, typer.Option("--offload", help="What lives in host memory: none or optimizer.")] = "none",
+    order: Annotated[
+        str, typer.Option("--order", help="Rank order: tp-cp-dp-pp, or tp-cp-pp-dp with stages beside each other.")
+    ] = "tp-cp-dp-pp",
     layers: Annotated[str | None, typer.Option(help="Layers of each stage: 7,8,8,7; even when left out.")] = None,
     recompute: Annotated[str, typer.Option(help="none, selective, full, or counts such as full:3,selective:2.")] = "none",
     max_memory_fraction: common.Fraction = 0.92,
@@ -166,7 +170,10 @@ def _from_flags(flags: dict[str, Any]) -> Plan:
     missing = [f"--{k.replace('_', '-')}" for k in ("hardware", "seq_len", "global_batch") if flags[k] is None]
     if missing:
         raise input_error("PLN105", f"{', '.join(missing)} missing", "a model alone does not say what is trained where", "")
-    names = ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "schedule", "virtual_stages", "sequence_parallel")
+    names = (
+        "tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "schedule", "virtual_stages", "sequence_parallel", "offload",
+        "order",
+    )  # fmt: skip
     layout: dict[str, Any] = {k: flags[k] for k in names if flags[k] is not None}
     layout["recompute"] = flags["recompute"]
     if flags["layers"] is not None:

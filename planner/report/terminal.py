@@ -153,7 +153,14 @@ def _memory_text(plan: Plan) -> str:
     value, low, high = (gib(v * GIB) for v in (m.peak_gib, m.interval.low_gib, m.interval.high_gib))
     peak = with_interval(value, low, high, m.interval.provenance)
     headroom = min(s.headroom for s in m.stages) * GIB
-    return f"peak {peak}, headroom {gib(headroom)}; OOM probability {probability(m.oom_probability)}"
+    text = f"peak {peak}, headroom {gib(headroom)}; OOM probability {probability(m.oom_probability)}"
+    if m.host_gib:
+        each = m.host_gib * GIB
+        node = f"{gib(each * plan.cluster.node_size)} a node"
+        text += (
+            f"\noptimizer states in host memory: {gib(each)} a device at most, {node}, whose size no profile states: check it"
+        )
+    return text
 
 
 def _folded(stages: list[StageMemory], most: int = 12) -> list[tuple[str, StageMemory]]:
