@@ -171,8 +171,8 @@ def _from_flags(flags: dict[str, Any]) -> Plan:
     if missing:
         raise input_error("PLN105", f"{', '.join(missing)} missing", "a model alone does not say what is trained where", "")
     names = (
-        "tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "schedule", "virtual_stages", "sequence_parallel", "offload",
-        "order",
+        "tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "schedule", "virtual_stages", "sequence_parallel",
+        "offload", "order",
     )  # fmt: skip
     layout: dict[str, Any] = {k: flags[k] for k in names if flags[k] is not None}
     layout["recompute"] = flags["recompute"]

@@ -237,7 +237,7 @@ def test_inspect_says_what_every_kind_of_layer_is():
         "(full recompute)",
     ):
         assert words in text, words
-    assert "1 multi-token modules" in planner("model", "inspect", "deepseek-v3", COLUMNS="200").stdout
+    assert "1 multi-token module" in planner("model", "inspect", "deepseek-v3", COLUMNS="200").stdout
     assert "vision: bidirectional attention in chunks of 64" in planner("model", "inspect", "vit-llm-72b", COLUMNS="200").stdout
 
 
