@@ -22,7 +22,7 @@ from planner.specs.base import Spec
 from planner.specs.figures import Provenance
 from planner.specs.hardware import HardwareProfile
 from planner.specs.job import Job
-from planner.specs.layout import Layout
+from planner.specs.layout import Layout, Positive
 from planner.specs.model import Model
 from planner.specs.policy import Policy
 
@@ -115,6 +115,8 @@ class Memory(Spec):
     peak_allocated_gib: float
     """What the framework's allocator reports."""
     peak_stage: int
+    host_gib: float = 0.0
+    """GiB of optimizer states that each device of the fullest stage keeps in host memory (offload)."""
     peak_cause: str
     fits: bool
     stages: list[StageMemory]
@@ -240,12 +242,39 @@ class LowestMemory(Spec):
 
     limit_gib: float
     """Some layout fits under it; the optimum is the fastest of those."""
+    fraction: float
+    """The same as a share of the usable memory."""
     impossible_gib: float
     """Proven: no layout of the space fits under it."""
     resolution: float
     """Share of `limit_gib` that the two are apart, at most."""
     tests: int
     """Limits tested."""
+
+
+class Declared(Spec):
+    """The declared space, pins and forbids applied: an outer row takes one value of each axis; dp follows from the others."""
+
+    tp: list[Positive]
+    cp: list[Positive]
+    pp: list[Positive]
+    dp: list[Positive]
+    """Allowed dp degrees; empty for any."""
+    ep: list[Positive]
+    etp: list[Positive]
+    any_etp: bool
+    """Whether a row takes any of `etp`, instead of only 1 or its tp."""
+    micro_batch: list[Positive]
+    zero: list[int]
+    schedules: dict[str, list[Positive]]
+    """Virtual stages of each schedule."""
+    sequence_parallel: list[bool]
+    recompute: list[str]
+    """Modes that a layer may have."""
+    offload: list[str] = Field(default_factory=lambda: ["none"])
+    """What may live in host memory."""
+    order: list[str] = Field(default_factory=lambda: ["tp-cp-dp-pp"])
+    """Rank orders."""
 
 
 class Certificate(Spec):
@@ -260,6 +289,10 @@ class Certificate(Spec):
     objective_ns: int | None
     """The integer that the proof is about."""
     space: Space
+    declared: Declared | None = None
+    """What the proof quantifies over. None in files of version 2.0, which cannot be verified."""
+    complete: bool | None = None
+    """Whether the search ran to its end, and so proved the alternatives too. None in files of version 2.0."""
     seconds: float
     solver: str
     lowest_memory: LowestMemory | None = None
@@ -313,6 +346,9 @@ class Inputs(Spec):
     model: str
     hardware: str
     digests: dict[str, str]
+    """Of the files that were read; of the canonical form where an object was given, and of the job."""
+    contents: dict[str, str] = Field(default_factory=dict)
+    """Of the canonical form of the model, hardware and job as the plan holds them: see `content_digests`."""
     pins: dict[str, list[Any]] = Field(default_factory=dict)
     forbidden: list[str] = Field(default_factory=list)
 
@@ -369,11 +405,18 @@ def _digest(data: dict[str, Any]) -> str:
 
 
 def _digest_as_written(data: dict[str, Any]) -> str:
-    """The digest of a file's own data; "" for what JSON cannot hold."""
+    """The digest of a file's own data, less the one that it states; "" for what JSON cannot hold."""
     try:
-        return _digest(data)
+        return _digest({k: v for k, v in data.items() if k != "digest"})
     except (TypeError, ValueError):
         return ""
+
+
+def content_digests(model: Model, hardware: HardwareProfile, job: Job) -> dict[str, str]:
+    """SHA-256 of the canonical form of what a plan embeds, by its name there."""
+    parts: dict[str, Spec] = {"model": model, "hardware": hardware, "job": job}
+    texts = {name: canonical(part.model_dump(mode="json")) for name, part in parts.items()}
+    return {name: "sha256:" + hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
 def canonical(data: Any) -> str:
@@ -409,6 +452,19 @@ def read(path: str | Path) -> Plan:
 
 def from_document(document: files.Document) -> Plan:
     """The plan in a parsed document."""
+    plan, stated = unchecked(document)
+    # Fields that a newer minor version added are not in an older file: its own content has the digest it states.
+    if stated is not None and stated not in (plan.digest, _digest_as_written(document.data)):
+        why = f"its content has digest {plan.digest[:19]}…, the file states {stated[:19]}…"
+        raise input_error(
+            "PLN116", "the plan was changed after it was made", why, "make the plan again, or remove the digest line",
+            Location(document.path, 1, 1),
+        )  # fmt: skip
+    return plan
+
+
+def unchecked(document: files.Document) -> tuple[Plan, str | None]:
+    """The plan in a parsed document, and the digest that the file states, whether they agree or not."""
     place = Location(document.path, 1, 1)
     if not is_plan(document.data):
         raise input_error("PLN114", "not a plan file", "it lacks format: planner.plan", "make one with planner plan -o", place)
@@ -418,14 +474,7 @@ def from_document(document: files.Document) -> Plan:
         raise input_error("PLN115", f"plan format {version}", why, "make the plan again", place)
     data = dict(document.data)
     stated = data.pop("digest", None)
-    plan = files.build(Plan, document, data)
-    # Fields that a newer minor version added are not in an older file: its own content has the digest it states.
-    if stated is not None and stated != plan.digest and stated != _digest_as_written(data):
-        why = f"its content has digest {plan.digest[:19]}…, the file states {str(stated)[:19]}…"
-        raise input_error(
-            "PLN116", "the plan was changed after it was made", why, "make the plan again, or remove the digest line", place
-        )
-    return plan
+    return files.build(Plan, document, data), None if stated is None else str(stated)
 
 
 def refusals(plan: Plan) -> list[Problem]:

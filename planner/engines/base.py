@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 
 from planner.cost.accounting import Accounting
-from planner.cost.task import GPIPE, INTERLEAVED, NONE, ONE_F_ONE_B, Bools, LayoutArray, Subject, Task
+from planner.cost.task import GPIPE, INTERLEAVED, NONE, ONE_F_ONE_B, Bools, Ints, LayoutArray, Subject, Task
 from planner.errors import Problem
 from planner.specs.features import features
-from planner.specs.layout import SCHEDULES, Layout
+from planner.specs.layout import OFFLOADS, RANK_ORDERS, SCHEDULES, Layout
 from planner.specs.model import Model
 
 Predicate = Callable[[Subject | Task, LayoutArray], Bools]
@@ -77,11 +77,40 @@ class Engine:
     """Whether it splits the sequence (cp > 1)."""
     expert_parallel: bool = False
     """Whether it spreads experts (ep > 1)."""
+    offloads: tuple[str, ...] = ("none",)
+    """What it can keep in host memory."""
+    rank_orders: tuple[str, ...] = ("tp-cp-dp-pp",)
+    """Orders in which it can place the axes."""
+
+    @property
+    def _choices(self) -> tuple[Rule, ...]:
+        """Rules that follow from what it offers: offload and rank orders."""
+        offloads, orders = ([names.index(n) for n in own] for names, own in
+                            ((OFFLOADS, self.offloads), (RANK_ORDERS, self.rank_orders)))  # fmt: skip
+        return (
+            Rule(
+                "PLN226", f"{self.name}: offload",
+                lambda t, x: ~np.isin(x.offload, offloads),
+                "offload {offload}",
+                f"{self.title} keeps in host memory: {', '.join(self.offloads)}",
+                "set offload: none, or use another engine",
+            ),
+            Rule(
+                "PLN227", f"{self.name}: rank order",
+                lambda t, x: ~np.isin(x.order, orders),
+                "order {order}",
+                f"{self.title} places ranks as {' or '.join(self.rank_orders)}",
+                "leave out order, or use another engine",
+                on="degrees",
+            ),
+        )  # fmt: skip
 
     @property
     def all_rules(self) -> tuple[Rule, ...]:
         """Rules of every engine and its own, in the order in which they are asked: those that look at least first."""
-        return tuple(sorted(COMMON_RULES + self.rules, key=lambda rule: ("degrees", "pipeline", "row").index(rule.on)))
+        return tuple(
+            sorted(COMMON_RULES + self.rules + self._choices, key=lambda rule: ("degrees", "pipeline", "row").index(rule.on))
+        )
 
 
 def _divides(n: np.ndarray | int, d: np.ndarray) -> Bools:
@@ -95,6 +124,21 @@ def _divide_each(sizes: Iterable[int], d: np.ndarray) -> Bools:
 
 def _all(layouts: LayoutArray, value: bool) -> Bools:
     return np.full(len(layouts), value)
+
+
+def _order_matters(task: Subject | Task, x: LayoutArray) -> Bools:
+    """Whether stages beside each other make any group cross other tiers than stages apart: needs pp and dp above 1."""
+    sizes = [tier.size for tier in task.hardware.network if tier.size] if isinstance(task, Task) else []
+    inside, world = x.tp * x.cp, x.tp * x.cp * x.dp * x.pp
+
+    def crossed(span: Ints) -> Ints:
+        return np.sum([span > size for size in sizes], axis=0, dtype=np.int64) + np.zeros(len(x), dtype=np.int64)
+
+    # Stages apart: replicas span tp cp dp, pipelines the world; beside each other: pipelines tp cp pp, replicas the world.
+    apart = (crossed(inside * x.dp), crossed(world))
+    beside = (crossed(world), crossed(inside * x.pp))
+    differs = (apart[0] != beside[0]) | (apart[1] != beside[1])
+    return np.asarray((x.pp > 1) & (x.dp > 1) & (differs if sizes else True))
 
 
 COMMON_RULES: tuple[Rule, ...] = (
@@ -184,6 +228,13 @@ COMMON_RULES: tuple[Rule, ...] = (
         "set zero: 0, or use more data-parallel ranks",
     ),
     Rule(
+        "PLN228", "offload needs sharded states",
+        lambda t, x: (x.offload == 1) & (x.zero == 0),
+        "offload {offload} with zero 0",
+        "every rank would update all states in the memory of the same host",
+        "set zero: 1 or more, or offload: none",
+    ),
+    Rule(
         "PLN211", "sequence parallel needs tp",
         lambda t, x: (x.sequence_parallel == 1) & (x.tp == 1),
         "sequence_parallel with tp 1",
@@ -211,6 +262,14 @@ COMMON_RULES: tuple[Rule, ...] = (
         "ep {ep}, etp {etp} on a model without experts",
         "expert parallelism spreads experts",
         "set ep: 1 and etp: 1",
+        on="degrees",
+    ),
+    Rule(
+        "PLN225", "rank order changes no tier",
+        lambda t, x: (x.order == 1) & ~_order_matters(t, x),
+        "order {order} where it changes nothing",
+        "pipeline and data-parallel groups cross the same network tiers in the usual order",
+        "leave out order",
         on="degrees",
     ),
     Rule(

@@ -6,6 +6,8 @@ those of current NVIDIA stacks.
 
 from __future__ import annotations
 
+import numpy as np
+
 from planner.cost.accounting import (
     COMPUTE,
     Accounting,
@@ -47,6 +49,15 @@ RULES: tuple[Rule, ...] = (
         "interleaved with pp 2",
         "Megatron requires pp > 2 for it when point-to-point traffic is not overlapped",
         "use 1f1b, or pp of 4 or more",
+    ),
+    Rule(
+        "PLN525", "megatron: rank order and experts",
+        lambda t, x: (x.order == 1) & (x.pp > 1) & (np.where(bool(t.model.routed_mlps), x.ep * x.etp, x.tp) != x.tp * x.cp),
+        "order {order} with tp {tp}, cp {cp}, ep {ep}, etp {etp}",
+        "unless pp is outermost, Megatron-Core wants the same data-parallel size for experts and the rest (parallel_state): "
+        "ep x etp = tp x cp, or cp 1 without experts",
+        "leave out order, or choose such degrees",
+        on="degrees",
     ),
     Rule(
         "PLN524", "megatron: experts with tp",
@@ -184,4 +195,6 @@ MEGATRON = Engine(
     sequence_parallel=(0, 1),
     context_parallel=True,
     expert_parallel=True,
+    offloads=("none", "optimizer"),  # --optimizer-cpu-offload
+    rank_orders=("tp-cp-dp-pp", "tp-cp-pp-dp"),  # --use-tp-pp-dp-mapping
 )

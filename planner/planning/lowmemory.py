@@ -44,5 +44,7 @@ def lowest_limit(task: Task, engine: Engine, space: Space) -> Floor | None:
         else:
             low = middle
     usable = task.hardware.device.memory.base / GIB
-    proof = LowestMemory(limit_gib=high * usable, impossible_gib=low * usable, resolution=RESOLUTION, tests=tests)
+    proof = LowestMemory(
+        limit_gib=high * usable, fraction=high, impossible_gib=low * usable, resolution=RESOLUTION, tests=tests
+    )
     return Floor(replace(task, max_memory_fraction=high), proof)

@@ -15,7 +15,7 @@ from planner.planning.lowmemory import lowest_limit
 from planner.planning.request import Request, Setting, prepare
 from planner.search.solve import Outcome, Progress
 from planner.search.space import Space, declared_space
-from planner.specs.layout import Layout
+from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES, Layout
 from planner.specs.policy import Policy
 from planner.units import GIB, gib, seconds
 
@@ -43,7 +43,7 @@ def make_plan(
     floor = lowest_limit(setting.task, setting.engine, space) if request.objective == "memory" else None
     task = setting.task if floor is None else floor.task
     outcome = search(task, setting.engine, space, alternatives, progress, time_limit)
-    certificate = _certificate(outcome, None if floor is None else floor.proof)
+    certificate = _certificate(outcome, space, None if floor is None else floor.proof)
     if not outcome.candidates:
         if outcome.status == "interrupted":
             raise TimeoutError if outcome.stopped_by == "limit" else KeyboardInterrupt
@@ -114,7 +114,7 @@ def _money(setting: Setting, estimate: Estimate) -> dict[str, Any]:
     return {"economy": economy(setting.budget, task.job, task.gpus, task.hardware, estimate)}
 
 
-def _certificate(outcome: Outcome, lowest: LowestMemory | None) -> Certificate:
+def _certificate(outcome: Outcome, space: Space, lowest: LowestMemory | None) -> Certificate:
     best = outcome.candidates[0].step_ns if outcome.candidates else None
     bound = outcome.bound_ns
     gap = (best - bound) / best if best and bound is not None else None
@@ -130,11 +130,30 @@ def _certificate(outcome: Outcome, lowest: LowestMemory | None) -> Certificate:
                 "enumerated": counts.enumerated, "by_rule": counts.by_rule, "by_memory": counts.by_memory,
                 "by_bound": counts.by_bound, "exact": counts.exact, "open": counts.open, "rules": counts.rules,
             },
+            "declared": _declared(space),
+            "complete": not outcome.stopped_by,
             "seconds": round(outcome.seconds, 3),
             "solver": outcome.solver,
             "lowest_memory": lowest,
         }
     )  # fmt: skip
+
+
+def _declared(space: Space) -> dict[str, Any]:
+    """The declared space as the plan file records it."""
+    axes = ("tp", "cp", "pp", "dp", "ep", "etp", "micro_batch", "zero")
+    chunks: dict[str, list[int]] = {}
+    for code, v in space.schedules:
+        chunks.setdefault(SCHEDULES[code], []).append(v)
+    return {
+        **{axis: list(getattr(space, axis)) for axis in axes},
+        "any_etp": space.any_etp,
+        "schedules": chunks,
+        "sequence_parallel": [bool(v) for v in space.sequence_parallel],
+        "recompute": [RECOMPUTE_MODES[mode] for mode in space.modes],
+        "offload": [OFFLOADS[code] for code in space.offload],
+        "order": [RANK_ORDERS[code] for code in space.order],
+    }
 
 
 class NothingFits(InfeasibleError):
@@ -224,7 +243,9 @@ def short(layout: Layout) -> str:
         schedule += f" v{layout.virtual_stages}"
     kinds = sorted({s.recompute.partition(":")[0] for s in layout.stages})
     recompute = "" if kinds == ["none"] else "recompute " + "/".join(kinds)
-    parts = [*degrees, f"zero {layout.zero}", f"micro_batch {layout.micro_batch}", schedule, recompute]
+    placed = [f"order {layout.order}"] if layout.order != "tp-cp-dp-pp" else []
+    placed += [f"offload {layout.offload}"] if layout.offload != "none" else []
+    parts = [*degrees, f"zero {layout.zero}", f"micro_batch {layout.micro_batch}", schedule, *placed, recompute]
     return ", ".join(p for p in parts if p)
 
 

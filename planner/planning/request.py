@@ -89,7 +89,10 @@ def prepare(request: Request) -> Setting:
     job_digest = _digest(planfile.canonical(request.job.model_dump(mode="json")))
     digests = {"model": model_digest, "hardware": hardware_digest, "job": job_digest}
     pins = {k: list(v) for k, v in request.pins.items()}
-    inputs = Inputs(model=model_name, hardware=hardware_name, digests=digests, pins=pins, forbidden=list(request.forbid))
+    contents = planfile.content_digests(model, hardware, request.job)
+    inputs = Inputs(
+        model=model_name, hardware=hardware_name, digests=digests, contents=contents, pins=pins, forbidden=list(request.forbid)
+    )
     return Setting(task, engine, cluster, inputs, policy, request.budget)
 
 

@@ -293,7 +293,10 @@ def _choose(state: _State, k: int, stopped: bool) -> tuple[Candidate, ...]:
 
 def _preference(x: LayoutArray, row: int) -> tuple[int, ...]:
     """Tie-break between rows of equal time: fewer moving parts first. Documented in the README."""
-    names = ("zero", "virtual_stages", "cp", "ep", "etp", "tp", "pp", "schedule", "sequence_parallel", "micro_batch")
+    names = (
+        "offload", "order", "zero", "virtual_stages", "cp", "ep", "etp", "tp", "pp", "schedule", "sequence_parallel",
+        "micro_batch",
+    )  # fmt: skip
     return tuple(int(getattr(x, name)[row]) for name in names)
 
 
@@ -310,7 +313,10 @@ def _master(state: _State, stopped: bool) -> int:
     x = state.layouts
     order = sorted(rows.tolist(), key=lambda r: (r not in state.values, _preference(x, r)))
     rank = {row: i for i, row in enumerate(order)}
-    names = ("tp", "cp", "pp", "dp", "ep", "etp", "micro_batch", "zero", "schedule", "virtual_stages", "sequence_parallel")
+    names = (
+        "tp", "cp", "pp", "dp", "ep", "etp", "micro_batch", "zero", "schedule", "virtual_stages", "sequence_parallel",
+        "offload", "order",
+    )  # fmt: skip
     levels = np.unique(state.bound[rows])  # ranks of the bounds instead of nanoseconds: small numbers
     level = {row: int(np.searchsorted(levels, state.bound[row])) for row in rows.tolist()}
     table = [(*(int(getattr(x, n)[r]) for n in names), rank[r], level[r]) for r in rows.tolist()]

@@ -18,13 +18,15 @@ import numpy as np
 from planner.cost.task import INTERLEAVED, NONE, LayoutArray, Task
 from planner.engines.base import Engine, Rule, schedule_codes
 from planner.errors import input_error
-from planner.specs.layout import RECOMPUTE_MODES, SCHEDULES
+from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES
 
 MAX_MICRO_BATCH = 16
 MAX_CHUNKS = 16
 """Chunks a rank, at most: Llama 3 used 8 or fewer; beyond, per-chunk overheads that the model lacks dominate."""
 AXES = ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "virtual_stages")
 """Integer axes that can be pinned."""
+NAMED = {"offload": OFFLOADS, "order": RANK_ORDERS}
+"""Axes whose values have names, in the order of their codes."""
 SHORT = {"mbs": "micro_batch", "sp": "sequence_parallel", "vpp": "virtual_stages", "v": "virtual_stages"}
 """Short names of axes."""
 
@@ -48,6 +50,10 @@ class Space:
     """Of these a row takes 1 or its tp; any of them when pinned (`any_etp`)."""
     any_etp: bool = False
     modes: tuple[int, ...] = (0, 1, 2)
+    offload: tuple[int, ...] = (0,)
+    """Codes of what lives in host memory."""
+    order: tuple[int, ...] = (0,)
+    """Codes of rank orders."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,10 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
     }  # fmt: skip
     modes: tuple[int, ...] = (0, 1, 2)
     sequence: tuple[int, ...] = tuple(sorted({0, *engine.sequence_parallel}))
+    named = {
+        "offload": tuple(OFFLOADS.index(n) for n in engine.offloads),
+        "order": tuple(map(RANK_ORDERS.index, engine.rank_orders)),
+    }
     for flag, axis, wanted in _restrictions(pins, forbid):
         if axis == "schedule":
             codes = _codes(axis, wanted, SCHEDULES)
@@ -98,6 +108,9 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
         elif axis == "recompute":
             codes = _codes(axis, wanted, RECOMPUTE_MODES)
             modes = _kept(flag, modes, tuple(m for m in modes if m in codes))
+        elif axis in named:
+            codes = _codes(axis, wanted, NAMED[axis])
+            named[axis] = _kept(flag, named[axis], tuple(c for c in named[axis] if c in codes))
         elif axis == "sequence_parallel":
             sequence = _kept(flag, sequence, tuple(v for v in sequence if v in _flags(axis, wanted)))
         elif axis == "dp":
@@ -110,7 +123,7 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
             chosen = _integers(axis, wanted)
             values[axis] = _kept(flag, values[axis], tuple(v for v in values[axis] if v in chosen))
     return Space(
-        **values, schedules=tuple(schedules), sequence_parallel=sequence, modes=modes, any_etp="etp" in pins,
+        **values, schedules=tuple(schedules), sequence_parallel=sequence, modes=modes, any_etp="etp" in pins, **named,
     )  # fmt: skip
 
 
@@ -151,7 +164,7 @@ def _kept(flag: str, before: C, after: C) -> C:
 
 def axis_named(name: str, flag: str = "--pin") -> str:
     """The axis called `name` or its short form. Raises InputError for an unknown one."""
-    axis, known = SHORT.get(name, name), (*AXES, "schedule", "recompute", "sequence_parallel")
+    axis, known = SHORT.get(name, name), (*AXES, "schedule", "recompute", "sequence_parallel", *NAMED)
     if axis not in known:
         raise input_error("PLN121", f"{flag} {name}: no such axis", f"axes are {', '.join(known)}", "")
     return axis
@@ -178,6 +191,8 @@ def with_pins(space: Space, pins: Mapping[str, Sequence[object]], flag: str = "-
             chunks = _integers(axis, wanted, flag)
         elif axis == "recompute":
             changes["modes"] = tuple(sorted(_codes(axis, wanted, RECOMPUTE_MODES, flag)))
+        elif axis in NAMED:
+            changes[axis] = tuple(sorted(_codes(axis, wanted, NAMED[axis], flag)))
         elif axis == "sequence_parallel":
             changes[axis] = tuple(sorted(_flags(axis, wanted, flag)))
         else:
@@ -206,7 +221,7 @@ def _restrictions(pins: Mapping[str, Sequence[object]], forbid: Sequence[str]) -
     for name, wanted in pins.items():
         result.append((f"--pin {name}={','.join(map(str, wanted))}", axis_named(name), wanted))
     neutral: dict[str, Sequence[object]] = {a: [1] for a in AXES} | {"zero": [0], "recompute": ["none"]}
-    neutral["sequence_parallel"] = ["false"]
+    neutral |= {"sequence_parallel": ["false"], "offload": ["none"], "order": [RANK_ORDERS[0]]}
     for name in forbid:
         axis, flag = SHORT.get(name, name), f"--forbid {name}"
         if axis in SCHEDULES and axis != "none":
@@ -259,10 +274,10 @@ def enumerate_rows(task: Task, engine: Engine, space: Space) -> Rows:
     degrees, schedules, inner = _degrees(space), len(space.schedules), len(row["zero"])
     enumerated = inner * schedules * len(degrees)
     placed = []
-    for tp, cp, pp, ep, etp in degrees:
-        dp, rest = divmod(task.gpus, tp * cp * pp)
-        if rest == 0 and (not space.dp or dp in space.dp):
-            placed.append((tp, cp, pp, dp, ep, etp))
+    for tp, cp, pp, ep, etp, order in degrees:
+        dp, left = divmod(task.gpus, tp * cp * pp)
+        if left == 0 and (not space.dp or dp in space.dp):
+            placed.append((tp, cp, pp, dp, ep, etp, order))
     rejected: dict[str, int] = {}
     if lost := (len(degrees) - len(placed)) * inner * schedules:
         rejected["world = tp cp pp dp"] = lost
@@ -283,8 +298,8 @@ def enumerate_rows(task: Task, engine: Engine, space: Space) -> Rows:
 def unruled_rows(task: Task, space: Space) -> LayoutArray:
     """The rows of the grid whether they obey the rules or not; dp is what the devices leave, or each allowed one."""
     placed = [
-        (tp, cp, pp, dp, ep, etp)
-        for tp, cp, pp, ep, etp in _degrees(space)
+        (tp, cp, pp, dp, ep, etp, order)
+        for tp, cp, pp, ep, etp, order in _degrees(space)
         for dp in space.dp or (max(task.gpus // (tp * cp * pp), 1),)
     ]
     layouts = _first(placed)
@@ -293,26 +308,27 @@ def unruled_rows(task: Task, space: Space) -> LayoutArray:
     return layouts
 
 
-def _degrees(space: Space) -> list[tuple[int, int, int, int, int]]:
-    """(tp, cp, pp, ep, etp) combinations."""
-    every = itertools.product(space.tp, space.cp, space.pp, space.ep, space.etp)
+def _degrees(space: Space) -> list[tuple[int, ...]]:
+    """(tp, cp, pp, ep, etp, order) combinations."""
+    every = itertools.product(space.tp, space.cp, space.pp, space.ep, space.etp, space.order)
     return [d for d in every if space.any_etp or d[4] in (1, d[0])]
 
 
 def _inner_axes(space: Space) -> tuple[dict[str, Sequence[int]], dict[str, Sequence[int]]]:
     """What the grid grows by beyond the degrees: (schedule, virtual stages), then the other choices of a row."""
-    inner = list(itertools.product(space.micro_batch, space.zero, space.sequence_parallel))
+    rest = ("micro_batch", "zero", "sequence_parallel", "offload")
+    inner = list(itertools.product(*(getattr(space, name) for name in rest)))
     schedules, chunks = ([pair[k] for pair in space.schedules] for k in (0, 1))
     pipeline: dict[str, Sequence[int]] = {"schedule": schedules, "virtual_stages": chunks}
-    return pipeline, {n: [i[k] for i in inner] for k, n in enumerate(("micro_batch", "zero", "sequence_parallel"))}
+    return pipeline, {n: [i[k] for i in inner] for k, n in enumerate(rest)}
 
 
 def _first(placed: Sequence[tuple[int, ...]]) -> LayoutArray:
     """The placed degrees, with neutral values on the other axes."""
-    outer = np.array(placed, dtype=np.int64).reshape(-1, 6)
+    outer = np.array(placed, dtype=np.int64).reshape(-1, 7)
     one, zero = np.ones(len(outer), dtype=np.int64), np.zeros(len(outer), dtype=np.int64)
-    tp, cp, pp, dp, ep, etp = (outer[:, i] for i in range(6))
-    return LayoutArray(tp, cp, pp, dp, ep, etp, zero, one, zero, one, zero, one)
+    tp, cp, pp, dp, ep, etp, order = (outer[:, i] for i in range(7))
+    return LayoutArray(tp, cp, pp, dp, ep, etp, zero, one, zero, one, zero, one, zero, order)
 
 
 def _grown(task: Task, layouts: LayoutArray, axes: dict[str, Sequence[int]]) -> LayoutArray:

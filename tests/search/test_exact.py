@@ -124,6 +124,7 @@ def test_deep_interleaved_rows_equal_brute_force(seed):
     outcome = search(t, e, space, k=3)
     finite = [v for v in values if v is not None]
     assert [c.step_ns for c in outcome.candidates[:1]] == ([min(finite)] if finite else [])
+    assert outcome.counts.by_memory == values.count(None)
     group = bounds.group_of(primitives.price(t, x), x, layers, space.modes)
     exact = np.array([bounds.BIG if v is None else v for v in values])
     for target in (min(finite, default=1) * 2, int(bounds.INFINITE)):

@@ -10,7 +10,10 @@ from planner.planfile import Space
 from planner.planning.explain.answers import Excluded
 from planner.specs.layout import Layout
 
-_FREE = ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "schedule", "virtual_stages", "sequence_parallel")
+_FREE = (
+    "tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "schedule", "virtual_stages", "sequence_parallel", "offload",
+    "order",
+)  # fmt: skip
 """What differs between layouts: a rule's text leaves these values out."""
 
 
