@@ -102,7 +102,7 @@ def blocks(e: Explanation) -> Iterator[Block]:
     yield _mesh("Dense mesh", e.dense)
     if e.expert is not None:
         yield _mesh("Expert mesh", e.expert)
-    yield _nodes(e.nodes, e.dense.dimensions, e.expert is not None)
+    yield _nodes(e.nodes, e.dense, e.expert is not None)
 
 
 # ---- the plan ------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def _mesh(title: str, mesh: Mesh) -> Block:
     return Block(f"{title} ({shape})", (), ("group", "network"), ("ranks", "stride", "groups"), rows)
 
 
-def _nodes(nodes: Sequence[Node], dimensions: Sequence[str], experts: bool) -> Block:
+def _nodes(nodes: Sequence[Node], dense: Mesh, experts: bool) -> Block:
     """Which ranks each node holds; coordinates run through a node in order."""
     rows: list[tuple[str, ...]] = []
     if len(nodes) == 1 and len(nodes[0].places) <= 16:
@@ -177,13 +177,13 @@ def _nodes(nodes: Sequence[Node], dimensions: Sequence[str], experts: bool) -> B
             first, last = node.places[0], node.places[-1]
             more = (_at(first.expert), _at(last.expert)) if experts else ()
             rows.append((str(node.node), f"{first.rank}-{last.rank}", _at(first.dense), _at(last.dense), *more))
-    apart = list(dimensions[:2])  # pp and dp, the outermost first
-    own = ",".join("edp" if name == "dp" else name for name in apart)
-    left = ["node", "ranks", f"{','.join(apart)},cp,tp", "to"] + [f"{own},ep,etp", "to "] * experts
+    left = ["node", "ranks", ",".join(dense.dimensions), "to"] + ["pp,edp,ep,etp", "to "] * experts
     if not any(row[3] for row in rows):
         keep = [0, 1, 2, 4][: 4 if experts else 3]
         rows, left = [tuple(row[i] for i in keep) for row in rows], [left[i] for i in keep]
-    return Block(f"Where each rank is (tp innermost, then cp, {apart[1]}, {apart[0]})", (), left, (), rows)
+    return Block(
+        f"Where each rank is ({dense.dimensions[-1]} innermost, then {', '.join(dense.dimensions[-2::-1])})", (), left, (), rows
+    )
 
 
 def _at(coordinates: Sequence[int]) -> str:

@@ -25,6 +25,8 @@ MAX_CHUNKS = 16
 """Chunks a rank, at most: Llama 3 used 8 or fewer; beyond, per-chunk overheads that the model lacks dominate."""
 AXES = ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "virtual_stages")
 """Integer axes that can be pinned."""
+NAMED = {"offload": OFFLOADS, "order": RANK_ORDERS}
+"""Axes whose values have names, in the order of their codes."""
 SHORT = {"mbs": "micro_batch", "sp": "sequence_parallel", "vpp": "virtual_stages", "v": "virtual_stages"}
 """Short names of axes."""
 
@@ -107,7 +109,7 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
             codes = _codes(axis, wanted, RECOMPUTE_MODES)
             modes = _kept(flag, modes, tuple(m for m in modes if m in codes))
         elif axis in named:
-            codes = _codes(axis, wanted, OFFLOADS if axis == "offload" else RANK_ORDERS)
+            codes = _codes(axis, wanted, NAMED[axis])
             named[axis] = _kept(flag, named[axis], tuple(c for c in named[axis] if c in codes))
         elif axis == "sequence_parallel":
             sequence = _kept(flag, sequence, tuple(v for v in sequence if v in _flags(axis, wanted)))
@@ -162,7 +164,7 @@ def _kept(flag: str, before: C, after: C) -> C:
 
 def axis_named(name: str, flag: str = "--pin") -> str:
     """The axis called `name` or its short form. Raises InputError for an unknown one."""
-    axis, known = SHORT.get(name, name), (*AXES, "schedule", "recompute", "sequence_parallel", "offload", "order")
+    axis, known = SHORT.get(name, name), (*AXES, "schedule", "recompute", "sequence_parallel", *NAMED)
     if axis not in known:
         raise input_error("PLN121", f"{flag} {name}: no such axis", f"axes are {', '.join(known)}", "")
     return axis
@@ -189,8 +191,8 @@ def with_pins(space: Space, pins: Mapping[str, Sequence[object]], flag: str = "-
             chunks = _integers(axis, wanted, flag)
         elif axis == "recompute":
             changes["modes"] = tuple(sorted(_codes(axis, wanted, RECOMPUTE_MODES, flag)))
-        elif axis in ("offload", "order"):
-            changes[axis] = tuple(sorted(_codes(axis, wanted, OFFLOADS if axis == "offload" else RANK_ORDERS, flag)))
+        elif axis in NAMED:
+            changes[axis] = tuple(sorted(_codes(axis, wanted, NAMED[axis], flag)))
         elif axis == "sequence_parallel":
             changes[axis] = tuple(sorted(_flags(axis, wanted, flag)))
         else:
@@ -306,19 +308,19 @@ def unruled_rows(task: Task, space: Space) -> LayoutArray:
     return layouts
 
 
-def _degrees(space: Space) -> list[tuple[int, int, int, int, int, int]]:
-    """(tp, cp, pp, ep, etp, rank order) combinations."""
+def _degrees(space: Space) -> list[tuple[int, ...]]:
+    """(tp, cp, pp, ep, etp, order) combinations."""
     every = itertools.product(space.tp, space.cp, space.pp, space.ep, space.etp, space.order)
     return [d for d in every if space.any_etp or d[4] in (1, d[0])]
 
 
 def _inner_axes(space: Space) -> tuple[dict[str, Sequence[int]], dict[str, Sequence[int]]]:
     """What the grid grows by beyond the degrees: (schedule, virtual stages), then the other choices of a row."""
-    names = ("micro_batch", "zero", "sequence_parallel", "offload")
-    inner = list(itertools.product(*(getattr(space, name) for name in names)))
+    rest = ("micro_batch", "zero", "sequence_parallel", "offload")
+    inner = list(itertools.product(*(getattr(space, name) for name in rest)))
     schedules, chunks = ([pair[k] for pair in space.schedules] for k in (0, 1))
     pipeline: dict[str, Sequence[int]] = {"schedule": schedules, "virtual_stages": chunks}
-    return pipeline, {n: [i[k] for i in inner] for k, n in enumerate(names)}
+    return pipeline, {n: [i[k] for i in inner] for k, n in enumerate(rest)}
 
 
 def _first(placed: Sequence[tuple[int, ...]]) -> LayoutArray:

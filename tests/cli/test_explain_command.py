@@ -76,6 +76,8 @@ def test_what_would_fit_does_fit(plan):
     (("--why-not", "tp=x"), "PLN122"),
     (("--why-not", "schedule=fast"), "PLN122"),
     (("--format", "csv"), "PLN107"),
+    (("--verify", "--why-not", "tp=8"), "PLN107"),
+    (("--verify", "--format", "markdown"), "PLN107"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_error(plan, words, code):
     error = one_line_error(planner("explain", str(plan), *words), code)

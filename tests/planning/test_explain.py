@@ -242,18 +242,22 @@ def test_recompute_in_words():
 # ---- places --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("order", ["tp-cp-dp-pp", "tp-cp-pp-dp"])
 @pytest.mark.parametrize("degrees", [(2, 1, 4, 2), (1, 2, 2, 4), (4, 2, 1, 2), (16, 1, 1, 1)])
-def test_the_rank_map_is_a_mesh(degrees):
+def test_the_rank_map_is_a_mesh(degrees, order):
     tp, cp, pp, dp = degrees
-    layout = Layout.model_validate({"tp": tp, "cp": cp, "pp": pp, "dp": dp, "stages": [{"layers": 1}] * pp})
-    nodes = rank_map(layout, 8)
+    sizes = {"tp": tp, "cp": cp, "pp": pp, "dp": dp}
+    layout = Layout.model_validate({**sizes, "order": order, "stages": [{"layers": 1}] * pp})
+    nodes, found = rank_map(layout, 8), dense_mesh(layout, profile())
     assert [len(n.places) for n in nodes] == [8, 8]
-    mesh = np.arange(16).reshape(pp, dp, cp, tp)
+    assert found.dimensions == order.split("-")[::-1]
+    mesh = np.arange(16).reshape([sizes[name] for name in found.dimensions])
     for place in (p for n in nodes for p in n.places):
         assert mesh[tuple(place.dense)] == place.rank
         assert place.local_rank == place.rank % 8
-    groups = {g.name: g for g in dense_mesh(layout, profile()).groups}
-    for axis, name in enumerate(("pp", "dp", "cp", "tp")):
+        assert place.expert[0] == place.dense[found.dimensions.index("pp")]
+    groups = {g.name: g for g in found.groups}
+    for axis, name in enumerate(found.dimensions):
         lines = np.moveaxis(mesh, axis, -1).reshape(-1, mesh.shape[axis])
         g = groups[name]
         assert (g.size, g.groups) == (mesh.shape[axis], len(lines))

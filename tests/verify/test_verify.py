@@ -229,10 +229,10 @@ def plan_file(tmp_path_factory) -> Path:
     return path
 
 
-def test_explain_prints_the_report_of_plan(plan_file):
+def test_explain_without_verify_explains(plan_file):
     result = planner("explain", str(plan_file))
     assert result.returncode == 0, result.stderr
-    assert "Proven optimal" in result.stdout
+    assert "What binds each pipeline rank" in result.stdout
 
 
 def test_verify_passes_and_says_so(plan_file):

@@ -220,7 +220,7 @@ class Place(Spec):
     rank: int
     local_rank: int
     dense: list[int]
-    """Coordinates (pp, dp, cp, tp)."""
+    """Coordinates in the dense mesh, by its dimensions."""
     expert: list[int]
     """Coordinates (pp, expert dp, ep, etp)."""
 

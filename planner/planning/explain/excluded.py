@@ -11,8 +11,8 @@ from planner.planning.explain.answers import Excluded
 from planner.specs.layout import Layout
 
 _FREE = (
-    "tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "schedule", "virtual_stages", "sequence_parallel",
-    "offload", "order",
+    "tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "schedule", "virtual_stages", "sequence_parallel", "offload",
+    "order",
 )  # fmt: skip
 """What differs between layouts: a rule's text leaves these values out."""
 

@@ -1,48 +1,41 @@
 """Which device does what: the two meshes, their groups and network tiers, and the ranks of every node.
 
-Ranks are numbered with tp innermost, then cp, dp, and pp outermost, or dp outside pp where the layout's `order` says so, as the
-runtime and the cost of every group have it. The expert mesh numbers the same ranks of a stage with etp innermost, then ep,
-then the copies of each expert.
+Ranks are numbered in the layout's order: tp innermost, then cp, then dp with pp outermost, or pp with dp outermost, as the
+runtime and the cost of every group have it. The expert mesh numbers the ranks of a stage with etp innermost, then ep, then the
+copies of each expert; where other stages lie between them, its strides are those that the cost model prices.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 
 from planner.cost.collectives import crossed_tiers
+from planner.cost.task import Ints
 from planner.errors import input_error
 from planner.planning.explain.answers import Group, Mesh, Node, Place
 from planner.specs.hardware import HardwareProfile
-from planner.specs.layout import RANK_ORDERS, Layout
+from planner.specs.layout import Layout
 
-DENSE = ("pp", "dp", "cp", "tp")
 EXPERT = ("pp", "expert dp", "ep", "etp")
 
 
-def _ordered(layout: Layout, dimensions: tuple[str, ...], sizes: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Dimensions and their sizes from the outermost inwards."""
-    if layout.order == RANK_ORDERS[0]:
-        return dimensions, sizes
-    return (dimensions[1], dimensions[0], *dimensions[2:]), (sizes[1], sizes[0], *sizes[2:])
-
-
-def _dense(layout: Layout) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    return _ordered(layout, DENSE, (layout.pp, layout.dp, layout.cp, layout.tp))
-
-
-def _expert(layout: Layout) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    copies = max(layout.world_size // (layout.pp * layout.ep * layout.etp), 1)
-    return _ordered(layout, EXPERT, (layout.pp, copies, layout.ep, layout.etp))
+def dense_dimensions(layout: Layout) -> tuple[str, ...]:
+    """Axes of the dense mesh from the outermost inwards."""
+    return tuple(reversed(layout.order.split("-")))
 
 
 def dense_mesh(layout: Layout, hardware: HardwareProfile) -> Mesh:
     """The mesh of attention and dense layers; ZeRO shards over dp x cp."""
-    mesh = _mesh(*_dense(layout), hardware)
-    apart = 1 if layout.order == RANK_ORDERS[0] else layout.pp
-    both = _group("dp x cp", layout.dp * layout.cp, layout.tp * apart, layout.world_size, hardware)
-    return mesh.model_copy(update={"groups": [*mesh.groups, both]}) if layout.cp > 1 else mesh
+    names = dense_dimensions(layout)
+    shape = [getattr(layout, name) for name in names]
+    mesh = _mesh(names, shape, _strides(shape), hardware)
+    if layout.cp == 1:
+        return mesh
+    both = _group("dp x cp", layout.dp * layout.cp, layout.tp * _apart(layout), layout.world_size, hardware)
+    return mesh.model_copy(update={"groups": [*mesh.groups, both]})
 
 
 def expert_mesh(layout: Layout, hardware: HardwareProfile) -> Mesh:
@@ -51,16 +44,23 @@ def expert_mesh(layout: Layout, hardware: HardwareProfile) -> Mesh:
     if layout.world_size % degrees:
         what = f"{layout.world_size} devices are not a multiple of ep {layout.ep} x etp {layout.etp} x pp {layout.pp}"
         raise input_error("PLN217", what, "experts are spread over the ranks of one pipeline stage", "choose another ep or etp")
-    return _mesh(*_expert(layout), hardware)
+    shape, apart = [layout.pp, layout.world_size // degrees, layout.ep, layout.etp], _apart(layout)
+    stride = layout.tp * layout.cp * (layout.dp if apart == 1 else 1)
+    return _mesh(EXPERT, shape, [stride, layout.ep * layout.etp * apart, layout.etp, 1], hardware)
 
 
-def _mesh(dimensions: tuple[str, ...], shape: tuple[int, ...], hardware: HardwareProfile) -> Mesh:
-    world, strides = int(np.prod(shape)), _strides(shape)
+def _apart(layout: Layout) -> int:
+    """How many stages lie between neighbours of dp."""
+    return layout.pp if dense_dimensions(layout)[0] == "dp" else 1
+
+
+def _mesh(dimensions: Sequence[str], shape: list[int], strides: list[int], hardware: HardwareProfile) -> Mesh:
+    world = int(np.prod(shape))
     groups = [_group(n, size, stride, world, hardware) for n, size, stride in zip(dimensions, shape, strides, strict=True)]
-    return Mesh(dimensions=list(dimensions), shape=list(shape), groups=groups)
+    return Mesh(dimensions=list(dimensions), shape=shape, groups=groups)
 
 
-def _strides(shape: tuple[int, ...]) -> list[int]:
+def _strides(shape: list[int]) -> list[int]:
     """Distance between neighbours along each dimension, the last one innermost."""
     strides = [1]
     for size in reversed(shape[1:]):
@@ -76,8 +76,12 @@ def _group(name: str, size: int, stride: int, world: int, hardware: HardwareProf
 
 def rank_map(layout: Layout, node_size: int) -> list[Node]:
     """Every node with its ranks and their coordinates in both meshes."""
-    world = layout.world_size
-    dense, expert = _coordinates(world, _dense(layout)[1]), _coordinates(world, _expert(layout)[1])
+    world, names = layout.world_size, dense_dimensions(layout)
+    at = dict(zip(names, np.unravel_index(np.arange(world), [getattr(layout, name) for name in names]), strict=True))
+    inside = (at["dp"] * layout.cp + at["cp"]) * layout.tp + at["tp"]  # place among the ranks of a stage
+    spread = layout.ep * layout.etp
+    dense = _listed(*(at[name] for name in names))
+    expert = _listed(at["pp"], inside // spread, inside // layout.etp % layout.ep, inside % layout.etp)
     bounds = [*range(0, world, node_size), world]
     return [
         Node(
@@ -88,6 +92,5 @@ def rank_map(layout: Layout, node_size: int) -> list[Node]:
     ]
 
 
-def _coordinates(world: int, shape: tuple[int, ...]) -> list[list[int]]:
-    found = np.stack(np.unravel_index(np.arange(world), shape), axis=1)
-    return [[int(v) for v in row] for row in found]
+def _listed(*columns: Ints) -> list[list[int]]:
+    return [[int(v) for v in row] for row in np.stack(columns, axis=1)]

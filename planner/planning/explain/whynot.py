@@ -20,7 +20,7 @@ from planner.planning.make import MEMORY_PARTS, short
 from planner.search import conflicts, stages
 from planner.search.extra import least_extra_memory, with_memory
 from planner.search.solve import Outcome, group_of, price, search
-from planner.search.space import Space, declared_space, enumerate_rows, unruled_rows
+from planner.search.space import NAMED, Space, declared_space, enumerate_rows, unruled_rows
 from planner.specs.layout import SCHEDULES, Layout, even_stages
 from planner.units import GIB, gib
 
@@ -119,6 +119,8 @@ def _declared(space: Space, axis: str) -> list[Any]:
     if axis in ("schedule", "virtual_stages"):
         values = sorted({pair[axis == "virtual_stages"] for pair in space.schedules})
         return values if axis == "virtual_stages" else [SCHEDULES[code] for code in values]
+    if axis in NAMED:
+        return [NAMED[axis][code] for code in getattr(space, axis)]
     return [] if axis in ("recompute", "micro_batch") else list(getattr(space, axis))
 
 
@@ -204,7 +206,8 @@ def _allowed(q: _Question, axis: str) -> list[Any]:
     if axis == "recompute":
         return []
     values = sorted({int(v) for v in getattr(x, axis)})
-    return [SCHEDULES[v] for v in values] if axis == "schedule" else values
+    names = SCHEDULES if axis == "schedule" else NAMED.get(axis)
+    return [names[v] for v in values] if names else values
 
 
 # ---- it does not fit -----------------------------------------------------------------------------------------------
