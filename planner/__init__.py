@@ -62,6 +62,7 @@ def plan(
     tokens: str | float | None = None,
     price: float | None = None,
     pue: float | None = None,
+    time_limit: float | None = None,
 ) -> Plan:
     """The proven best plan for a job on a cluster.
 
@@ -76,13 +77,16 @@ def plan(
     "min-gpus" tell several sizes apart: see `scale`). With `tokens` (a number, or text such as "15T") `Plan.economy` holds
     steps, days, device-hours, cost and energy: `price` in USD of a device-hour (the profile's when left out), `pue` the
     site's energy over that of its devices.
+
+    After `time_limit` (seconds) or a KeyboardInterrupt the plan is the best so far: its certificate says `interrupted`, with
+    bound and gap. Raises TimeoutError or KeyboardInterrupt when there is none.
     """
     from planner.planning import make
 
     limits = {"max_memory_fraction": max_memory_fraction, "max_oom_probability": max_oom_probability}
     request = _request(model, hardware, nodes, gpus, engine, seq_len, global_batch, precision, limits, pin, forbid, adapter)
     request = _aims(request, objective, tokens, price, pue)
-    return make.make_plan(request, alternatives)
+    return make.make_plan(request, alternatives, time_limit=time_limit)
 
 
 def estimate(

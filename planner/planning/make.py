@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from planner import stopping
 from planner.engines.base import job_problems, layout_problems
 from planner.errors import InfeasibleError, InputError, Problem, input_error
 from planner.planfile import Alternative, Certificate, Choice, Estimate, LowestMemory, Memory, Plan
@@ -27,19 +28,25 @@ def make_plan(
 
     Where several of them are as fast as can be told, the plan is the simplest or emptiest one: see `choice`. With the
     objective `memory` the space is what fits under the lowest limit that anything fits under: see `lowmemory`.
-    Raises InputError, InfeasibleError when nothing fits, TimeoutError or KeyboardInterrupt when stopped before any plan.
+    `time_limit` in seconds. Raises InputError, InfeasibleError when nothing fits, TimeoutError or KeyboardInterrupt when
+    stopped before any plan.
     """
-    from planner.search.solve import search
-
     if alternatives < 1:
         raise input_error("PLN107", f"alternatives {alternatives}: at least 1, the plan itself", "", "")
+    with stopping.limit(time_limit):
+        return _made(request, alternatives, progress)
+
+
+def _made(request: Request, alternatives: int, progress: Progress | None) -> Plan:
+    from planner.search.solve import search
+
     setting = prepare(request)
     if problems := job_problems(setting.task, setting.engine):
         raise InputError(problems)
     space = declared_space(setting.task, setting.engine, request.pins, request.forbid)
     floor = lowest_limit(setting.task, setting.engine, space) if request.objective == "memory" else None
     task = setting.task if floor is None else floor.task
-    outcome = search(task, setting.engine, space, alternatives, progress, time_limit)
+    outcome = search(task, setting.engine, space, alternatives, progress)
     certificate = _certificate(outcome, None if floor is None else floor.proof)
     if not outcome.candidates:
         if outcome.status == "interrupted":
@@ -149,8 +156,15 @@ def explain_infeasible(setting: Setting, space: Space, request: Request, certifi
 
     task, engine = setting.task, setting.engine
     unit = task.hardware.node_size if request.nodes is not None else 1
-    smallest = explain.smallest_cluster(task, engine, lambda t: declared_space(t, engine, request.pins, request.forbid), unit)
-    problem = why_nothing_fits(setting, space, _smallest_text(smallest, unit, task.gpus))
+    try:
+        smallest = explain.smallest_cluster(
+            task, engine, lambda t: declared_space(t, engine, request.pins, request.forbid), unit
+        )
+        fix = _smallest_text(smallest, unit, task.gpus)
+    except (TimeoutError, KeyboardInterrupt):  # what was asked is proven: stopped while looking for advice
+        smallest, fix = None, "the search for the smallest cluster that works was stopped"
+    with stopping.shielded():
+        problem = why_nothing_fits(setting, space, fix)
     nodes = None if smallest is None else -(-smallest // task.hardware.node_size)
     return NothingFits([problem], certificate, nodes)
 

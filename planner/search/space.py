@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from planner import stopping
 from planner.cost.task import INTERLEAVED, NONE, Ints, LayoutArray, Task
 from planner.engines.base import Engine, Rule, schedule_codes
 from planner.errors import input_error
@@ -221,6 +222,7 @@ def enumerate_rows(task: Task, engine: Engine, space: Space) -> Rows:
         rejected["world = tp cp pp dp"] = lost
     layouts = _grid(task, placed, inner)
     for rule in engine.all_rules:
+        stopping.check()
         if not len(layouts):
             break
         layouts, lost = _apply(task, rule, layouts)

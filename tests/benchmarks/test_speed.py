@@ -64,7 +64,7 @@ def test_search(benchmark, case):
 
 
 def process(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", "planner.cli.main", *words], check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "planner", *words], check=True, capture_output=True, timeout=60)
 
 
 def test_help_process(benchmark):

@@ -263,7 +263,7 @@ def test_a_model_survives_the_trip_through_yaml(tmp_path):
 
 
 def test_a_closed_pipe_is_not_an_error():
-    command = f"{sys.executable} -m planner.cli.main hardware show h100-sxm --format json | head -1"
+    command = f"{sys.executable} -m planner hardware show h100-sxm --format json | head -1"
     result = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=60, check=False
     )
