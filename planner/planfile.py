@@ -1,7 +1,7 @@
 """The plan file: schema, version, canonical form, digest, read, write.
 
 Comes in: what `planning` assembled, or a file. Goes out: a `Plan` that holds everything a launcher and the runtime
-need; they read nothing else. The digest covers what decides the job and its prediction, not how long the search took.
+need; they read nothing else. Equal inputs give equal bytes: how long the search took is not part of the file.
 (The module is not called `plan`, because `planner.plan` is the function.)
 """
 
@@ -260,7 +260,8 @@ class Certificate(Spec):
     objective_ns: int | None
     """The integer that the proof is about."""
     space: Space
-    seconds: float
+    seconds: float | None = Field(default=None, exclude=True)
+    """How long the search took. Shown, never written: equal inputs give equal files. Files before 2.1 state it."""
     solver: str
     lowest_memory: LowestMemory | None = None
     """The lower memory limit that the proof holds under, with `--objective memory`."""
@@ -314,6 +315,7 @@ class Inputs(Spec):
     hardware: str
     digests: dict[str, str]
     pins: dict[str, list[Any]] = Field(default_factory=dict)
+    """Allowed values by axis: axes and values in ascending order, however they were given."""
     forbidden: list[str] = Field(default_factory=list)
 
 
@@ -352,7 +354,7 @@ class Plan(Spec):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the canonical form without the search's wall time."""
+        """SHA-256 of the canonical form."""
         return _digest(self.model_dump(mode="json"))
 
     def to_json(self) -> str:
@@ -361,7 +363,7 @@ class Plan(Spec):
 
 
 def _digest(data: dict[str, Any]) -> str:
-    """SHA-256 of a plan's data without the search's wall time."""
+    """SHA-256 of a plan's data, without the search's wall time that older files state."""
     proof = data.get("certificate")
     if isinstance(proof, dict):
         data = {**data, "certificate": {k: v for k, v in proof.items() if k != "seconds"}}

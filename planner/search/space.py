@@ -148,20 +148,27 @@ def _kept(flag: str, before: C, after: C) -> C:
     return after
 
 
+_SHORT = {"mbs": "micro_batch", "sp": "sequence_parallel", "vpp": "virtual_stages", "v": "virtual_stages"}
+
+
+def axis_named(name: str) -> str:
+    """The axis that a name or its short form means; other names as they are."""
+    return _SHORT.get(name, name)
+
+
 def _restrictions(pins: Mapping[str, Sequence[object]], forbid: Sequence[str]) -> list[tuple[str, str, Sequence[object]]]:
     """Pins and forbids as (flag, axis, allowed values)."""
-    short = {"mbs": "micro_batch", "sp": "sequence_parallel", "vpp": "virtual_stages", "v": "virtual_stages"}
     known = (*AXES, "schedule", "recompute", "sequence_parallel")
     result: list[tuple[str, str, Sequence[object]]] = []
     for name, wanted in pins.items():
-        axis = short.get(name, name)
+        axis = axis_named(name)
         if axis not in known:
             raise input_error("PLN121", f"--pin {name}: no such axis", f"axes are {', '.join(known)}", "")
         result.append((f"--pin {name}={','.join(map(str, wanted))}", axis, wanted))
     neutral: dict[str, Sequence[object]] = {a: [1] for a in AXES} | {"zero": [0], "recompute": ["none"]}
     neutral["sequence_parallel"] = ["false"]
     for name in forbid:
-        axis, flag = short.get(name, name), f"--forbid {name}"
+        axis, flag = axis_named(name), f"--forbid {name}"
         if axis in SCHEDULES and axis != "none":
             result.append((flag, "schedule", [s for s in SCHEDULES if s != axis]))
         elif axis in RECOMPUTE_MODES and axis != "none":
