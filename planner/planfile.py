@@ -385,13 +385,18 @@ def canonical(data: Any) -> str:
 
 def write(plan: Plan, path: str | Path) -> None:
     """Write the plan so that a reader never sees half of it (in place where the path is not a regular file)."""
+    write_text(plan.to_json(), path)
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write a file so that a reader never sees half of it. Raises InputError."""
     target = Path(path).resolve()
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         if target.exists() and not target.is_file():
-            target.write_text(plan.to_json(), encoding="utf-8")
+            target.write_text(text, encoding="utf-8")
             return
-        temporary.write_text(plan.to_json(), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(target)
     except OSError as error:
         temporary.unlink(missing_ok=True)

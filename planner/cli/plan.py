@@ -53,6 +53,16 @@ def plan(
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, max=50, help="Plans to prove, the best included.")] = 4,
     time_limit: Annotated[float | None, typer.Option("--time-limit", help="Seconds; then the best plan so far.")] = None,
+    pareto: Annotated[
+        str | None,
+        typer.Option("--pareto", metavar="WHAT", help="Step time against memory, gpus or cost: all best trade-offs."),
+    ] = None,
+    points: Annotated[
+        int | None, typer.Option("--points", help="Memory limits that --pareto memory tries. [16]", show_default=False)
+    ] = None,
+    chart: Annotated[
+        Path | None, typer.Option("--chart", help="Draw the front of --pareto here: .svg or .png (extra report).")
+    ] = None,
     output_format: common.Format = "table",
     output: Annotated[
         Path | None, typer.Option("-o", "--out", help="Write the plan file here; a table of counts as .csv or .parquet.")
@@ -60,6 +70,7 @@ def plan(
     as_type: common.AsType = None,
 ) -> None:
     """Find the best layout for a training job, prove it, and say whether it fits."""
+    from planner.cli import pareto as front
     from planner.cli import scale
     from planner.planning.counts import several
 
@@ -68,6 +79,10 @@ def plan(
     flags = dict(locals())
     if time_limit is not None and not (0 < time_limit < float("inf")):
         raise input_error("PLN107", f"--time-limit {time_limit}: not a time above zero", "", "give seconds, such as 60")
+    if pareto is not None:
+        front.front(flags | {"points": 16 if points is None else points})
+        return
+    front.checked_without(flags)
     if several(nodes) or several(gpus):
         scale.scaling(flags)
     else:

@@ -12,6 +12,8 @@ from planner.cli import common
 from planner.errors import MissingPartError, Problem, input_error
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from planner.planning.scale import Scaling
 
 SUFFIXES = (".json", ".csv", ".parquet")
@@ -66,10 +68,16 @@ def write(made: Scaling, path: Path) -> None:
 
     if path.suffix == ".json":
         planfile.write(made.require(), path)
-    elif path.suffix == ".csv":
-        made.frame.to_csv(path, index=False)
     else:
-        made.frame.to_parquet(path, index=False)
+        write_frame(made.frame, path)
+
+
+def write_frame(frame: pd.DataFrame, path: Path) -> None:
+    """A table, as its suffix says."""
+    if path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_parquet(path, index=False)
 
 
 def print_scaling(made: Scaling, output_format: str) -> None:

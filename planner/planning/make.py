@@ -47,16 +47,16 @@ def _made(request: Request, alternatives: int, progress: Progress | None) -> Pla
     floor = lowest_limit(setting.task, setting.engine, space) if request.objective == "memory" else None
     task = setting.task if floor is None else floor.task
     outcome = search(task, setting.engine, space, alternatives, progress)
-    certificate = _certificate(outcome, None if floor is None else floor.proof)
+    certificate = certificate_of(outcome, None if floor is None else floor.proof)
     if not outcome.candidates:
         if outcome.status == "interrupted":
             raise TimeoutError if outcome.stopped_by == "limit" else KeyboardInterrupt
         raise explain_infeasible(setting, space, request, certificate)
-    plan = _assembled(setting, outcome, certificate)
+    plan = assembled(setting, outcome, certificate)
     return plan.model_copy(update={"objective": request.objective})
 
 
-def _assembled(setting: Setting, outcome: Outcome, certificate: Certificate) -> Plan:
+def assembled(setting: Setting, outcome: Outcome, certificate: Certificate) -> Plan:
     """The plan among the candidates of a search, the others as alternatives."""
     found = [choice.Proven(c.layout, estimate_layout(setting.task, c.layout)) for c in outcome.candidates]
     # A search that ended early proved too little for anything but its best to be the plan.
@@ -118,7 +118,7 @@ def _money(setting: Setting, estimate: Estimate) -> dict[str, Any]:
     return {"economy": economy(setting.budget, task.job, task.gpus, task.hardware, estimate)}
 
 
-def _certificate(outcome: Outcome, lowest: LowestMemory | None) -> Certificate:
+def certificate_of(outcome: Outcome, lowest: LowestMemory | None) -> Certificate:
     best = outcome.candidates[0].step_ns if outcome.candidates else None
     bound = outcome.bound_ns
     gap = (best - bound) / best if best and bound is not None else None

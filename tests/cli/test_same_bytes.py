@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import planner
+from search.instances import instance, mixed_instance, mixture_instance
 
 import planner as api
 from planner.search import solve
 from planner.search.space import Rows, enumerate_rows
-from search.instances import instance, mixed_instance, mixture_instance
 
 JOBS = {
     "dense": ["llama3-8b", "--hw", "h100-sxm", "--nodes", "2", "--seq-len", "8192", "--global-batch", "128"],
