@@ -63,6 +63,9 @@ def plan(
     chart: Annotated[
         Path | None, typer.Option("--chart", help="Draw the front of --pareto here: .svg or .png (extra report).")
     ] = None,
+    space: Annotated[
+        bool, typer.Option("--space", help="Print the declared space and count it; plan nothing. Formats table and json.")
+    ] = False,
     output_format: common.Format = "table",
     output: Annotated[
         Path | None, typer.Option("-o", "--out", help="Write the plan file here; a table of counts as .csv or .parquet.")
@@ -79,6 +82,9 @@ def plan(
     flags = dict(locals())
     if time_limit is not None and not (0 < time_limit < float("inf")):
         raise input_error("PLN107", f"--time-limit {time_limit}: not a time above zero", "", "give seconds, such as 60")
+    if space:
+        _space(flags)
+        return
     if pareto is not None:
         front.front(flags | {"points": 16 if points is None else points})
         return
@@ -87,6 +93,25 @@ def plan(
         scale.scaling(flags)
     else:
         _one(flags)
+
+
+def _space(flags: dict[str, Any]) -> None:
+    """Print the declared space. Raises InputError."""
+    from planner.planning.counts import several
+    from planner.planning.spaceview import space_view
+
+    common.checked_format(flags["output_format"], ("table", "json"))
+    if flags["pareto"] is not None or flags["output"] is not None:
+        raise input_error("PLN129", "--space makes no plan and no front", "", "leave out --pareto and -o")
+    if several(flags["nodes"]) or several(flags["gpus"]):
+        raise input_error("PLN129", "--space with several counts", "each has a space of its own", "give one count")
+    view = space_view(request_of(flags))
+    if flags["output_format"] == "json":
+        common.write_result(common.to_json(view.to_data()))
+    else:
+        from planner.report import space, terminal
+
+        space.print_space(view, terminal.console())
 
 
 def _one(flags: dict[str, Any]) -> None:
