@@ -1,4 +1,4 @@
-"""The declared space, described: the values of each axis, why they are those, and how many layouts there are. Nothing is solved.
+"""The declared space, described: the values of each axis, why they are those, and how many layouts there are; unsolved.
 
 Comes in: a request. Goes out: `SpaceView`. An outer row is a layout without its split of layers and recompute; each row that
 obeys the rules stands for all its splits and mixes, which are counted too.

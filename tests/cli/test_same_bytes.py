@@ -32,7 +32,7 @@ def written(folder: Path, job: list[str], *flags: str, **env: str) -> bytes:
     return path.read_bytes()
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", ["dense", "mixed", pytest.param("experts", marks=pytest.mark.slow)])
 def test_the_same_bytes_in_another_process(tmp_path, name):
     once = written(tmp_path, JOBS[name], *FLAGS, PYTHONHASHSEED="1", OMP_NUM_THREADS="1")
     again = written(tmp_path, JOBS[name], *OTHER_ORDER, PYTHONHASHSEED="2", OMP_NUM_THREADS="2", LC_ALL="C", TZ="Asia/Tokyo")
