@@ -115,6 +115,8 @@ class Memory(Spec):
     peak_allocated_gib: float
     """What the framework's allocator reports."""
     peak_stage: int
+    host_gib: float = 0.0
+    """GiB of optimizer states that each device of the fullest stage keeps in host memory (offload)."""
     peak_cause: str
     fits: bool
     stages: list[StageMemory]

@@ -171,6 +171,7 @@ def _rows(model: Any, params: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows.append(("final norm", f"{params['final_norm']:,}", model.norm))
     rows.append(("head", f"{params['head']:,}", "tied to the embedding" if model.tied_embeddings else ""))
     if model.mtp:
-        what = f"{model.mtp} multi-token module{'s' if model.mtp > 1 else ''}, not in the total: a layer, a projection and three norms each"
+        modules = f"{model.mtp} multi-token module{'s' if model.mtp > 1 else ''}"
+        what = f"{modules}, not in the total: a layer, a projection and three norms each"
         rows.append(("multi-token", f"{params['multi_token']:,}", what))
     return rows

@@ -208,6 +208,8 @@ class Accounting:
     """Whether attention keeps its scores on chip (FlashAttention) or writes them."""
     attention_rate: float = 1.0
     """Rate of its attention kernels over those of the device's profile."""
+    windows: bool = True
+    """Whether attention kernels skip the keys outside a sliding window."""
     score_bytes: tuple[float, float] = (9.0, 11.0)
     """Bytes moved for each score of unfused attention, forward and backward: fused scale, mask and softmax, and dropout."""
     backward_scores: float = 0.0
@@ -225,6 +227,11 @@ class Accounting:
     (DeepEP, HybridEP)."""
     kernels_routed: tuple[float, float] = (40.0, 60.0)
     """More kernels where tokens are routed, forward and backward."""
+    kernels_expert: tuple[float, float] = (0.0, 0.0)
+    """More for each expert of a rank where grouped products are loops over experts, forward and backward: launches, and the
+    host's work for each expert's parameters as so many launches."""
+    kernels_padded: float = 1.6
+    """Factor on `kernels_expert` in narrow types: the rows of each expert are padded, cast and scaled apart."""
     pipeline_zero: int | None = None
     """ZeRO stage that the engine uses under a pipeline in place of 3: it keeps parameters gathered between micro-batches."""
     balanced_stages: bool = False

@@ -157,8 +157,10 @@ class StateBytes:
 _MOMENTS = ("resident", "carried", "unit", "unit_reduction", "head", "head_reduction", "last_reduction", "last_unit")
 
 
-def state_bytes(task: Task, zero: Ints, shard: Ints, microbatches: Ints) -> StateBytes:
-    """State sizes a parameter for each entry, under the engine's rule of its ZeRO stage."""
+def state_bytes(task: Task, layouts: LayoutArray, shard: Ints) -> StateBytes:
+    """State sizes a parameter for each layout, under the engine's rule of its ZeRO stage, over `shard` ranks."""
+    zero, microbatches = layouts.zero, layouts.microbatches
+    here = layouts.offload == 0
     a, e = task.accounting, task.job.compute_bytes
     present = {
         "always": np.ones(len(zero), dtype=bool),
@@ -179,7 +181,8 @@ def state_bytes(task: Task, zero: Ints, shard: Ints, microbatches: Ints) -> Stat
             for item in items:
                 if (part is None or item.part == part) and not (whole and item.shard):
                     size = a.size(item.size, e) / (shard if item.shard else 1.0)
-                    result += np.where((zero == stage) & present[item.when], size, 0.0)
+                    kept = here if item.part == "optimizer" else True
+                    result += np.where((zero == stage) & present[item.when] & kept, size, 0.0)
         return result
 
     return StateBytes(

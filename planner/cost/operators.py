@@ -142,7 +142,10 @@ def _host(task: Task, s: Shapes, direction: int) -> Floats:
     """Host time of one layer, forward (0) or backward (1)."""
     a = task.accounting
     kernels = (a.kernels_forward, a.kernels_backward)[direction] + np.where(s.tp > 1, a.kernels_tp[direction], 0.0)
-    kernels = kernels + (a.kernels_routed[direction] if task.model.layer.mlp.routed else 0.0)
+    mlp = task.model.layer.mlp
+    if mlp.routed:
+        each = a.kernels_expert[direction] * (1.0 if task.job.linears == "same" else a.kernels_padded)
+        kernels = kernels + a.kernels_routed[direction] + each * np.maximum(mlp.experts / s.ep, 1.0)
     kernels = kernels + adapters.launches(task, direction)
     return kernels * task.hardware.device.launch.base * task.constant("host")
 
@@ -292,8 +295,10 @@ def _attention(task: Task, s: Shapes) -> tuple[Floats, Floats]:
     attention = model.layer.attention
     if attention.kind == "linear":  # the state of d keys, and half of the block that is done by scores
         visible = 2.0 * model.head_dim + LINEAR_BLOCK
-    else:
+    elif task.accounting.windows:
         visible = 2.0 * attention.mean_keys_of(task.job.seq_len)
+    else:
+        visible = length
     width = model.attention_dim_of(model.layer)
     work = AttentionWork(s.micro_batch, length / s.cp, length, visible, model.heads / s.tp, width)
     a, device = task.accounting, task.hardware.device

@@ -235,7 +235,7 @@ class PrimitiveTable:
 
     def _p2p(self, x: LayoutArray, share: Ints) -> Ints:
         """Exposed neighbour traffic of one micro-batch: both directions through each of the v chunks."""
-        span = x.tp * x.cp * x.dp * x.pp
+        span = x.span
         exposed = [self.task.accounting.pp_exposed.get(name, 1.0) for name in SCHEDULES]
         once = self.hops[0].take(share)
         for tier, hop in zip(self.task.hardware.network, self.hops[1:], strict=False):
@@ -252,7 +252,7 @@ class PrimitiveTable:
 
 _BLOCK = ("tp", "cp", "ep", "etp", "micro_batch", "sequence_parallel")
 """What a layer's operators depend on."""
-_OUTER = (*_BLOCK, "dp", "zero")
+_OUTER = (*_BLOCK, "dp", "zero", "offload", "apart")
 """What everything but the pipeline's own terms depends on."""
 
 
@@ -391,7 +391,9 @@ def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats])
 
     def optimizer(count: Floats, shard: Ints) -> Floats:
         owned = count / np.where(sharded, shard, 1)
-        return streaming_seconds(a.optimizer_bytes * owned + a.optimizer_whole_bytes * count, task.hardware.device)
+        whole = streaming_seconds(a.optimizer_whole_bytes * count, task.hardware.device)
+        own = streaming_seconds(a.optimizer_bytes * owned, task.hardware.device)
+        return whole + np.where(layouts.offload == 1, host_update_seconds(task, owned), own)
 
     update = {place: optimizer(count, layouts.shard) for place, count in params_by_place(params).items()}
     update["layer"] = update["layer"] + optimizer(params["experts"], layouts.expert_shard)
@@ -404,6 +406,19 @@ def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats])
     return DpTraffic(exposed[0], exposed[1], each["backward"], ns)
 
 
+HOST_BANDWIDTH = 50e9
+"""Bytes/s of host memory for each device: assumed, 65 % of two sockets of DDR5-4800 (614 GB/s) over eight devices."""
+
+
+def host_update_seconds(task: Task, owned: Floats) -> Floats:
+    """Time of an update in host memory: fp32 gradients down, Adam there, new parameters up; none of it overlapped.
+
+    ZeRO-Offload (arXiv 2101.06840, section 4); Adam reads four and writes three fp32 values a parameter.
+    """
+    moved = (4.0 + task.job.compute_bytes) * owned
+    return moved / task.hardware.device.host_link.base + 28.0 * owned / HOST_BANDWIDTH
+
+
 def _traffic_seconds(source: frozen.Source, layouts: LayoutArray) -> Iterator[tuple[Traffic, Ints, dict[str, Floats]]]:
     """(collective, layouts that have it, its seconds by place) of the parameters under one rule, experts with their layer."""
     task = source.task
@@ -412,8 +427,8 @@ def _traffic_seconds(source: frozen.Source, layouts: LayoutArray) -> Iterator[tu
         x = layouts.take(rows)
         for item in rule.traffic if len(rows) else ():
             n_bytes = task.accounting.size(item.size, task.job.compute_bytes)
-            groups = {place: (x.shard, x.tp, count[rows]) for place, count in params_by_place(source.counts).items()}
-            groups["experts"] = (x.expert_shard, x.ep * x.etp, source.counts["experts"][rows])
+            groups = {place: (x.shard, x.tp * x.apart, count[rows]) for place, count in params_by_place(source.counts).items()}
+            groups["experts"] = (x.expert_shard, x.ep * x.etp * x.apart, source.counts["experts"][rows])
             cost = {
                 place: task.constant("dp")
                 * collective_seconds(item.op, n.astype(float), stride.astype(float), n_bytes * count, task.hardware)
@@ -455,8 +470,8 @@ def _layer_ns(
 def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
     """Bytes of parameters, gradients and optimizer states of a layer and of the first and last rank's extras."""
     params = frozen.trained_params(task, layouts)
-    per = memory.state_bytes(task, layouts.zero, layouts.shard, layouts.microbatches)
-    routed = memory.state_bytes(task, layouts.zero, layouts.expert_shard, layouts.microbatches)
+    per = memory.state_bytes(task, layouts, layouts.shard)
+    routed = memory.state_bytes(task, layouts, layouts.expert_shard)
     zeros = np.zeros(len(layouts))
     backward, update = sum(per.backward.values(), zeros), sum(per.update.values(), zeros)
     place, experts = params_by_place(params), params["experts"]
@@ -492,8 +507,8 @@ def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
 def _frozen_states(source: frozen.Source, layouts: LayoutArray) -> dict[str, Ints]:
     """Bytes of frozen weights, beside those of the trained ones: the same while micro-batches and while the optimizer run."""
     task, counts, place = source.task, source.counts, params_by_place(source.counts)
-    per = memory.state_bytes(task, layouts.zero, layouts.shard, layouts.microbatches)
-    routed = memory.state_bytes(task, layouts.zero, layouts.expert_shard, layouts.microbatches)
+    per = memory.state_bytes(task, layouts, layouts.shard)
+    routed = memory.state_bytes(task, layouts, layouts.expert_shard)
     held, held_routed = per.backward["params"], routed.backward["params"]
     layer, first, last = (
         ceil(held * place["layer"] + held_routed * counts["experts"]),

@@ -14,16 +14,18 @@ equal stages (Narayanan 2021, section 2.2) and not below it for unequal ones; te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
 
+from planner.cost.blending import blend
 from planner.cost.primitives import Blend, Primitives, primitive_table
 from planner.cost.schedules import in_flight, in_flight_layers
 from planner.cost.task import Bools, Ints, LayoutArray, StageArray, Task, even_runs
 from planner.specs.layout import Layout, chunk_layers
+
+__all__ = ["Blend", "blend"]  # part of what a step is made of
 
 
 @dataclass(frozen=True)
@@ -131,52 +133,6 @@ def stage_update_bytes(p: Primitives, first: Ints, last: Ints, layers: Ints) -> 
     transient = p.last_reduction + np.where(first == 1, p.last_embedding, p.last_layer)
     extras = first * p.updating_first + last * p.updating_last
     return layers * p.updating + extras + transient + receive_bytes(p, first, last) + p.fixed
-
-
-_PEAKS = (
-    "fixed", "transient", "reduction", "head_transient", "head_reduction", "last_reduction", "last_layer", "carried",
-)  # fmt: skip
-_LAYER_TIME = ("forward", "backward", "recompute1", "recompute2", "comm", "hide", "floor", "update")
-_LAYER = (*_LAYER_TIME, "state", "updating", "act0", "act1", "act2")
-
-
-_SHARED = ("boundary", "receive", "p2p")
-_REMADE, _REST = Primitives.remade, Primitives.reduction_rest
-
-
-def blend(kinds: Sequence[Primitives], counts: Ints, text: int = 0, timed: bool = True) -> Blend:
-    """Primitives of ranks that mix several kinds of layers: `kinds` by kind, `counts` with kinds on its last axis.
-
-    What a layer costs becomes its mean over the rank's layers, rounded up: n layers of the mean cost at most n units more
-    than the sum. What lives only at the peak is that of the largest kind on the rank, what ranks send to each other that of
-    the largest kind of all; embedding and head are those of kind `text`. The fields of `kinds` broadcast against
-    `counts[..., 0]`. Without `timed` the times of layers are left as those of kind `text`: memory alone is asked for.
-    """
-    held = counts.sum(axis=-1)
-    n, empty = np.maximum(held, 1), held == 0  # a rank without layers keeps the workspace
-    values: dict[str, Ints] = {}
-
-    present = [((counts[..., k] > 0) | empty).astype(np.int64) for k in range(len(kinds))]
-
-    def largest(columns: Sequence[Ints]) -> Ints:
-        found = present[0] * columns[0]
-        for here, column in zip(present[1:], columns[1:], strict=True):
-            found = np.maximum(found, here * column)
-        return found
-
-    for f in fields(Primitives):
-        columns = [getattr(p, f.name) for p in kinds]
-        if f.name in (_LAYER if timed else _LAYER[len(_LAYER_TIME) :]):
-            total = sum((counts[..., k] * c for k, c in enumerate(columns)), np.zeros_like(held))
-            values[f.name] = total // n if f.name == "hide" else -(-total // n)
-        elif f.name in _PEAKS:
-            values[f.name] = largest(columns)
-        elif f.name in _SHARED:
-            values[f.name] = np.maximum.reduce(columns)
-        else:
-            values[f.name] = columns[text]
-    remade, rest = ([largest([part(p, mode) for p in kinds]) for mode in range(3)] for part in (_REMADE, _REST))
-    return Blend(**values, remade_by_mode=tuple(remade), rest_by_mode=tuple(rest))  # type: ignore[arg-type]
 
 
 def layers_by_kind(task: Task, layout: Layout) -> Ints:

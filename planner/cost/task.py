@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from planner.specs.calibration import Calibration
 from planner.specs.hardware import HardwareProfile
 from planner.specs.job import Job
 from planner.specs.layers import FrontEnd
-from planner.specs.layout import SCHEDULES, Layout, Stage
+from planner.specs.layout import OFFLOADS, RANK_ORDERS, SCHEDULES, Layout, Stage
 from planner.specs.model import Model
 
 Ints = npt.NDArray[np.int64]
@@ -138,6 +138,15 @@ class LayoutArray:
     """0 or 1."""
     microbatches: Ints
     """m = global_batch / (dp * micro_batch)."""
+    offload: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """1 where optimizer states live in host memory; all 0 when left out."""
+    order: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Code of the rank order; all 0 when left out."""
+
+    def __post_init__(self) -> None:
+        for name in ("offload", "order"):
+            if len(getattr(self, name)) != len(self.tp):
+                object.__setattr__(self, name, np.zeros(len(self.tp), dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.tp)
@@ -154,6 +163,16 @@ class LayoutArray:
         return self.dp * self.cp
 
     @property
+    def apart(self) -> Ints:
+        """How far data-parallel neighbours stand apart beyond tp and cp: a pipeline between them, or nothing."""
+        return np.where(self.order == 1, self.pp, 1)
+
+    @property
+    def span(self) -> Ints:
+        """Ranks between the first and the last stage of one pipeline, both included."""
+        return self.tp * self.cp * self.pp * np.where(self.order == 1, 1, self.dp)
+
+    @property
     def expert_shard(self) -> Ints:
         """Ranks that hold the same experts: tp cp dp / (ep etp), at least 1."""
         return np.maximum(self.tp * self.cp * self.dp // (self.ep * self.etp), 1)
@@ -166,6 +185,8 @@ class LayoutArray:
             **degrees,
             schedule=SCHEDULES[int(self.schedule[row])],  # type: ignore[arg-type]
             sequence_parallel=bool(self.sequence_parallel[row]),
+            offload=OFFLOADS[int(self.offload[row])],  # type: ignore[arg-type]
+            order=RANK_ORDERS[int(self.order[row])],  # type: ignore[arg-type]
             stages=list(stages),
         )
 
@@ -181,6 +202,8 @@ class LayoutArray:
             schedule=np.array([SCHEDULES.index(x.schedule) for x in layouts], dtype=np.int64),
             sequence_parallel=column("sequence_parallel"),
             microbatches=np.array([x.microbatches(job) for x in layouts], dtype=np.int64),
+            offload=np.array([OFFLOADS.index(x.offload) for x in layouts], dtype=np.int64),
+            order=np.array([RANK_ORDERS.index(x.order) for x in layouts], dtype=np.int64),
         )
 
 

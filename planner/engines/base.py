@@ -9,15 +9,15 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from planner.cost.accounting import Accounting
-from planner.cost.task import GPIPE, INTERLEAVED, NONE, ONE_F_ONE_B, Bools, LayoutArray, Subject, Task
+from planner.cost.task import GPIPE, INTERLEAVED, NONE, ONE_F_ONE_B, Bools, Ints, LayoutArray, Subject, Task
 from planner.errors import Problem
 from planner.specs.features import features
-from planner.specs.layout import SCHEDULES, Layout
+from planner.specs.layout import OFFLOADS, RANK_ORDERS, SCHEDULES, Layout
 from planner.specs.model import Model
 
 Predicate = Callable[[Subject | Task, LayoutArray], Bools]
@@ -36,6 +36,9 @@ class Rule:
     fix: str
     whole_job: bool = False
     """It looks at the model and the job only: no layout can satisfy it."""
+    on: Literal["degrees", "pipeline", "row"] = "row"
+    """What of a layout it looks at: tp, cp, pp, dp, ep, etp alone; the schedule and its chunks besides; or anything. The
+    search asks it as early as that."""
 
     def problem(self, values: dict[str, Any]) -> Problem:
         """The finding for one layout's values."""
@@ -74,11 +77,40 @@ class Engine:
     """Whether it splits the sequence (cp > 1)."""
     expert_parallel: bool = False
     """Whether it spreads experts (ep > 1)."""
+    offloads: tuple[str, ...] = ("none",)
+    """What it can keep in host memory."""
+    rank_orders: tuple[str, ...] = ("tp-cp-dp-pp",)
+    """Orders in which it can place the axes."""
+
+    @property
+    def _choices(self) -> tuple[Rule, ...]:
+        """Rules that follow from what it offers: offload and rank orders."""
+        offloads, orders = ([names.index(n) for n in own] for names, own in
+                            ((OFFLOADS, self.offloads), (RANK_ORDERS, self.rank_orders)))  # fmt: skip
+        return (
+            Rule(
+                "PLN226", f"{self.name}: offload",
+                lambda t, x: ~np.isin(x.offload, offloads),
+                "offload {offload}",
+                f"{self.title} keeps in host memory: {', '.join(self.offloads)}",
+                "set offload: none, or use another engine",
+            ),
+            Rule(
+                "PLN227", f"{self.name}: rank order",
+                lambda t, x: ~np.isin(x.order, orders),
+                "order {order}",
+                f"{self.title} places ranks as {' or '.join(self.rank_orders)}",
+                "leave out order, or use another engine",
+                on="degrees",
+            ),
+        )  # fmt: skip
 
     @property
     def all_rules(self) -> tuple[Rule, ...]:
-        """Rules of every engine, then its own."""
-        return COMMON_RULES + self.rules
+        """Rules of every engine and its own, in the order in which they are asked: those that look at least first."""
+        return tuple(
+            sorted(COMMON_RULES + self.rules + self._choices, key=lambda rule: ("degrees", "pipeline", "row").index(rule.on))
+        )
 
 
 def _divides(n: np.ndarray | int, d: np.ndarray) -> Bools:
@@ -94,6 +126,21 @@ def _all(layouts: LayoutArray, value: bool) -> Bools:
     return np.full(len(layouts), value)
 
 
+def _order_matters(task: Subject | Task, x: LayoutArray) -> Bools:
+    """Whether stages beside each other make any group cross other tiers than stages apart: needs pp and dp above 1."""
+    sizes = [tier.size for tier in task.hardware.network if tier.size] if isinstance(task, Task) else []
+    inside, world = x.tp * x.cp, x.tp * x.cp * x.dp * x.pp
+
+    def crossed(span: Ints) -> Ints:
+        return np.sum([span > size for size in sizes], axis=0, dtype=np.int64) + np.zeros(len(x), dtype=np.int64)
+
+    # Stages apart: replicas span tp cp dp, pipelines the world; beside each other: pipelines tp cp pp, replicas the world.
+    apart = (crossed(inside * x.dp), crossed(world))
+    beside = (crossed(world), crossed(inside * x.pp))
+    differs = (apart[0] != beside[0]) | (apart[1] != beside[1])
+    return np.asarray((x.pp > 1) & (x.dp > 1) & (differs if sizes else True))
+
+
 COMMON_RULES: tuple[Rule, ...] = (
     Rule(
         "PLN201", "world = tp cp pp dp",
@@ -101,6 +148,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "tp {tp} x cp {cp} x pp {pp} x dp {dp} is {product} devices, the cluster has {gpus}",
         "every device belongs to exactly one rank",
         "choose degrees whose product is {gpus}",
+        on="degrees",
     ),
     Rule(
         "PLN202", "heads % tp",
@@ -108,6 +156,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "tp {tp} does not divide the {heads} attention heads",
         "{heads} / {tp} is not a whole number",
         "choose tp from the divisors of {heads}",
+        on="degrees",
     ),
     Rule(
         "PLN203", "mlp width % tp",
@@ -115,6 +164,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "tp {tp} does not divide the MLP width {dense_width}",
         "{dense_width} / {tp} is not a whole number",
         "choose another tp",
+        on="degrees",
     ),
     Rule(
         "PLN204", "vocab % tp",
@@ -122,6 +172,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "tp {tp} does not divide the vocabulary {vocab}",
         "embedding and head are split over tp by rows",
         "pad the vocabulary to a multiple of {tp}, or choose another tp",
+        on="degrees",
     ),
     Rule(
         "PLN205", "global batch % (dp micro_batch)",
@@ -136,6 +187,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "schedule {schedule} with pp {pp}",
         "a pipeline schedule needs pp > 1, and pp > 1 needs one",
         "set schedule: none exactly when pp is 1",
+        on="pipeline",
     ),
     Rule(
         "PLN207", "virtual stages fit schedule",
@@ -143,6 +195,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "schedule {schedule} with {virtual_stages} virtual stage(s)",
         "only interleaved has virtual stages, and it has at least 2",
         "set virtual_stages: 1, or schedule: interleaved with 2 or more",
+        on="pipeline",
     ),
     Rule(
         "PLN208", "layers >= stages",
@@ -150,6 +203,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "pp {pp} x {virtual_stages} virtual stages need more layers than the {n_layers} there are",
         "every chunk of the pipeline holds a layer",
         "choose fewer stages",
+        on="pipeline",
     ),
     Rule(
         "PLN219", "layers % chunks",
@@ -157,6 +211,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "{n_layers} layers with {virtual_stages} virtual stages",
         "every rank holds equal chunks, so that none waits for another chunk by chunk",
         "choose virtual_stages from the divisors of {n_layers}",
+        on="pipeline",
     ),
     Rule(
         "PLN209", "interleaved: micro-batches % pp",
@@ -171,6 +226,13 @@ COMMON_RULES: tuple[Rule, ...] = (
         "zero {zero} with dp x cp = 1",
         "there is nothing to shard over",
         "set zero: 0, or use more data-parallel ranks",
+    ),
+    Rule(
+        "PLN228", "offload needs sharded states",
+        lambda t, x: (x.offload == 1) & (x.zero == 0),
+        "offload {offload} with zero 0",
+        "every rank would update all states in the memory of the same host",
+        "set zero: 1 or more, or offload: none",
     ),
     Rule(
         "PLN211", "sequence parallel needs tp",
@@ -192,6 +254,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "sequence length {seq_len} is not divisible by 2 x cp {cp}",
         "context parallelism gives each rank two equal pieces, to balance causal attention",
         "choose another sequence length or cp",
+        on="degrees",
     ),
     Rule(
         "PLN214", "expert degrees need experts",
@@ -199,6 +262,15 @@ COMMON_RULES: tuple[Rule, ...] = (
         "ep {ep}, etp {etp} on a model without experts",
         "expert parallelism spreads experts",
         "set ep: 1 and etp: 1",
+        on="degrees",
+    ),
+    Rule(
+        "PLN225", "rank order changes no tier",
+        lambda t, x: (x.order == 1) & ~_order_matters(t, x),
+        "order {order} where it changes nothing",
+        "pipeline and data-parallel groups cross the same network tiers in the usual order",
+        "leave out order",
+        on="degrees",
     ),
     Rule(
         "PLN216", "experts % ep",
@@ -206,6 +278,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "ep {ep} does not divide the {experts} experts",
         "every expert-parallel rank holds as many experts",
         "choose ep from the divisors of {experts}",
+        on="degrees",
     ),
     Rule(
         "PLN217", "tp cp dp % ep etp",
@@ -213,6 +286,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "tp {tp} x cp {cp} x dp {dp} is not a multiple of ep {ep} x etp {etp}",
         "experts are spread over the ranks of one pipeline stage",
         "choose ep and etp whose product divides the ranks of a stage",
+        on="degrees",
     ),
     Rule(
         "PLN218", "expert width % etp",
@@ -220,6 +294,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "etp {etp} does not divide the expert width {expert_width}",
         "{expert_width} / {etp} is not a whole number",
         "choose another etp",
+        on="degrees",
     ),
     Rule(
         "PLN215", "sequence <= learned positions",

@@ -26,6 +26,7 @@ RULES: tuple[Rule, ...] = (
         "tp {tp} does not divide the {kv_heads} key/value heads",
         "the runtime splits key/value heads and does not replicate them",
         "choose tp from the divisors of {kv_heads}",
+        on="degrees",
     ),
     Rule(
         "PLN511", "bundled: 1F1B micro-batches >= pp",

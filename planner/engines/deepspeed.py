@@ -143,4 +143,5 @@ DEEPSPEED = Engine(
     schedules=("1f1b",),
     sequence_parallel=(0,),
     context_parallel=False,
+    offloads=("none", "optimizer"),  # zero_optimization.offload_optimizer, with ZeRO
 )

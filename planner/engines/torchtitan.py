@@ -19,6 +19,7 @@ RULES: tuple[Rule, ...] = (
         "tp {tp} does not divide the {kv_heads} key/value heads",
         "DTensor splits key/value heads and does not replicate them",
         "choose tp from the divisors of {kv_heads}",
+        on="degrees",
     ),
     Rule(
         "PLN541", "torchtitan: zero >= 2",
@@ -40,6 +41,7 @@ RULES: tuple[Rule, ...] = (
         "etp {etp} with tp {tp}",
         "torchtitan splits an expert over the whole tp group, or not at all",
         "set etp: 1, or etp: {tp}",
+        on="degrees",
     ),
     Rule(
         "PLN543", "torchtitan: tied embeddings x pp",

@@ -169,6 +169,18 @@ TRAITS: dict[str, Trait] = {
         ),
         Trait("flash-1", "FlashAttention 1 kernels", _set(attention_rate=0.72), "Dao 2023: about 0.4 of the A100's peak"),
         Trait("flash-2-hopper", "FlashAttention 2 on Hopper", _set(attention_rate=0.62), "flash against cuDNN on H200"),
+        Trait(
+            "older-attention",
+            "attention kernels of earlier GPUs on Blackwell",
+            _set(attention_rate=0.25),
+            "gpt-oss 120B in Megatron-Bridge 26.06 and 26.06.01, which lost the newer kernels: 1.6 s in 36 layers",
+        ),
+        Trait(
+            "whole-windows",
+            "sliding windows are masked, not skipped",
+            _set(windows=False),
+            "attention kernels that loop over all keys: cudnn-frontend pull request #866",
+        ),
         Trait("triton-attention", "Triton attention of 2022", _set(attention_rate=0.70), "Dao 2023, its Triton baseline"),
         Trait(
             "no-overlap",
@@ -206,7 +218,7 @@ TRAITS: dict[str, Trait] = {
         Trait(
             "cuda-graphs",
             "layers replayed as CUDA graphs",
-            _set(kernels_forward=2, kernels_backward=2, kernels_routed=(0, 0)),
+            _set(kernels_forward=2, kernels_backward=2, kernels_routed=(0, 0), kernels_expert=(0, 0)),
             "a replay is one launch",
         ),
         Trait("eager", "layers not compiled", _eager, "ten to twenty launches more for norms, rotary and activations"),
@@ -229,8 +241,14 @@ TRAITS: dict[str, Trait] = {
         Trait(
             "fused-experts",
             "grouped products with activation and quantisation fused, permutation by the dispatcher",
-            lambda a: replace(_routing(3.0, 0.3)(a), kernels_routed=(5.0, 5.0)),
+            lambda a: replace(_routing(3.0, 0.3)(a), kernels_routed=(5.0, 5.0), kernels_expert=(0.0, 0.0)),
             "Megatron-Core of mid 2026: fused grouped products",
+        ),
+        Trait(
+            "token-drop",
+            "every expert gets the same number of rows, others are dropped",
+            _set(kernels_padded=1.0),
+            "moe_expert_capacity_factor and moe_pad_expert_input_to_capacity of Megatron-Core: nothing is padded for fp8",
         ),
         Trait(
             "unfused-routing",
@@ -246,6 +264,12 @@ TRAITS: dict[str, Trait] = {
         ),
         Trait(
             "hidden-experts", "expert exchanges hidden behind compute", _set(ep_overlap=0.8), "1F1B overlap of Megatron-Core"
+        ),
+        Trait(
+            "half-hidden-experts",
+            "expert exchanges hidden on Hopper, where their kernels take multiprocessors from compute",
+            _set(ep_overlap=0.5),
+            "Qwen3 with and without the overlap on H100: 0.44 (235B, 19.7 to 17.6 s) and 0.77 (30B, 24.7 to 21.1 s) of them",
         ),
     )
 }

@@ -74,6 +74,7 @@ def moving_parts(layout: Layout) -> int:
             selective + full > 0,
             sum(count > 0 for count in (selective, full, untouched)) > 1,
             layout.offload != "none",
+            layout.order != "tp-cp-dp-pp",
         )
     )
 

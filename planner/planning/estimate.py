@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -169,6 +169,7 @@ def _memory(c: _Priced) -> Memory:
         peak_allocated_gib=max(m.allocated for m in stages),
         peak_stage=peak.stage,
         peak_cause=peak.cause,
+        host_gib=max(_hosted(c, s) for s in range(c.layout.pp)) / GIB if c.layout.offload == "optimizer" else 0.0,
         fits=bool(np.all(c.cost.allocated <= c.p.capacity[0])),
         stages=stages,
     )
@@ -207,6 +208,12 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
     )
 
 
+def _hosted(c: _Priced, s: int) -> int:
+    """Bytes of optimizer states of one rank that live in host memory."""
+    whole = replace(c, x=replace(c.x, offload=np.zeros_like(c.x.offload)))
+    return _states(whole, s, updating=True)["optimizer"]
+
+
 def _states(c: _Priced, s: int, updating: bool) -> dict[str, int]:
     """Bytes of parameters, gradients and optimizer states on one rank, its experts and frozen weights included."""
     found = [_states_of(c, i, s, updating) for i in range(len(c.base.sources))]
@@ -217,7 +224,7 @@ def _states_of(c: _Priced, source: int, s: int, updating: bool) -> dict[str, int
     """The same of the parameters under one rule: trained (0) or frozen (1)."""
     x, (task, base, _) = c.x, c.base.sources[source]
     places, each = primitives.params_by_place(base), [k.sources[source].counts for k in c.kinds]
-    shared, routed = (memory.state_bytes(task, x.zero, shard, x.microbatches) for shard in (x.shard, x.expert_shard))
+    shared, routed = (memory.state_bytes(task, x, shard) for shard in (x.shard, x.expert_shard))
     held, experts = (shared.update, routed.update) if updating else (shared.backward, routed.backward)
     layers = [int(n) for n in c.counts[s]]
     if s == c.layout.pp - 1:

@@ -19,7 +19,7 @@ from planner.engines.base import job_problems
 from planner.errors import InputError
 from planner.planning.request import Request, Setting, prepare
 from planner.search.space import MAX_CHUNKS, MAX_MICRO_BATCH, Space, axis_named, declared_space, enumerate_rows
-from planner.specs.layout import RECOMPUTE_MODES, SCHEDULES
+from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES
 from planner.specs.model import Model
 
 FORMAT, VERSION = "planner.space", "1.0"
@@ -102,6 +102,9 @@ def _values(space: Space) -> dict[str, tuple[Any, ...]]:
             named["virtual_stages"] = tuple(sorted({v for _, v in value}))
         elif f.name == "modes":
             named["recompute"] = tuple(RECOMPUTE_MODES[m] for m in value)
+        elif f.name in ("offload", "order"):
+            names = OFFLOADS if f.name == "offload" else RANK_ORDERS
+            named[f.name] = tuple(names[code] for code in value)
         elif f.name == "sequence_parallel":
             named[f.name] = tuple(bool(v) for v in value)
         elif isinstance(value, tuple):
@@ -139,6 +142,8 @@ def _reasons(setting: Setting) -> dict[str, str]:
         "schedule": f"schedules that {engine.name} has; none where pp is 1",
         "virtual_stages": f"with interleaved: 2 to {MAX_CHUNKS} chunks a rank, all of equal size",
         "sequence_parallel": f"what {engine.name} allows; only with tp",
+        "offload": f"what {engine.name} can keep in host memory",
+        "order": f"rank orders of {engine.name}, where they differ: which axes are neighbours in the network",
         "recompute": "of each layer, any mix inside a rank (one mode a rank with virtual stages)",
     }
 

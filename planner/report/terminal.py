@@ -15,6 +15,7 @@ from planner.planning.make import limit_text, short
 from planner.report import money
 from planner.report.stagetext import stages_text
 from planner.report.uncertainty import probability, step_time, with_interval
+from planner.specs.layout import RANK_ORDERS
 from planner.specs.projections import trained_params
 from planner.units import GIB, count, gib, seconds, significant
 
@@ -101,6 +102,8 @@ def _layout_table(plan: Plan) -> Table:
         ("schedule", layout.schedule + (f" v{layout.virtual_stages}" if layout.virtual_stages > 1 else "")),
         ("sp", "on" if layout.sequence_parallel else "off"),
     ]
+    rows += [("offload", layout.offload)] if layout.offload != "none" else []
+    rows += [("rank order", layout.order)] if layout.order != RANK_ORDERS[0] else []
     for name, _ in rows:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_row(*(value for _, value in rows))

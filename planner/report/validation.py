@@ -123,6 +123,9 @@ def _remarks(summary: Summary) -> Text:
     if overall.time.excluded:
         share = f"the MAPE of time with them is {percent(overall.time.mape_all)}"
         lines.append(f"left out of time and ranking ({share}): {'; '.join(skip_lines(overall.time.excluded))}")
+    ranks = overall.ranking
+    if ranks.regret_mean != ranks.regret_mean_with_stalled:
+        lines.append(f"mean regret with the stalled runs: {percent(ranks.regret_mean_with_stalled)}")
     if overall.memory.excluded:
         lines.append(f"left out of memory: {'; '.join(skip_lines(overall.memory.excluded))}")
     if summary.skipped:

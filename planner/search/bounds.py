@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from planner.cost import step
+from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.schedules import in_flight, in_flight_layers
 from planner.cost.task import Bools, Ints, LayoutArray
@@ -44,7 +45,7 @@ class Group:
     last: Ints
     flight: Ints
     """In-flight chunk-micro-batches, shape (rows, pp)."""
-    kinds: tuple[Primitives, ...] = ()
+    stack: Stack | None = None
     """Primitives by kind of layers, where the model mixes several; `p` is then that of its last layers."""
     blended: Primitives | None = None
     """Primitives of windows of layers of several kinds, shape (rows, 1, windows): see `mixed`."""
@@ -73,13 +74,13 @@ class Group:
 
     def room(self, mode: int) -> Ints:
         """Bytes left for layers when the strongest recompute mode is `mode`, shape (rows, pp)."""
-        return _room(self.p, self.first, self.last, self.flight, mode)
+        return room(self.p, self.first, self.last, self.flight, mode)
 
     def deep_room(self, mode: int) -> Ints:
         """The same for every window, shape (rows, pp, 1 or windows)."""
         if self.blended is None:
             return self.room(mode)[:, :, None]
-        return _room(self.blended, self.first[:, :, None], self.last[:, :, None], self.flight[:, :, None], mode)
+        return room(self.blended, self.first[:, :, None], self.last[:, :, None], self.flight[:, :, None], mode)
 
     def act(self, mode: int) -> Ints:
         """Saved bytes of one layer and micro-batch under a mode, shape (rows, 1)."""
@@ -93,7 +94,8 @@ class Group:
         return in_flight_layers(x.schedule[extra], x.pp[extra], x.virtual_stages[extra], x.microbatches[extra], index, layers)
 
 
-def _room(p: Primitives, first: Ints, last: Ints, flight: Ints, mode: int) -> Ints:
+def room(p: Primitives, first: Ints, last: Ints, flight: Ints, mode: int) -> Ints:
+    """Bytes left for layers when the strongest recompute mode is `mode`; all arguments broadcast."""
     base = step.stage_base_bytes(p, first, last, flight)
     return p.capacity - base - step.stage_transient(p, first, last, mode)
 

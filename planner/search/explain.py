@@ -52,11 +52,11 @@ def any_fits(task: Task, engine: Engine, space: Space) -> bool:
     x = enumerate_rows(task, engine, space).layouts
     if not len(x):
         return False
-    p, kinds = price(task, x)
-    for chunk in bounds.same_pipeline(x, np.arange(len(x)), bool(kinds)):
+    p, stack = price(task, x)
+    for chunk in bounds.same_pipeline(x, np.arange(len(x)), stack is not None):
         stopping.check()
-        g = group_of(task, space.modes, x, p, kinds, chunk)
-        if (mixed.memory_feasible(task, g) if kinds else bounds.memory_feasible(g)).any():
+        g = group_of(task, space.modes, x, p, stack, chunk)
+        if (mixed.memory_feasible(task, g) if g.stack else bounds.memory_feasible(g)).any():
             return True
     return False
 
@@ -65,11 +65,11 @@ def _even_excess(task: Task, x: LayoutArray, mode: int) -> Ints:
     """Bytes beyond what each layout may hold when split evenly under one recompute mode."""
     if task.model.homogeneous:
         return step.even_step_cost(task, x, mode).excess
-    p, kinds = price(task, x)
+    p, stack = price(task, x)
     excess = np.full(len(x), np.iinfo(np.int64).max)
     for chunk in bounds.same_pipeline(x, np.arange(len(x)), True):
         even = x.layout(int(chunk[0]), even_stages(task.model.n_layers, int(x.pp[chunk[0]])))
-        g = group_of(task, (mode,), x, p, kinds, chunk)
+        g = group_of(task, (mode,), x, p, stack, chunk)
         excess[chunk] = mixed.excess(task, g, step.layers_by_kind(task, even), mode)
     return excess
 

@@ -63,23 +63,23 @@ def memory_front(task: Task, engine: Engine, space: Space, points: int, progress
 
 def _under(state: solve._State, task: Task) -> solve._State:
     """The state of a search under a lower limit: bounds are kept, and memory tested anew where rows still fitted."""
-    p, kinds = solve.price(task, state.layouts)
+    p, stack = solve.price(task, state.layouts)
     fits = _fitting(task, state.layouts, state.space.modes, state.fits)
     nothing = np.zeros(len(state.layouts), dtype=bool)
     bound = np.where(fits, state.bound, bounds.BIG)
     return replace(
-        state, task=task, p=p, kinds=kinds, fits=fits, bound=bound, examined=nothing, known=nothing.copy(), values={}, best={}
+        state, task=task, p=p, stack=stack, fits=fits, bound=bound, examined=nothing, known=nothing.copy(), values={}, best={}
     )
 
 
 def _fitting(task: Task, x: LayoutArray, modes: tuple[int, ...], candidates: Bools) -> Bools:
     """Which of the candidate rows fit under the task's limit. Exact."""
-    p, kinds = solve.price(task, x)
+    p, stack = solve.price(task, x)
     fits, rows = np.zeros(len(x), dtype=bool), np.nonzero(candidates)[0]
-    for chunk in bounds.same_pipeline(x, rows, bool(kinds)):
+    for chunk in bounds.same_pipeline(x, rows, stack is not None):
         stopping.check()
-        g = solve.group_of(task, modes, x, p, kinds, chunk)
-        fits[chunk] = mixed.memory_feasible(task, g) if kinds else bounds.memory_feasible(g)
+        g = solve.group_of(task, modes, x, p, stack, chunk)
+        fits[chunk] = mixed.memory_feasible(task, g) if g.stack else bounds.memory_feasible(g)
     return fits
 
 

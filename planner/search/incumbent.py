@@ -6,13 +6,13 @@ all of them in one way. Only an interrupted search asks: the rising target finds
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from planner.cost import step
-from planner.cost.primitives import Blend, Primitives
+from planner.cost.blending import Stack
+from planner.cost.primitives import Primitives
 from planner.cost.task import Ints, LayoutArray, StageArray, Task, even_runs
 from planner.specs.layout import RECOMPUTE_MODES, Layout, even_stages
 
@@ -30,12 +30,17 @@ class Even:
 
 
 def best_even(
-    task: Task, x: LayoutArray, kinds: Sequence[Primitives], modes: tuple[int, ...], order: Ints, bound: Ints
+    task: Task,
+    x: LayoutArray,
+    priced: tuple[Primitives, Stack | None],
+    modes: tuple[int, ...],
+    order: Ints,
+    bound: Ints,
 ) -> Even | None:
     """The fastest even split under one recompute mode that fits, None when none does.
 
-    `kinds`: primitives of the rows by kind of layers. `order`: rows by ascending `bound` (ns), which ends the scan: a row
-    whose bound is not below the best value found cannot be better.
+    `priced`: primitives of the rows, and by kind of layers where the model mixes several (`solve.price`). `order`: rows by
+    ascending `bound` (ns), which ends the scan: a row whose bound is not below the best value found cannot be better.
     """
     best: tuple[int, int, int] | None = None
     usable = order[_divides(task, x)[order]]
@@ -44,7 +49,8 @@ def best_even(
         if best is not None and int(bound[rows[0]]) >= best[0]:
             break
         for mode in modes:
-            cost = _cost(task, x.take(rows), [p.take(rows) for p in kinds], mode)
+            p, stack = priced
+            cost = _cost(task, x.take(rows), p.take(rows), None if stack is None else stack.take(rows), mode)
             times = np.where(cost.fits, cost.step, np.iinfo(np.int64).max)
             at = int(np.argmin(times))
             if bool(cost.fits[at]) and (best is None or int(times[at]) < best[0]):
@@ -60,12 +66,12 @@ def _divides(task: Task, x: LayoutArray) -> np.ndarray:
     return (x.virtual_stages == 1) | (task.model.n_layers % (x.pp * x.virtual_stages) == 0)
 
 
-def _cost(task: Task, x: LayoutArray, kinds: Sequence[Primitives], mode: int) -> step.StepCost:
+def _cost(task: Task, x: LayoutArray, p: Primitives, stack: Stack | None, mode: int) -> step.StepCost:
     """Time and memory of even splits under one recompute mode."""
-    if task.model.homogeneous:
-        return step.step_cost(kinds[0], x, even_runs(x, task.model.n_layers, mode))
+    if stack is None:
+        return step.step_cost(p, x, even_runs(x, task.model.n_layers, mode))
     stages = _every_rank(task, x, mode)
-    return step.step_cost(kinds[task.model.text_kind], x, stages, _blended(task, x, kinds, stages))
+    return step.step_cost(p, x, stages, stack.take(stages.row).blend(_counts(task, x, stages)))
 
 
 def _every_rank(task: Task, x: LayoutArray, mode: int) -> StageArray:
@@ -78,12 +84,12 @@ def _every_rank(task: Task, x: LayoutArray, mode: int) -> StageArray:
     return StageArray(row, index, np.ones_like(held), held, held if mode == 1 else none, held if mode == 2 else none)
 
 
-def _blended(task: Task, x: LayoutArray, kinds: Sequence[Primitives], stages: StageArray) -> Blend:
-    """Primitives of every rank, from the layers of each kind that it holds."""
-    counts = np.zeros((len(stages.row), len(kinds)), dtype=np.int64)
+def _counts(task: Task, x: LayoutArray, stages: StageArray) -> Ints:
+    """Layers of each kind on every rank, kinds on the last axis."""
+    counts = np.zeros((len(stages.row), len(task.model.kinds)), dtype=np.int64)
     for pp, v in sorted(set(zip(x.pp.tolist(), x.virtual_stages.tolist(), strict=True))):
         same = (x.pp[stages.row] == pp) & (x.virtual_stages[stages.row] == v)
         example = int(np.nonzero((x.pp == pp) & (x.virtual_stages == v))[0][0])
         layout = x.layout(example, even_stages(task.model.n_layers, pp))
         counts[same] = step.layers_by_kind(task, layout)[stages.index[same]]
-    return step.blend([p.take(stages.row) for p in kinds], counts, task.model.text_kind)
+    return counts

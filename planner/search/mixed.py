@@ -7,11 +7,12 @@ least sum and the least step-wise term each exact on the table of windows; recom
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from planner.cost import step
+from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.task import Bools, Ints, Task
 from planner.search import bounds
@@ -22,93 +23,117 @@ _ENTRIES = 1_000_000
 """Entries of a table of (rows, ranks, windows) that are worked on at once."""
 
 
-def with_kinds(g: Group, kinds: tuple[Primitives, ...]) -> Group:
-    """The group with the primitives of each kind of layers, as columns."""
-    return replace(g, kinds=tuple(Primitives(**{f.name: getattr(k, f.name)[:, None] for f in fields(k)}) for k in kinds))
-
-
-def blended(g: Group, counts: Ints, text: int, timed: bool = True) -> Group:
+def blended(g: Group, counts: Ints) -> Group:
     """The group with the primitives of windows; `counts` of shape (rows or 1, 1 or ranks, windows, kinds)."""
-    deep = [Primitives(**{f.name: getattr(p, f.name)[:, :, None] for f in fields(p)}) for p in g.kinds]
-    return replace(g, blended=step.blend(deep, counts, text, timed))
+    assert g.stack is not None
+    return replace(g, blended=g.stack.deep(2).blend(counts))
 
 
 def rows_of(g: Group, rows: Ints) -> Group:
     """Some rows of a group."""
-    return replace(
-        g, p=g.p.take(rows), layouts=g.layouts.take(rows), flight=g.flight[rows], kinds=tuple(p.take(rows) for p in g.kinds)
-    )
+    assert g.stack is not None
+    return replace(g, p=g.p.take(rows), layouts=g.layouts.take(rows), flight=g.flight[rows], stack=g.stack.take(rows))
 
 
 def _table(task: Task, g: Group, reach: int) -> tuple[Group, Windows]:
     """The group priced for every window of up to `reach` layers."""
     v = int(g.layouts.virtual_stages[0])
     w = windows(task.model.kind_of_layer, v, max(reach // v, 1))
-    return blended(g, w.counts[None, None], task.model.text_kind), w
+    return blended(g, w.counts[None, None]), w
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What the memory test needs of some rows: one pipeline degree, one number of chunks."""
+
+    stack: Stack
+    flight: Ints
+    """Shape (rows, pp)."""
+    v: int
+    modes: tuple[int, ...]
+    pp: int
+
+    def take(self, rows: Ints) -> _Held:
+        """Some of the rows."""
+        return replace(self, stack=self.stack.take(rows), flight=self.flight[rows])
+
+    def fits(self, s: int, counts: Ints) -> Bools:
+        """Whether rank s of each row can hold `counts` (rows, kinds) layers; a byte is forgiven for each rounded mean."""
+        p, flight = self.stack.blend(counts, timed=False), self.flight[:, s]
+        layers = counts.sum(axis=1)
+        first, last = np.array([s == 0], dtype=np.int64), np.array([s == self.pp - 1], dtype=np.int64)
+        return fits(p, first, last, flight, layers, self.v, self.modes, forgiving=True)
+
+
+def fits(
+    p: Primitives, first: Ints, last: Ints, flight: Ints, layers: Ints, v: int, modes: tuple[int, ...], forgiving: bool = False
+) -> Bools:
+    """Whether ranks with `layers` layers in equal chunks fit under some recompute mode, and the optimizer beside them.
+
+    All arguments broadcast. `forgiving`: a byte of each rounded mean does not count.
+    """
+    weight = flight * (layers // v)
+    forgiven = layers + weight if forgiving else 0
+    best = np.zeros(np.broadcast(flight, layers).shape, dtype=bool)
+    for mode in modes:
+        best = best | (layers * p.state + weight * p.saved(mode) <= bounds.room(p, first, last, flight, mode) + forgiven)
+    return np.asarray(best & (step.stage_update_bytes(p, first, last, layers) <= p.capacity + forgiven))
+
+
 def memory_feasible(task: Task, g: Group) -> Bools:
-    """Which rows have any split and recompute that fits. Exact.
+    """Which rows have any split and recompute that fits.
 
     Each rank takes as many layers as it can: a window that fits still fits when it loses layers, but for the rounding of
-    means. Rows on which that decides, within those few bytes, are solved over all windows.
+    means, one byte each, which is forgiven. So a row that is excluded surely does not fit; one within those bytes of the
+    limit is decided when it is solved.
     """
-    perhaps = np.nonzero(_greedy(task, g, 1))[0]
-    surely = np.zeros(len(g.layouts), dtype=bool)
-    if len(perhaps):
-        surely[perhaps] = _greedy(task, rows_of(g, perhaps), 0)
-    for row in perhaps[~surely[perhaps]].tolist():
-        one, w = _table(task, rows_of(g, np.array([row])), g.n_layers)
-        time = np.where(_fits(one, w.layers[None, None, :]), 0, BIG)
-        surely[row] = bool(least_maximum(time, w)[0] < BIG)
-    return surely
-
-
-def _greedy(task: Task, g: Group, slack: int) -> Bools:
-    """Whether windows that are each as long as possible reach the end, with `slack` bytes forgiven for each mean."""
+    assert g.stack is not None
     v, rows = int(g.layouts.virtual_stages[0]), len(g.layouts)
+    held = _Held(g.stack, g.flight, v, g.modes, g.pp)
     w = windows(task.model.kind_of_layer, v, g.n_layers // v)
-    end = w.positions
-    at, alive = np.zeros(rows, dtype=np.int64), np.ones(rows, dtype=bool)
+    at, alive = np.zeros(rows, dtype=np.int64), np.arange(rows)
+    size = np.full(rows, w.positions // g.pp, dtype=np.int64)
     for s in range(g.pp):
-        room = end - at - (g.pp - 1 - s)  # every later rank holds a position
-        low, high = np.zeros(rows, dtype=np.int64), np.maximum(room, 0)
-        while np.any(low < high):
-            middle = (low + high + 1) // 2
-            fits = _rank_fits(task, g, s, w, at, middle, slack)
-            low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
-        alive &= low > 0
-        at = at + low
-    return alive & (at == end)
+        size = _longest(held, s, w, at[alive], size)
+        found = size > 0
+        at[alive] += size
+        if not found.all():
+            alive, size, held = alive[found], size[found], held.take(np.nonzero(found)[0])
+        if not len(alive):
+            break
+    result = np.zeros(rows, dtype=bool)
+    result[alive] = at[alive] == w.positions
+    return result
 
 
-def _rank_fits(task: Task, g: Group, s: int, w: Windows, at: Ints, size: Ints, slack: int) -> Bools:
-    """Whether rank s of each row can hold its window of `size` positions from `at`."""
-    entry = np.where(size > 0, w.at[at, np.maximum(size, 1)], 0)
-    counts = w.counts[np.maximum(entry, 0)]
-    one = replace(g, first=g.first[:, s : s + 1], last=g.last[:, s : s + 1], flight=g.flight[:, s : s + 1])
-    one = blended(one, counts[:, None, None, :], task.model.text_kind, timed=False)
-    layers = counts.sum(axis=1)[:, None, None]
-    forgiven = slack * (layers + _in_flight(one, layers))
-    return np.asarray(_fits(one, layers, forgiven)[:, 0, 0] | (size == 0))
+def _longest(held: _Held, s: int, w: Windows, at: Ints, guess: Ints) -> Ints:
+    """The longest window from `at` that rank s of each row can hold, in positions; 0 for none. `guess` is tried first."""
+    low, high = np.zeros_like(at), np.maximum(w.positions - at - (held.pp - 1 - s), 0)  # every later rank holds a position
+    probe, stride = np.clip(guess, 1, np.maximum(high, 1)), 1
+    while len(rows := np.nonzero(low < high)[0]):
+        size = probe[rows]
+        good = held.take(rows).fits(s, w.counts[w.at[at[rows], size]])
+        low[rows] = np.where(good, size, low[rows])
+        high[rows] = np.where(good, high[rows], size - 1)
+        # Gallop away from the guess, then halve what is left between the two ends.
+        near = np.where(low == probe, low + stride, high - stride + 1)
+        probe = np.where((near > low) & (near <= high), near, (low + high + 1) // 2)
+        stride *= 2
+    return low
 
 
-def _fits(g: Group, layers: Ints, forgiven: Ints | int = 0) -> Bools:
-    """Whether windows fit under some recompute mode, and the optimizer beside them; shape (rows, ranks, windows)."""
-    p, first, last = g.deep, g.first[:, :, None], g.last[:, :, None]
-    weight = _in_flight(g, layers)
-    best = np.zeros(np.broadcast(g.flight[:, :, None], layers).shape, dtype=bool)
-    for mode in g.modes:
-        best |= layers * p.state + weight * p.saved(mode) <= g.deep_room(mode) + forgiven
-    return best & (step.stage_update_bytes(p, first, last, layers) <= p.capacity + forgiven)
+def _fits(g: Group, layers: Ints) -> Bools:
+    """Whether windows fit, shape (rows, ranks, windows)."""
+    v = int(g.layouts.virtual_stages[0])
+    return fits(g.deep, g.first[:, :, None], g.last[:, :, None], g.flight[:, :, None], layers, v, g.modes)
 
 
 def excess(task: Task, g: Group, counts: Ints, mode: int) -> Ints:
     """Bytes beyond what each row may hold when its ranks hold `counts` (ranks, kinds) layers, all under one recompute mode."""
-    g = blended(g, counts[None, :, None, :], task.model.text_kind)
+    g = blended(g, counts[None, :, None, :])
     p, layers, v = g.deep, counts.sum(axis=1)[None, :, None], g.layouts.virtual_stages[:, None, None]
     weight = g.flight[:, :, None] * -(-layers // v)
     backward = layers * p.state + weight * p.saved(mode) - g.deep_room(mode)
@@ -116,25 +141,24 @@ def excess(task: Task, g: Group, counts: Ints, mode: int) -> Ints:
     return np.asarray(np.maximum(backward, update).max(axis=(1, 2)))
 
 
-def _in_flight(g: Group, layers: Ints) -> Ints:
-    """(Layer, micro-batch) pairs in flight; chunks are equal."""
-    v = g.layouts.virtual_stages[:, None, None]
-    return g.flight[:, :, None] * (layers // v)
-
-
 # ---- time ----------------------------------------------------------------------------------------------------------
+
+
+def _least_layers(g: Group) -> Ints:
+    """Least time of one layer of each kind, shape (kinds, rows)."""
+    assert g.stack is not None
+    return g.stack.least_layers(g.modes)
 
 
 def _work(task: Task, g: Group) -> Ints:
     """Least time of all layers for one micro-batch, ns, shape (rows,)."""
-    counts = [count for _, count in task.model.kinds]
-    layers = [n * bounds.least_layer(p, g.modes)[:, 0] for n, p in zip(counts, g.kinds, strict=True)]
-    return np.asarray(sum(layers, np.zeros(len(g.layouts), dtype=np.int64)))
+    counts = np.array([count for _, count in task.model.kinds], dtype=np.int64)
+    return np.asarray((counts[:, None] * _least_layers(g)).sum(axis=0))
 
 
 def _least_layer(g: Group) -> Ints:
     """Least time of the cheapest kind's layer, shape (rows,)."""
-    return np.minimum.reduce([bounds.least_layer(p, g.modes)[:, 0] for p in g.kinds])
+    return np.asarray(_least_layers(g).min(axis=0))
 
 
 def _base_total(task: Task, g: Group) -> Ints:
@@ -153,7 +177,7 @@ def _least_once(g: Group) -> Ints:
 def simple_bound(task: Task, g: Group) -> Ints:
     """Lower bound on T without memory, ns, shape (rows,)."""
     total, extra = _base_total(task, g), g.extra_time().min(axis=1)
-    heaviest = np.maximum.reduce([bounds.least_layer(p, g.modes)[:, 0] for p in g.kinds])
+    heaviest = _least_layers(g).max(axis=0)
     most = -(-g.n_layers // g.pp) * _least_layer(g)
     slowest = np.maximum(-(-total // g.pp), extra + np.maximum(heaviest, most))
     return step.combine(_column(g.p), g.layouts, slowest, total, _least_once(g))

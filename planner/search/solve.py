@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from planner import stopping
 from planner.cost import primitives, step
+from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.task import Bools, Ints, LayoutArray, StageArray, Task
 from planner.engines.base import Engine
@@ -85,7 +86,7 @@ class _State:
     """Solved exactly, perhaps only far enough to prove that nothing lies below a cutoff: `bound` says which."""
     known: Bools
     """The row's least value is known: it is its bound."""
-    kinds: tuple[Primitives, ...] = ()
+    stack: Stack | None = None
     """Primitives by kind of layers, where the model mixes several."""
     values: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
     """Row -> (step ns, split) for rows with a plan."""
@@ -96,12 +97,12 @@ class _State:
 
     def group(self, rows: Ints) -> Group:
         """Rows with one pp as a `Group`."""
-        return group_of(self.task, self.space.modes, self.layouts, self.p, self.kinds, rows)
+        return group_of(self.task, self.space.modes, self.layouts, self.p, self.stack, rows)
 
     @property
     def mixing(self) -> Task | None:
         """The task, where its model mixes kinds of layers."""
-        return self.task if self.kinds else None
+        return self.task if self.stack is not None else None
 
     def kth(self, k: int) -> int:
         """The k-th best value over distinct groups, BIG while there are fewer."""
@@ -139,17 +140,20 @@ def settle(state: _State, rows: Rows, k: int, progress: Progress | None, started
     """The outcome of a search whose rows have first bounds; `started` by `time.perf_counter`."""
     report = progress or (lambda phase, done, total: None)
     counts = Counts(rows.enumerated, rows.by_rule, rules=rows.rejected)
-    counts.by_memory = int(np.count_nonzero(~state.fits))
     stopped_by = ""
     try:
         _raise_target(state, k, report)
     except (KeyboardInterrupt, TimeoutError) as reason:
         stopped_by = "limit" if isinstance(reason, TimeoutError) else "signal"
+    # The memory test of mixed models forgives a few bytes: rows without a plan below the infinite target do not fit.
+    none = state.fits & ~state.known & (state.bound >= bounds.INFINITE)
+    state.fits[none], state.bound[none] = False, BIG
+    counts.by_memory = int(np.count_nonzero(~state.fits))
     chosen = _choose(state, k, bool(stopped_by)) or (_even(state) if stopped_by else ())
     best = chosen[0].step_ns if chosen else int(BIG)
     left = state.fits & ~state.known & (state.bound <= best)
     counts.open = int(np.count_nonzero(left))
-    counts.exact = int(np.count_nonzero(state.examined & ~left))
+    counts.exact = int(np.count_nonzero(state.fits & state.examined & ~left))
     counts.by_bound = int(np.count_nonzero(state.fits & ~state.examined & ~left))
     status = "interrupted" if stopped_by and counts.open else "optimal" if chosen else "infeasible"
     lowest = int(state.bound[left].min(initial=best)) if counts.open else best
@@ -170,36 +174,34 @@ def solver_name() -> str:
 def _prepare(task: Task, space: Space, rows: Rows) -> _State:
     """Primitives, the exact memory test, and the first bound of every row."""
     x = rows.layouts
-    p, kinds = price(task, x)
+    p, stack = price(task, x)
     size = len(x)
     none = np.zeros(size, dtype=bool)
-    state = _State(task, space, x, p, np.full(size, BIG), none.copy(), none.copy(), none.copy(), kinds)
-    for chunk in bounds.same_pipeline(x, np.arange(size), bool(kinds)):
+    state = _State(task, space, x, p, np.full(size, BIG), none.copy(), none.copy(), none.copy(), stack)
+    for chunk in bounds.same_pipeline(x, np.arange(size), stack is not None):
         stopping.check()
         g = state.group(chunk)
-        fits = mixed.memory_feasible(task, g) if kinds else bounds.memory_feasible(g)
+        fits = mixed.memory_feasible(task, g) if g.stack else bounds.memory_feasible(g)
         state.fits[chunk] = fits
-        simple = mixed.simple_bound(task, g) if kinds else bounds.simple_bound(g)
+        simple = mixed.simple_bound(task, g) if g.stack else bounds.simple_bound(g)
         state.bound[chunk] = np.where(fits, simple, BIG)
     key = np.stack([x.tp, x.cp, x.pp, x.ep], axis=1)
     state.groups = np.unique(key, axis=0, return_inverse=True)[1].ravel() if size else np.zeros(0, dtype=np.int64)
     return state
 
 
-def price(task: Task, x: LayoutArray) -> tuple[Primitives, tuple[Primitives, ...]]:
+def price(task: Task, x: LayoutArray) -> tuple[Primitives, Stack | None]:
     """(primitives of each row, those by kind of layers where the model mixes several and the first are its last kind's)."""
     if task.model.homogeneous:
-        return primitives.price(task, x), ()
-    kinds = tuple(primitives.price(task.only(k), x) for k in range(len(task.model.kinds)))
-    return kinds[task.model.text_kind], kinds
+        return primitives.price(task, x), None
+    kinds = [primitives.price(task.only(k), x) for k in range(len(task.model.kinds))]
+    return kinds[task.model.text_kind], Stack.of(kinds, task.model.text_kind)
 
 
-def group_of(
-    task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, kinds: tuple[Primitives, ...], rows: Ints
-) -> Group:
+def group_of(task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, stack: Stack | None, rows: Ints) -> Group:
     """Rows with one pipeline degree (and one v, where the model mixes kinds of layers) as a `Group`."""
     g = bounds.group_of(p.take(rows), x.take(rows), task.model.n_layers, modes)
-    return mixed.with_kinds(g, tuple(k.take(rows) for k in kinds)) if kinds else g
+    return g if stack is None else replace(g, stack=stack.take(rows))
 
 
 # ---- the rising target ---------------------------------------------------------------------------------------------
@@ -230,10 +232,10 @@ def _raise_target(state: _State, k: int, report: Progress) -> None:
 def _refine(state: _State, target: int, k: int) -> None:
     """Raise the bounds of rows below the target, where they could still matter."""
     rows = np.nonzero(state.fits & ~state.known & (state.bound < min(target, state.kth(k) + 1)))[0]
-    for chunk in bounds.same_pipeline(state.layouts, rows, bool(state.kinds)):
+    for chunk in bounds.same_pipeline(state.layouts, rows, state.stack is not None):
         stopping.check()
         g = state.group(chunk)
-        better = mixed.target_bound(state.task, g, target) if state.kinds else bounds.target_bound(g, target)
+        better = mixed.target_bound(state.task, g, target) if g.stack else bounds.target_bound(g, target)
         state.bound[chunk] = np.maximum(state.bound[chunk], np.minimum(better, target))
 
 
@@ -242,12 +244,11 @@ def _solve(state: _State, row: int, target: int, k: int) -> None:
     own = state.best.get(int(state.groups[row]), int(BIG))
     cutoff = min(target, max(min(own, state.kth(k)), state.optimum) + 1)
     g = state.group(np.array([row]))
-    mixing = state.mixing
-    reach = int((mixed.reach_below(mixing, g, cutoff) if mixing else bounds.reach_below(g, cutoff))[0])
+    reach = _reach(state, g, cutoff)
     if reach < int(state.layouts.virtual_stages[row]):  # not even one layer a chunk stays below the cutoff
         state.examined[row], state.bound[row] = True, max(int(state.bound[row]), cutoff)
         return
-    t = stages.tables(g, reach, mixing)
+    t = stages.tables(g, reach, state.mixing)
     v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row])
     below = (cutoff - constant - 1) * v + 1
     found = stages.best_split(t, below, stopping.check)
@@ -260,6 +261,12 @@ def _solve(state: _State, row: int, target: int, k: int) -> None:
     state.values[row] = (value, found[1])
     group = int(state.groups[row])
     state.best[group] = min(state.best.get(group, int(BIG)), value)
+
+
+def _reach(state: _State, g: Group, cutoff: int) -> int:
+    """The most layers that a rank of a group of one row can hold in a plan below `cutoff`."""
+    mixing = state.mixing
+    return int((mixed.reach_below(mixing, g, cutoff) if mixing else bounds.reach_below(g, cutoff))[0])
 
 
 def _agree(t: stages.Tables, below: int, found: tuple[int, list[int]] | None) -> None:
@@ -291,7 +298,9 @@ def _choose(state: _State, k: int, stopped: bool) -> tuple[Candidate, ...]:
     return tuple(_candidate(state, row) for row in rows)
 
 
-_PREFERENCE = ("zero", "virtual_stages", "cp", "ep", "etp", "tp", "pp", "schedule", "sequence_parallel", "micro_batch")
+_PREFERENCE = (
+    "offload", "order", "zero", "virtual_stages", "cp", "ep", "etp", "tp", "pp", "schedule", "sequence_parallel", "micro_batch",
+)  # fmt: skip
 """Ties between rows of equal time or bound go to the lower value, first name first. Documented in the README. No two rows of
 a space are equal in all of them (dp follows), so the order in which rows were enumerated never matters."""
 
@@ -319,7 +328,10 @@ def _master(state: _State, stopped: bool) -> int:
     x = state.layouts
     order = sorted(rows.tolist(), key=lambda r: (r not in state.values, _preference(x, r)))
     rank = {row: i for i, row in enumerate(order)}
-    names = ("tp", "cp", "pp", "dp", "ep", "etp", "micro_batch", "zero", "schedule", "virtual_stages", "sequence_parallel")
+    names = (
+        "tp", "cp", "pp", "dp", "ep", "etp", "micro_batch", "zero", "schedule", "virtual_stages", "sequence_parallel",
+        "offload", "order",
+    )  # fmt: skip
     levels = np.unique(state.bound[rows])  # ranks of the bounds instead of nanoseconds: small numbers
     level = {row: int(np.searchsorted(levels, state.bound[row])) for row in rows.tolist()}
     table = [(*(int(getattr(x, n)[r]) for n in names), rank[r], level[r]) for r in rows.tolist()]
@@ -344,7 +356,7 @@ def _candidate(state: _State, row: int) -> Candidate:
     """The canonical plan of a row; re-evaluated by the cost model, which must give the same integer."""
     value, _ = state.values[row]
     g = state.group(np.array([row]))
-    t = stages.tables(g, task=state.mixing)
+    t = stages.tables(g, _reach(state, g, value + 1), state.mixing)
     v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row])
     verdict = stages.cp_sat(t, (value - constant) * v + 1, canonical=True)
     if verdict.status != "OPTIMAL" or verdict.split is None:
@@ -361,8 +373,7 @@ def _even(state: _State) -> tuple[Candidate, ...]:
     """The best even split, where no row was solved: a plan all the same, re-evaluated like any other."""
     order = np.nonzero(state.fits)[0]
     order = order[np.lexsort((*_preferences(state.layouts, order)[::-1], state.bound[order]))]
-    kinds = state.kinds or (state.p,)
-    found = incumbent.best_even(state.task, state.layouts, kinds, state.space.modes, order, state.bound)
+    found = incumbent.best_even(state.task, state.layouts, (state.p, state.stack), state.space.modes, order, state.bound)
     if found is None:
         return ()
     cost = _evaluate(state, found.row, found.layout, LayoutArray.of([found.layout], state.task.job))
@@ -375,9 +386,8 @@ def _evaluate(state: _State, row: int, layout: Layout, x: LayoutArray) -> step.S
     """The cost model's own verdict on a layout of a row."""
     only, ranks = np.array([row]), StageArray.of([layout])
     blended = None
-    if state.kinds:
-        counts = step.layers_by_kind(state.task, layout)
-        blended = step.blend([k.take(only).take(ranks.row) for k in state.kinds], counts, state.task.model.text_kind)
+    if state.stack is not None:
+        blended = state.stack.take(only).take(ranks.row).blend(step.layers_by_kind(state.task, layout))
     return step.step_cost(state.p.take(only), x, ranks, blended)
 
 

@@ -10,16 +10,16 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
 
 from planner import stopping
-from planner.cost.task import INTERLEAVED, NONE, Ints, LayoutArray, Task
+from planner.cost.task import INTERLEAVED, NONE, LayoutArray, Task
 from planner.engines.base import Engine, Rule, schedule_codes
 from planner.errors import input_error
-from planner.specs.layout import RECOMPUTE_MODES, SCHEDULES
+from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES
 
 MAX_MICRO_BATCH = 16
 MAX_CHUNKS = 16
@@ -47,6 +47,10 @@ class Space:
     """Of these a row takes 1 or its tp; any of them when pinned (`any_etp`)."""
     any_etp: bool = False
     modes: tuple[int, ...] = (0, 1, 2)
+    offload: tuple[int, ...] = (0,)
+    """Codes of what lives in host memory."""
+    order: tuple[int, ...] = (0,)
+    """Codes of rank orders."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,10 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
     }  # fmt: skip
     modes: tuple[int, ...] = (0, 1, 2)
     sequence: tuple[int, ...] = tuple(sorted({0, *engine.sequence_parallel}))
+    named = {
+        "offload": tuple(OFFLOADS.index(n) for n in engine.offloads),
+        "order": tuple(map(RANK_ORDERS.index, engine.rank_orders)),
+    }
     for flag, axis, wanted in _restrictions(pins, forbid):
         if axis == "schedule":
             codes = _codes(axis, wanted, SCHEDULES)
@@ -97,6 +105,9 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
         elif axis == "recompute":
             codes = _codes(axis, wanted, RECOMPUTE_MODES)
             modes = _kept(flag, modes, tuple(m for m in modes if m in codes))
+        elif axis in named:
+            codes = _codes(axis, wanted, OFFLOADS if axis == "offload" else RANK_ORDERS)
+            named[axis] = _kept(flag, named[axis], tuple(c for c in named[axis] if c in codes))
         elif axis == "sequence_parallel":
             sequence = _kept(flag, sequence, tuple(v for v in sequence if v in _flags(axis, wanted)))
         elif axis == "dp":
@@ -109,7 +120,7 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
             chosen = _integers(axis, wanted)
             values[axis] = _kept(flag, values[axis], tuple(v for v in values[axis] if v in chosen))
     return Space(
-        **values, schedules=tuple(schedules), sequence_parallel=sequence, modes=modes, any_etp="etp" in pins,
+        **values, schedules=tuple(schedules), sequence_parallel=sequence, modes=modes, any_etp="etp" in pins, **named,
     )  # fmt: skip
 
 
@@ -158,7 +169,7 @@ def axis_named(name: str) -> str:
 
 def _restrictions(pins: Mapping[str, Sequence[object]], forbid: Sequence[str]) -> list[tuple[str, str, Sequence[object]]]:
     """Pins and forbids as (flag, axis, allowed values)."""
-    known = (*AXES, "schedule", "recompute", "sequence_parallel")
+    known = (*AXES, "schedule", "recompute", "sequence_parallel", "offload", "order")
     result: list[tuple[str, str, Sequence[object]]] = []
     for name, wanted in pins.items():
         axis = axis_named(name)
@@ -166,7 +177,7 @@ def _restrictions(pins: Mapping[str, Sequence[object]], forbid: Sequence[str]) -
             raise input_error("PLN121", f"--pin {name}: no such axis", f"axes are {', '.join(known)}", "")
         result.append((f"--pin {name}={','.join(map(str, wanted))}", axis, wanted))
     neutral: dict[str, Sequence[object]] = {a: [1] for a in AXES} | {"zero": [0], "recompute": ["none"]}
-    neutral["sequence_parallel"] = ["false"]
+    neutral |= {"sequence_parallel": ["false"], "offload": ["none"], "order": [RANK_ORDERS[0]]}
     for name in forbid:
         axis, flag = axis_named(name), f"--forbid {name}"
         if axis in SCHEDULES and axis != "none":
@@ -215,37 +226,53 @@ def enumerate_rows(task: Task, engine: Engine, space: Space) -> Rows:
     dp follows from the others, so the grid has no dp axis: rows whose degrees do not divide the device count, or whose
     dp is not among the allowed ones, break the rule `world = tp cp pp dp`.
     """
-    inner = list(itertools.product(space.micro_batch, space.schedules, space.zero, space.sequence_parallel))
-    every = itertools.product(space.tp, space.cp, space.pp, space.ep, space.etp)
+    rest = ("micro_batch", "zero", "sequence_parallel", "offload")
+    schedules, inner = space.schedules, list(itertools.product(*(getattr(space, name) for name in rest)))
+    every = itertools.product(space.tp, space.cp, space.pp, space.ep, space.etp, space.order)
     degrees = [d for d in every if space.any_etp or d[4] in (1, d[0])]
-    enumerated = len(inner) * len(degrees)
+    enumerated = len(inner) * len(schedules) * len(degrees)
     placed = []
-    for tp, cp, pp, ep, etp in degrees:
-        dp, rest = divmod(task.gpus, tp * cp * pp)
-        if rest == 0 and (not space.dp or dp in space.dp):
-            placed.append((tp, cp, pp, dp, ep, etp))
-    rejected = {}
-    if lost := (len(degrees) - len(placed)) * len(inner):
+    for tp, cp, pp, ep, etp, order in degrees:
+        dp, left = divmod(task.gpus, tp * cp * pp)
+        if left == 0 and (not space.dp or dp in space.dp):
+            placed.append((tp, cp, pp, dp, ep, etp, order))
+    rejected: dict[str, int] = {}
+    if lost := (len(degrees) - len(placed)) * len(inner) * len(schedules):
         rejected["world = tp cp pp dp"] = lost
-    layouts = _grid(task, placed, inner)
-    for rule in engine.all_rules:
-        stopping.check()
-        if not len(layouts):
-            break
-        layouts, lost = _apply(task, rule, layouts)
-        if lost:
-            rejected[rule.name] = rejected.get(rule.name, 0) + lost
+    # Rules are asked before the grid grows by the axes that they do not look at; what they exclude counts for all of it.
+    layouts = _first(placed)
+    steps: list[tuple[str, dict[str, Sequence[int]], int]] = [
+        ("degrees", {}, len(schedules) * len(inner)),
+        ("pipeline", {"schedule": [s for s, _ in schedules], "virtual_stages": [v for _, v in schedules]}, len(inner)),
+        ("row", {n: [i[k] for i in inner] for k, n in enumerate(rest)}, 1),
+    ]
+    for on, axes, weight in steps:
+        layouts = _grown(task, layouts, axes)
+        for rule in [r for r in engine.all_rules if r.on == on] if len(layouts) else []:
+            stopping.check()
+            layouts, lost = _apply(task, rule, layouts)
+            if lost:
+                rejected[rule.name] = rejected.get(rule.name, 0) + lost * weight
     return Rows(layouts, enumerated, rejected)
 
 
-def _grid(task: Task, placed: Sequence[tuple[int, ...]], inner: list[tuple[int, tuple[int, int], int, int]]) -> LayoutArray:
-    """Every placed degree tuple with every inner choice."""
-    outer = np.array(placed, dtype=np.int64).reshape(-1, 6)
-    choices = np.array([(m, s, v, z, sp) for m, (s, v), z, sp in inner], dtype=np.int64).reshape(-1, 5)
-    tp, cp, pp, dp, ep, etp = (np.repeat(outer[:, i], len(choices)) for i in range(6))
-    micro, schedule, chunks, zero, sequence = (np.tile(choices[:, i], len(outer)) for i in range(5))
-    microbatches: Ints = np.maximum(task.job.global_batch // (dp * micro), 1)
-    return LayoutArray(tp, cp, pp, dp, ep, etp, zero, micro, schedule, chunks, sequence, microbatches)
+def _first(placed: Sequence[tuple[int, ...]]) -> LayoutArray:
+    """The placed degrees, with neutral values on the other axes."""
+    outer = np.array(placed, dtype=np.int64).reshape(-1, 7)
+    one, zero = np.ones(len(outer), dtype=np.int64), np.zeros(len(outer), dtype=np.int64)
+    tp, cp, pp, dp, ep, etp, order = (outer[:, i] for i in range(7))
+    return LayoutArray(tp, cp, pp, dp, ep, etp, zero, one, zero, one, zero, one, zero, order)
+
+
+def _grown(task: Task, layouts: LayoutArray, axes: dict[str, Sequence[int]]) -> LayoutArray:
+    """Every layout with every choice on some axes, which are chosen together."""
+    if not axes:
+        return layouts
+    choices = {name: np.array(values, dtype=np.int64) for name, values in axes.items()}
+    many = len(next(iter(choices.values())))
+    grown = layouts.take(np.repeat(np.arange(len(layouts)), many))
+    grown = replace(grown, **{name: np.tile(values, len(layouts)) for name, values in choices.items()})
+    return replace(grown, microbatches=np.maximum(task.job.global_batch // (grown.dp * grown.micro_batch), 1))
 
 
 def _apply(task: Task, rule: Rule, layouts: LayoutArray) -> tuple[LayoutArray, int]:

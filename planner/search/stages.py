@@ -64,7 +64,17 @@ class Tables:
     @cached_property
     def least_bottleneck(self) -> int | None:
         """The least max R over all splits, None when none fits."""
-        return _least_bottleneck(self, self.time < BIG)
+        return _least_maximum(self, self.time, self.time < BIG)
+
+    @cached_property
+    def least_sums(self) -> tuple[Ints, Ints]:
+        """The least sum of R before and from each (rank, position)."""
+        return _potentials(self, np.add)
+
+    @cached_property
+    def least_peaks(self) -> tuple[Ints, Ints]:
+        """The least max R before and from each (rank, position)."""
+        return _potentials(self, np.maximum)
 
     @property
     def anywhere(self) -> bool:
@@ -108,7 +118,7 @@ def tables(g: Group, reach: int | None = None, task: Task | None = None) -> Tabl
 
 def _window_tables(g: Group, task: Task, top: int) -> Tables:
     w = windows(task.model.kind_of_layer, int(g.layouts.virtual_stages[0]), top // int(g.layouts.virtual_stages[0]))
-    g = mixed.blended(g, w.counts[None, None], task.model.text_kind)
+    g = mixed.blended(g, w.counts[None, None])
     beside = step.stage_update_bytes(g.deep, g.first[:, :, None], g.last[:, :, None], w.layers) <= g.p.capacity[:, :, None]
     return _priced(g, w.layers, w.at, beside[0])
 
@@ -198,84 +208,70 @@ def best_split(t: Tables, below: int, check: Callable[[], None] = lambda: None) 
     For each limit on D and each bottleneck threshold, from the least possible one upwards, the least sum by a min-plus
     recursion; a threshold is worth trying only while it leaves room under the best value found.
     """
-    pp = t.time.shape[0]
     allowed = t.time < BIG
-    if not allowed.any(axis=1).all():
+    if not allowed.any(axis=1).all() or t.least_bottleneck is None:
         return None
-    best, chosen = below, None
-    least_sum = _least_sum(t, allowed)
-    if least_sum is None:
-        return None
-    floor_once = max(int(t.once[s][allowed[s]].min()) for s in range(pp))
-    floor_time = t.least_bottleneck or 0
-    for limit in _once_limits(t, allowed, floor_once):
-        # A plan not seen under a lower limit has a max D of at least this one.
-        if t.factor * floor_time + least_sum[0] + t.chunks * limit >= best:
-            break
+    best, chosen, floor_time = below, None, t.least_bottleneck
+    floor_once = _least_maximum(t, t.once, allowed) or 0
+    least = _Least(t, allowed, floor_once)
+    limit: int | None = floor_once
+    while limit is not None:
         check()
-        mask = allowed & (t.once <= limit)
-        start = _least_bottleneck(t, mask)
-        if start is None:
-            continue
-        for threshold in np.unique(t.time[mask & (t.time >= start)]).tolist():
-            if t.factor * threshold + least_sum[0] + t.chunks * floor_once >= best:
+        cap = least.cap(best, limit)
+        # A plan not seen under a lower limit has a max D of at least this one.
+        mask = allowed & (t.once <= limit) & (t.time <= cap)
+        start = _least_maximum(t, t.time, mask) if cap >= floor_time else None
+        for threshold in [] if start is None else np.unique(t.time[mask & (t.time >= start)]).tolist():
+            if t.factor * threshold + least.sum + t.chunks * floor_once >= best:
                 break
             check()
             found = _least_sum(t, mask & (t.time <= threshold))
             if found is not None and (value := t.value(found[1])) < best:
                 best, chosen = value, found[1]
+        limit = least.next_limit(best, limit, floor_time)
     return None if chosen is None else (best, chosen)
 
 
-def _once_limits(t: Tables, allowed: np.ndarray, floor_once: int) -> list[int]:
-    """Limits on D worth trying, ascending: distinct values from the largest unavoidable one."""
-    values = np.unique(t.once[allowed])
-    return [int(v) for v in values[values >= floor_once]]
+class _Least:
+    """The least sum of R over windows that a better plan could use; it grows as the best value falls."""
+
+    def __init__(self, t: Tables, allowed: Bools, floor_once: int):
+        self.t, self.allowed, self.floor_once = t, allowed, floor_once
+        found = _least_sum(t, allowed)
+        self.sum = found[0] if found else int(BIG)
+        self.best: int | None = None
+
+    def cap(self, best: int, limit: int) -> int:
+        """The largest bottleneck of a plan under `best` whose max D is at least `limit`."""
+        room = best - 1 - self.sum - self.t.chunks * limit
+        return room // self.t.factor if self.t.factor else (int(BIG) if room >= 0 else -1)
+
+    def next_limit(self, best: int, limit: int, floor_time: int) -> int | None:
+        """The next limit on D that a better plan could have, None when there is none."""
+        if best != self.best:
+            self.best = best
+            found = _least_sum(self.t, self.allowed & (self.t.time <= self.cap(best, self.floor_once)))
+            self.sum = found[0] if found else int(BIG)
+        usable = self.allowed & (self.t.time <= self.cap(best, limit)) & (self.t.once > limit)
+        following = int(self.t.once[usable].min(initial=int(BIG)))
+        return following if following < BIG and self.cap(best, following) >= floor_time else None
 
 
-def _least_bottleneck(t: Tables, mask: np.ndarray) -> int | None:
-    """The least threshold under which L layers fit, by bisection over the distinct values."""
-    values = np.unique(t.time[mask])
-    if not len(values) or not _reachable(t, mask):
-        return None
-    low, high = 0, len(values) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if _reachable(t, mask & (t.time <= values[middle])):
-            high = middle
-        else:
-            low = middle + 1
-    return int(values[low])
-
-
-def _reachable(t: Tables, mask: np.ndarray) -> bool:
-    """Whether some split uses allowed entries only: sets of positions where ranks end."""
-    if t.anywhere:
-        return _reachable_anywhere(t, mask)
-    reached = np.zeros(t.positions + 1, dtype=bool)
-    reached[0] = True
+def _least_maximum(t: Tables, values: Ints, mask: Bools) -> int | None:
+    """The least max of `values` over splits of allowed entries, None without any."""
+    best = np.full(t.positions + 1, BIG, dtype=np.int64)
+    best[0] = 0
     for s in range(mask.shape[0]):
-        following = np.zeros_like(reached)
+        following = np.full_like(best, BIG)
+        mine = np.where(mask[s], values[s], BIG)
         for n in _sizes(t, mask[s]):
-            following[n:] |= reached[: len(reached) - n] & mask[s, t.entries(n)]
-        reached = following
-    return bool(reached[-1])
+            reached = np.maximum(best[: len(best) - n], mine[t.entries(n)])
+            np.minimum(following[n:], reached, out=following[n:])
+        best = following
+    return int(best[-1]) if best[-1] < BIG else None
 
 
-def _reachable_anywhere(t: Tables, mask: np.ndarray) -> bool:
-    """The same for layers of one kind, positions as bits of an integer."""
-    reached, keep = 1, (1 << (t.positions + 1)) - 1
-    for s in range(mask.shape[0]):
-        following = 0
-        for n in _sizes(t, mask[s]):
-            following |= reached << n
-        reached = following & keep
-        if not reached:
-            return False
-    return bool(reached >> t.positions & 1)
-
-
-def _sizes(t: Tables, mask: np.ndarray) -> list[int]:
+def _sizes(t: Tables, mask: Bools) -> list[int]:
     """Sizes, in positions, of the windows that a rank may hold."""
     sizes = np.nonzero(np.bincount(t.sizes[mask]))[0]
     return [n for n in sizes.tolist() if n <= t.positions]
@@ -402,9 +398,10 @@ def _arcs(t: Tables, below: int) -> list[Ints]:
     if floor_time is None:
         return [np.zeros((0, 3), dtype=np.int64)] * pp
     floor_once = max(int(t.once[s][fits[s]].min()) for s in range(pp))
-    bottleneck = t.factor * np.maximum(np.where(fits, t.time, 0), floor_time) + t.chunks * np.maximum(t.once, floor_once)
+    once = t.chunks * np.maximum(t.once, floor_once)
     if not t.anywhere:
-        return _arcs_between(t, fits, bottleneck, below)
+        return _arcs_between(t, fits, once, below)
+    bottleneck = t.factor * np.maximum(np.where(fits, t.time, 0), floor_time) + once
     # sum R = L * slope + sum of what exceeds the slope: a bound that does not depend on how the layers are split.
     slope = int(np.min((t.time[:, 1:] - t.time[:, :-1])[fits[:, 1:] & fits[:, :-1]], initial=np.iinfo(np.int64).max))
     slope = 0 if slope == np.iinfo(np.int64).max else slope // t.chunks
@@ -419,27 +416,36 @@ def _arcs(t: Tables, below: int) -> list[Ints]:
     return keep
 
 
-def _arcs_between(t: Tables, fits: np.ndarray, bottleneck: Ints, below: int) -> list[Ints]:
-    """The same where windows differ by their place: the least sum through each of them, before it and after it."""
-    pp, end = t.time.shape[0], t.positions
-    before, after = np.full((pp + 1, end + 1), BIG), np.full((pp + 1, end + 1), BIG)
-    before[0, 0], after[pp, end] = 0, 0
-    time = np.where(fits, t.time, BIG)
-    for s in range(pp):
-        for n in _sizes(t, fits[s]):
-            reached = np.minimum(before[s, : end + 1 - n] + time[s, t.entries(n)], BIG)
-            before[s + 1, n:] = np.minimum(before[s + 1, n:], reached)
-    for s in reversed(range(pp)):
-        for n in _sizes(t, fits[s]):
-            reached = np.minimum(after[s + 1, n:] + time[s, t.entries(n)], BIG)
-            after[s, : end + 1 - n] = np.minimum(after[s, : end + 1 - n], reached)
+def _arcs_between(t: Tables, fits: Bools, once: Ints, below: int) -> list[Ints]:
+    """The same where windows differ by their place: the least sum and the least maximum through each of them."""
+    sums, peaks = t.least_sums, t.least_peaks
     keep = []
-    for s in range(pp):
+    for s in range(t.time.shape[0]):
         found = [np.zeros((0, 3), dtype=np.int64)]
         for n in _sizes(t, fits[s]):
             entry = t.entries(n)
-            through = np.minimum(before[s, : end + 1 - n] + after[s + 1, n:], BIG) + time[s, entry]
-            usable = np.nonzero((through < BIG) & (bottleneck[s, entry] + through < below))[0]
+            starts, ends = slice(None, t.positions + 1 - n), slice(n, None)
+            through = np.minimum(sums[0][s, starts] + sums[1][s + 1, ends], BIG) + t.time[s, entry]
+            peak = np.maximum(np.maximum(peaks[0][s, starts], peaks[1][s + 1, ends]), t.time[s, entry])
+            reached = (through < BIG) & (peak < BIG)
+            usable = np.nonzero(reached & (t.factor * np.where(reached, peak, 0) + once[s, entry] + through < below))[0]
             found.append(np.stack([usable, np.full_like(usable, n), entry[usable]], axis=1))
         keep.append(np.concatenate(found))
     return keep
+
+
+def _potentials(t: Tables, join: np.ufunc) -> tuple[Ints, Ints]:
+    """The least sum (or maximum) of R over the ranks before each (rank, position), and from it to the end."""
+    pp, end = t.time.shape[0], t.positions
+    before, after = np.full((pp + 1, end + 1), BIG), np.full((pp + 1, end + 1), BIG)
+    before[0, 0], after[pp, end] = 0, 0
+    sizes = [_sizes(t, t.time[s] < BIG) for s in range(pp)]
+    for s in range(pp):
+        for n in sizes[s]:
+            reached = np.minimum(join(before[s, : end + 1 - n], t.time[s, t.entries(n)]), BIG)
+            before[s + 1, n:] = np.minimum(before[s + 1, n:], reached)
+    for s in reversed(range(pp)):
+        for n in sizes[s]:
+            reached = np.minimum(join(after[s + 1, n:], t.time[s, t.entries(n)]), BIG)
+            after[s, : end + 1 - n] = np.minimum(after[s, : end + 1 - n], reached)
+    return before, after

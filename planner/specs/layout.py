@@ -17,6 +17,11 @@ from planner.specs.policy import Policy
 Schedule = Literal["none", "gpipe", "1f1b", "interleaved"]
 SCHEDULES: tuple[str, ...] = ("none", "gpipe", "1f1b", "interleaved")
 """Names in the order of their codes. `none` is gradient accumulation without a pipeline (pp = 1)."""
+OFFLOADS: tuple[str, ...] = ("none", "optimizer")
+"""In the order of their codes."""
+RankOrder = Literal["tp-cp-dp-pp", "tp-cp-pp-dp"]
+RANK_ORDERS: tuple[str, ...] = ("tp-cp-dp-pp", "tp-cp-pp-dp")
+"""In the order of their codes: pipeline stages apart, or beside each other with data-parallel replicas apart."""
 RECOMPUTE_MODES: tuple[str, ...] = ("none", "selective", "full")
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 
@@ -97,8 +102,10 @@ class Layout(Spec):
     """Chunks a pipeline rank holds; above 1 exactly with `interleaved`."""
     sequence_parallel: bool = False
     """Norms and residuals split over the sequence inside the tp group (Korthikanti 2022)."""
-    offload: Literal["none"] = "none"
-    """What lives in host memory."""
+    offload: Literal["none", "optimizer"] = "none"
+    """What lives in host memory: optimizer states and fp32 masters, updated there (ZeRO-Offload, arXiv 2101.06840)."""
+    order: RankOrder = "tp-cp-dp-pp"
+    """Axes from the innermost outwards: which groups of ranks are neighbours."""
     stages: list[Stage] = Field(min_length=1)
     """One entry a pipeline rank, first rank first."""
 

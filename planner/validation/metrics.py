@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from planner.validation.prediction import Predicted, Prediction
+from planner.validation.stalled import STALLED
 
 GROUPINGS = ("source", "hardware", "engine", "model")
 """Fields of a prediction that rows can be grouped by."""
@@ -45,6 +46,8 @@ class TimeErrors:
     """Timed rows that a rule keeps out of all of these and of the ranking, by rule."""
     mape_all: float | None
     """Mean absolute error with the excluded rows."""
+    mape_with_stalled: float | None
+    """Mean absolute error with the rows that were left out as stalled, but no others."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Sweep:
     spearman: float | None
     """Rank correlation of predicted and measured times; None when all of either are equal."""
     regret: float
-    """Measured time of the layout predicted fastest / the best measured - 1."""
+    """Measured time of the layout predicted fastest (the mean of those predicted equally fast) / the best measured - 1."""
     regret_top3: float
     """The same for the best of the three layouts predicted fastest."""
 
@@ -87,6 +90,9 @@ class Ranking:
     regret5_mean: float | None
     regret5_median: float | None
     regret5_top3_mean: float | None
+    regret_mean_with_stalled: float | None
+    """The same with the runs that were left out as stalled."""
+    regret5_mean_with_stalled: float | None
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,7 @@ class Metrics:
             "time_rows": self.time.rows,
             **{f"time_{k}": getattr(self.time, k) for k in ("mape", "median", "bias", "p90", "within_10", "within_20")},
             "time_mape_all": self.time.mape_all,
+            "time_mape_with_stalled": self.time.mape_with_stalled,
             "time_excluded": sum(self.time.excluded.values()),
             "excluded": dict(self.time.excluded),
             "interval_coverage": self.time.interval_coverage,
@@ -213,6 +220,7 @@ def time_errors(rows: Iterable[Prediction]) -> TimeErrors:
         interval_coverage=_mean(inside),
         excluded=_by_count(Counter(row.excluded for row, _ in timed if row.excluded)),
         mape_all=_mean([abs(error) for _, error in timed]),
+        mape_with_stalled=_mean([abs(error) for row, error in timed if _counts(row, with_stalled=True)]),
     )
 
 
@@ -230,11 +238,11 @@ def memory_errors(rows: Iterable[Prediction]) -> MemoryErrors:
     )
 
 
-def sweeps(rows: Iterable[Prediction]) -> list[Sweep]:
+def sweeps(rows: Iterable[Prediction], with_stalled: bool = False) -> list[Sweep]:
     """Every sweep with at least SMALLEST_SWEEP layouts among the timed rows; repeats of a layout are averaged first."""
     found: dict[tuple[str, str, str, int, int, int, str, str], dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
-        if signed_time_error(row) is not None and not row.excluded and row.measured_time is not None:
+        if signed_time_error(row) is not None and _counts(row, with_stalled) and row.measured_time is not None:
             runs = found.setdefault(row.sweep, {}).setdefault(row.layout, [])
             runs.append((row.predicted_time, row.measured_time))
     return [_sweep(key, layouts) for key, layouts in found.items() if len(layouts) >= SMALLEST_SWEEP]
@@ -242,8 +250,10 @@ def sweeps(rows: Iterable[Prediction]) -> list[Sweep]:
 
 def ranking(rows: Iterable[Prediction]) -> Ranking:
     """How well predictions rank the layouts of each sweep."""
+    rows = list(rows)
     found = sweeps(rows)
     larger = [s for s in found if s.layouts >= LARGER_SWEEP]
+    everything = sweeps(rows, with_stalled=True)
     return Ranking(
         sweeps=len(found),
         spearman_mean=_mean([s.spearman for s in found if s.spearman is not None]),
@@ -254,6 +264,8 @@ def ranking(rows: Iterable[Prediction]) -> Ranking:
         regret5_mean=_mean([s.regret for s in larger]),
         regret5_median=_median([s.regret for s in larger]),
         regret5_top3_mean=_mean([s.regret_top3 for s in larger]),
+        regret_mean_with_stalled=_mean([s.regret for s in everything]),
+        regret5_mean_with_stalled=_mean([s.regret for s in everything if s.layouts >= LARGER_SWEEP]),
     )
 
 
@@ -295,13 +307,19 @@ def row_dict(row: Prediction) -> dict[str, Any]:
     return {k: _number(v) if isinstance(v, float) else v for k, v in data.items()}
 
 
+def _counts(row: Prediction, with_stalled: bool) -> bool:
+    """Whether no rule leaves the row out of times and rankings."""
+    return not row.excluded or (with_stalled and row.excluded.startswith(STALLED))
+
+
 def _sweep(key: tuple[str, str, str, int, int, int, str, str], layouts: dict[str, list[tuple[float, float]]]) -> Sweep:
     """The ranking of one sweep's layouts, given each one's (predicted, measured) times."""
     names = sorted(layouts)
     predicted, measured = np.array([np.mean(layouts[name], axis=0) for name in names]).T
     order = np.argsort(predicted, kind="stable")  # ties stay in the order of their names
     best = float(measured.min())
-    first, first3 = float(measured[order[0]]), float(measured[order[:3]].min())
+    tied = predicted <= predicted.min() * (1.0 + _ROUNDING)
+    first, first3 = float(measured[tied].mean()), float(measured[order[:3]].min())
     return Sweep(key, len(names), _spearman(predicted, measured), first / best - 1.0, first3 / best - 1.0)
 
 

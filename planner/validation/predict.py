@@ -18,8 +18,9 @@ from planner.specs.calibration import without_recipe
 from planner.specs.hardware import HardwareProfile
 from planner.units import GIB
 from planner.validation.prediction import MemoryKind, Outcome, Predicted, Prediction
-from planner.validation.profilemap import ProfileMap, load_map
+from planner.validation.profilemap import ProfileMap, StalledRule, load_map
 from planner.validation.rows import Row, Run, Unusable, positive, read_table, run_of
+from planner.validation.stalled import Measured, stalled, why
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,29 @@ def load_table(path: str, rules: ProfileMap, quality: frozenset[str] | None = No
             skipped["the profile has no peak for this precision"] += 1
             continue
         batch.entries.append(entry)
+    if rules.stalled is not None:
+        _leave_out_stalled(list(batches.values()), rules.stalled)
     return Table(tuple(b for b in batches.values() if b.entries), skipped)
+
+
+def _leave_out_stalled(batches: list[Batch], rule: StalledRule) -> None:
+    """Mark the runs that stalled as excluded, by their measured times."""
+    runs = [m for batch in batches for e in batch.entries if (m := _measured(batch.task, e)) is not None]
+    found, reason = stalled(runs, rule.slower, rule.dearer), why(rule.slower, rule.dearer)
+    for batch in batches:
+        batch.entries = [replace(e, excluded=reason) if e.name in found and not e.excluded else e for e in batch.entries]
+
+
+def _measured(task: Task, e: Entry) -> Measured | None:
+    """A timed run as the rule for stalled ones sees it."""
+    if e.outcome != "ran" or not e.measured_time:
+        return None
+    x = e.run.layout
+    alike = (
+        e.source, e.row.get("framework_version", ""), e.profile, e.engine, task.model.model_dump_json(),
+        task.job.model_dump_json(), x.model_copy(update={"dp": 1, "zero": 0, "micro_batch": 1}).model_dump_json(),
+    )  # fmt: skip
+    return Measured(e.name, alike, e.run.gpus, x.micro_batch, e.measured_time)
 
 
 def _same_device(own: str | None, wanted: str, known: dict[str, HardwareProfile]) -> None:

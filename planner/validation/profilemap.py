@@ -93,6 +93,15 @@ class Exclusion(Rule):
     why: str = Field(min_length=1)
 
 
+class StalledRule(Spec):
+    """Bounds on the measured times of like runs beyond which one stalled, see `planner.validation.stalled`."""
+
+    slower: float = Field(gt=1)
+    """Times the step of a like run on no more devices."""
+    dearer: float = Field(gt=1)
+    """Times the device time of a like run on more devices."""
+
+
 class ProfileMap(Spec):
     """First match wins, in profiles and in engines; every matching trait and exclusion counts."""
 
@@ -100,6 +109,8 @@ class ProfileMap(Spec):
     engines: list[EngineRule] = Field(default_factory=list)
     traits: list[TraitRule] = Field(default_factory=list)
     exclude: list[Exclusion] = Field(default_factory=list)
+    stalled: StalledRule | None = None
+    """Bounds for runs that stalled; without them none is left out for it."""
 
     def profile_of(self, row: Mapping[str, str]) -> str | None:
         """Name or path of the row's hardware profile."""
@@ -131,9 +142,9 @@ def load_map(path: str | None) -> ProfileMap:
     profiles = [
         r.model_copy(update={"profile": str(base / r.profile)}) if (base / r.profile).is_file() else r for r in own.profiles
     ]
-    if not (own.profiles or own.engines or own.traits or own.exclude):
-        raise input_error("PLN140", f"{path} holds no rules", "a map has profiles, engines, traits or exclude", "")
+    if not (own.profiles or own.engines or own.traits or own.exclude or own.stalled):
+        raise input_error("PLN140", f"{path} holds no rules", "a map has profiles, engines, traits, exclude or stalled", "")
     return ProfileMap(
         profiles=profiles + shipped.profiles, engines=own.engines + shipped.engines,
-        traits=own.traits + shipped.traits, exclude=own.exclude + shipped.exclude,
+        traits=own.traits + shipped.traits, exclude=own.exclude + shipped.exclude, stalled=own.stalled or shipped.stalled,
     )  # fmt: skip

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from machines import figure, llama, mixture, profile, task
 
-from planner.cost import collectives, compute, memory, primitives, step
+from planner.cost import collectives, compute, memory, operators, primitives, step
 from planner.cost.task import LayoutArray
-from planner.engines.registry import engine_named
+from planner.engines.registry import accounting_named, engine_named
 from planner.planning.estimate import estimate_layout
 from planner.specs.layout import Layout
 from planner.specs.model import Model
@@ -75,6 +75,35 @@ def test_deep_ep_is_never_slower():
     plain, deep = (task(model, 8, 1024, 16, e, profile(node_size=2)) for e in ("megatron", "megatron+deep-ep"))
     x = layouts(plain, {"ep": 8})
     assert primitives.price(deep, x).forward[0] < primitives.price(plain, x).forward[0]
+
+
+def test_the_host_pays_for_every_expert_of_a_rank():
+    """Grouped linears are loops over experts: more of them on a rank raise the floor under a small layer."""
+    t = task(mixture(experts=64, top_k=2), 8, 1024, 16, "megatron")
+    x = layouts(t, {"ep": 8}, {"ep": 1})
+    host = operators.layer_seconds(t, x).host_forward
+    forward, launch = t.accounting.kernels_expert[0], t.hardware.device.launch.base * t.constant("host")
+    assert host[1] - host[0] == pytest.approx((64 - 8) * forward * launch)
+    fused = replace(t, accounting=accounting_named("megatron+fused-experts"))
+    assert len(set(operators.layer_seconds(fused, x).host_forward)) == 1
+    narrow = replace(t, job=t.job.model_copy(update={"linears": "fp8"}))
+    dropped = replace(narrow, accounting=accounting_named("megatron+token-drop"))
+    floors = [operators._host(n, operators.shapes_of(n, x), 0)[1] for n in (t, narrow, dropped)]
+    assert floors[1] > floors[0]
+    assert floors[2] == pytest.approx(floors[0])
+
+
+def test_windows_that_are_not_skipped_cost_as_much_as_none():
+    whole = llama()
+    data = whole.model_dump(exclude_none=True)
+    data["layers"][0]["attention"]["sliding_window"] = 128
+    windowed = Model.model_validate(data)
+    plain, masked = (task(windowed, 8, 4096, 16, e) for e in ("megatron", "megatron+whole-windows"))
+    full = task(whole, 8, 4096, 16, "megatron")
+    x = layouts(full, {})
+    seconds = [operators.layer_seconds(t, x).forward[0] for t in (plain, masked, full)]
+    assert seconds[0] < seconds[1]
+    assert seconds[1] == pytest.approx(seconds[2])
 
 
 def test_blend_is_the_mean_and_peaks_are_the_largest():

@@ -14,8 +14,7 @@ from planner.engines.base import Engine
 from planner.engines.registry import engine_named
 from planner.search import bounds
 from planner.search import mixed as mixed_bounds
-from planner.search.explain import any_fits
-from planner.search.solve import group_of, price
+from planner.search.solve import group_of, price, search
 from planner.search.space import Space, declared_space
 from search.brute import all_rows
 
@@ -42,7 +41,7 @@ def grid(name: str) -> Grid:
     elif name == "experts":
         model, memory, engine = mixture(4, 1024, 8, 2, 1024), "4.2 GiB", "megatron"
     else:
-        model, memory, engine = mixed("alternating", 4, 1024, random.Random(1)), "3.6 GiB", "megatron"
+        model, memory, engine = mixed("alternating", 4, 1024, random.Random(1)), "3.4 GiB", "megatron"
     t = task(model, 8, 1024, 8, engine, profile(memory=memory, node_size=4))
     return solved(t, engine)
 
@@ -62,7 +61,8 @@ def tight(name: str) -> Grid:
     low, high = 0, g.task.limit
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if any_fits(under(g.task, middle), g.engine, g.space) else (middle, high)
+        found = search(under(g.task, middle), g.engine, g.space, k=1)
+        low, high = (low, middle) if found.candidates else (middle, high)
     return solved(under(g.task, high), g.engine.name)
 
 
@@ -74,17 +74,18 @@ def under(t: Task, limit: int) -> Task:
 def violations(g: Grid) -> dict[str, int]:
     """Rows on which the memory test is wrong or a bound exceeds the exact value, by what was tested."""
     x = g.layouts
-    p, kinds = price(g.task, x)
+    p, stack = price(g.task, x)
     found = {"memory": 0, "simple": 0, "target": 0}
-    for rows in bounds.same_pipeline(x, np.arange(len(x)), bool(kinds)):
-        group, exact = group_of(g.task, g.space.modes, x, p, kinds, rows), g.exact[rows]
-        fits = mixed_bounds.memory_feasible(g.task, group) if kinds else bounds.memory_feasible(group)
-        simple = mixed_bounds.simple_bound(g.task, group) if kinds else bounds.simple_bound(group)
+    for rows in bounds.same_pipeline(x, np.arange(len(x)), stack is not None):
+        group, exact = group_of(g.task, g.space.modes, x, p, stack, rows), g.exact[rows]
+        fits = mixed_bounds.memory_feasible(g.task, group) if stack else bounds.memory_feasible(group)
+        simple = mixed_bounds.simple_bound(g.task, group) if stack else bounds.simple_bound(group)
         some = exact >= 0
-        found["memory"] += int(np.count_nonzero(fits != some))
+        # The test of mixed models forgives a few bytes, and the search decides those rows: it may only be too lax.
+        found["memory"] += int(np.count_nonzero(~fits & some if stack else fits != some))
         found["simple"] += int(np.count_nonzero(simple[some] > exact[some]))
         for factor in FACTORS if some.any() else ():
             target = int(exact[some].min() * factor)
-            bound = mixed_bounds.target_bound(g.task, group, target) if kinds else bounds.target_bound(group, target)
+            bound = mixed_bounds.target_bound(g.task, group, target) if stack else bounds.target_bound(group, target)
             found["target"] += int(np.count_nonzero(bound[some] > np.minimum(exact[some], target)))
     return found

@@ -76,13 +76,24 @@ def test_regret_and_rank_correlation():
     assert sweep.spearman == pytest.approx(1 - 6 * 2 / (4 * 15))
 
 
-def test_ties_in_prediction_go_by_layout_text():
+def test_layouts_predicted_equally_fast_count_with_their_mean():
     rows = [prediction(layout=name, measured_time=t) for name, t in (("b", 1.0), ("c", 2.0), ("a", 4.0))]
     (sweep,) = sweeps(rows)
-    assert sweep.regret == 3.0  # all are predicted the same, "a" comes first
+    assert sweep.regret == pytest.approx(4.0 / 3.0)  # all are predicted the same: (1 + 2 + 4) / 3 against 1
     assert sweep.spearman is None
     assert ranking(rows).spearman_mean is None
-    assert ranking(rows).regret_mean == 3.0
+    assert ranking(rows).regret_mean == pytest.approx(4.0 / 3.0)
+
+
+def test_stalled_runs_are_left_out_and_reported_with_and_without():
+    rows = timed((1.0, 1.0), (2.0, 2.0), (3.0, 3.0))
+    rows.append(prediction(layout="tp9", predicted_time=0.5, measured_time=8.0, excluded="stalled: over 3 x"))
+    result = ranking(rows)
+    assert (result.regret_mean, result.regret_mean_with_stalled) == (0.0, 7.0)
+    errors = time_errors([*rows, *timed((2.0, 1.0), excluded="another rule")])
+    assert errors.mape == 0.0
+    assert errors.mape_with_stalled == pytest.approx((0 + 0 + 0 + 7.5 / 8.0) / 4)
+    assert errors.mape_all == pytest.approx((7.5 / 8.0 + 1.0) / 5)
 
 
 def test_repeats_are_averaged_and_are_one_layout():

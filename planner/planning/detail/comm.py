@@ -161,7 +161,7 @@ def _state_calls(c: Case, source: Source, item: Traffic, times: dict[str, float]
     size = source.task.accounting.size(item.size, source.task.job.compute_bytes)
     x, factor, p = c.x, source.task.constant("dp"), source.counts
     dense = {k: size * float(v[0]) for k, v in primitives.params_by_place(p).items()}
-    shard, stride = float(x.shard[0]), float(x.tp[0])
+    shard, stride = float(x.shard[0]), float(x.tp[0] * x.apart[0])
     calls = [_Call("dp x cp", item.op, shard, stride, dense[k], n, factor) for k, n in times.items() if dense[k]]
     if float(p["experts"][0]):
         routed, apart = size * float(p["experts"][0]), float((x.ep * x.etp)[0])
@@ -232,9 +232,12 @@ def _pipeline_rows(c: Case) -> list[Collective]:
         return []
     sent = primitives.sent_bytes(task, c.x, memory.activation_bytes(c.base.task, c.x).boundary)
     hops = primitives.hop_seconds(task, sent)
-    tiers = _tiers(task, layout.world_size, 1.0)
+    tiers = _tiers(task, int(c.x.span[0]), 1.0)
     tier, each = tiers[-1], task.growth * float(hops[len(tiers) - 1][0])
-    calls, stride = 2.0 * c.m * layout.virtual_stages, layout.tp * layout.cp * layout.dp
+    calls, stride = (
+        2.0 * c.m * layout.virtual_stages,
+        layout.tp * layout.cp * (1 if layout.order == "tp-cp-pp-dp" else layout.dp),
+    )
     names = tuple(n for n in tier_figures(tier) if n.endswith(("bandwidth", "latency", "efficiency")))
     hides = _HIDE.format(1.0 - task.accounting.pp_exposed.get(layout.schedule, 1.0))
     return [

@@ -79,7 +79,7 @@ def _attention_inputs(task: Task, s: Shapes) -> tuple[tuple[str, ...], Inputs]:
         "sequences": float(s.micro_batch[0]), "queries": length / float(s.cp[0]), "keys": length,
         "heads": model.heads / float(s.tp[0]), "head_dim": model.attention_dim_of(model.layer),
     }  # fmt: skip
-    if window := model.layer.attention.sliding_window:
+    if (window := model.layer.attention.sliding_window) and a.windows:
         inputs["window"] = window
     figures = ["device.sustained", f"device.peak.{task.job.precision}", "constant.compute"]
     if a.attention == "unfused":
@@ -108,7 +108,9 @@ def _host_line(lines: Lines, kind: Kind, direction: int, times: float, bound: st
     device, host = float(getattr(t, word)[0]), float(getattr(t, f"host_{word}")[0])
     gathers = float(primitives.gather_host(task, lines.c.x.zero, direction)[0])
     beside = float((getattr(t, f"tp_{word}") + getattr(t, f"cp_{word}"))[0])
-    there = (("gather", gathers > 0), ("tp", lines.c.layout.tp > 1), ("routed", task.model.layer.mlp.routed))
+    routed = task.model.layer.mlp.routed
+    loops = routed and any(task.accounting.kernels_expert)
+    there = (("gather", gathers > 0), ("tp", lines.c.layout.tp > 1), ("routed", routed), ("expert", loops))
     more = tuple(f"engine.kernels_{name}" for name, present in there if present)
     figures = ("device.launch", f"engine.kernels_{word}", "constant.host", *more)
     inputs: Inputs = {"device s": device, "host s": host + gathers, "traffic beside it s": beside}

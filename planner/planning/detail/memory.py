@@ -68,11 +68,11 @@ def _states(held: Held, part: str, source: int) -> Iterator[tuple[str, int | Non
     for kind, count in held.kinds:
         task, params, _ = kind.sources[source]
         for key, shard, what in (("layer", x.shard, "layers"), ("experts", x.expert_shard, "routed experts")):
-            states = memory.state_bytes(task, x.zero, shard, x.microbatches)
+            states = memory.state_bytes(task, x, shard)
             each, per = float(params[key][0]), float(getattr(states, moment)[part][0])
             yield f"{kind.label}{prefix}{part} of {what}", count, each, per
     (task, params, _), (first, last) = c.base.sources[source], c.ends(held.rank)
-    states, places = memory.state_bytes(task, x.zero, x.shard, x.microbatches), primitives.params_by_place(params)
+    states, places = memory.state_bytes(task, x, x.shard), primitives.params_by_place(params)
     for there, key, name in ((first, "first", "embedding"), (last, "last", "head and final norm")):
         if there:
             yield f"{prefix}{part} of {name}", None, float(places[key][0]), float(getattr(states, moment)[part][0])
@@ -141,7 +141,7 @@ def _resident_lines(held: Held) -> None:
     held.add("buffers", "library workspaces", workspace, {}, "device.workspace")
     fixed = int(c.q.fixed[held.rank])
     held.add("buffers", "resident gradient buffers of a layer", fixed - workspace, {}, "engine.zero")
-    states = memory.state_bytes(base.task, x.zero, x.shard, x.microbatches)
+    states = memory.state_bytes(base.task, x, x.shard)
     if last:
         beside = float(states.resident[0] * base.params["head"][0])
         held.add("buffers", "resident gradient buffer of the head", beside, {}, "engine.zero")
