@@ -21,6 +21,9 @@ A tour:
     sizes.frame             # one row a size: time, efficiency, days, device-hours, cost, energy
     sizes.plan              # the plan of the size that the objective picks; sizes.plans holds all by number of devices
 
+    front = planner.pareto("gpt3-175b", "a100-80gb-sxm", against="memory", gpus=1024, seq_len=2048, global_batch=1536)
+    front.frame             # the fastest plan under every memory limit; front.points holds the plans
+
 Errors are `planner.errors.PlannerError`: each carries a code, a place, numbers, and a fix. The rooms, from left to
 right: specs (what a person declares), cost (what a layout costs), engines (what executes it), search (which is best, and
 the proof), planfile and planning (the plan), checks, launchers, report, cli; and runtime, which trains.
@@ -37,12 +40,15 @@ if TYPE_CHECKING:
     from planner.errors import Problem
     from planner.planfile import Plan
     from planner.planning.explain import Explanation
+    from planner.planning.pareto import Front
     from planner.planning.scale import Scaling
     from planner.specs.hardware import HardwareProfile
     from planner.specs.layout import Layout
     from planner.specs.model import Model
 
-__all__ = ["__version__", "check", "estimate", "explain", "load_hardware", "load_model", "load_plan", "plan", "scale"]
+__all__ = [
+    "__version__", "check", "estimate", "explain", "load_hardware", "load_model", "load_plan", "pareto", "plan", "scale",
+]  # fmt: skip
 
 
 def plan(
@@ -65,6 +71,7 @@ def plan(
     tokens: str | float | None = None,
     price: float | None = None,
     pue: float | None = None,
+    time_limit: float | None = None,
 ) -> Plan:
     """The proven best plan for a job on a cluster.
 
@@ -79,13 +86,16 @@ def plan(
     "min-gpus" tell several sizes apart: see `scale`). With `tokens` (a number, or text such as "15T") `Plan.economy` holds
     steps, days, device-hours, cost and energy: `price` in USD of a device-hour (the profile's when left out), `pue` the
     site's energy over that of its devices.
+
+    After `time_limit` (seconds) or a KeyboardInterrupt the plan is the best so far: its certificate says `interrupted`, with
+    bound and gap. Raises TimeoutError or KeyboardInterrupt when there is none.
     """
     from planner.planning import make
 
     limits = {"max_memory_fraction": max_memory_fraction, "max_oom_probability": max_oom_probability}
     request = _request(model, hardware, nodes, gpus, engine, seq_len, global_batch, precision, limits, pin, forbid, adapter)
     request = _aims(request, objective, tokens, price, pue)
-    return make.make_plan(request, alternatives)
+    return make.make_plan(request, alternatives, time_limit=time_limit)
 
 
 def estimate(
@@ -167,6 +177,50 @@ def scale(
     one, many = (counts[0], None) if gpus is None else (None, counts[0])
     request = _request(model, hardware, one, many, engine, seq_len, global_batch, precision, limits, pin, forbid, adapter)
     return scaling.scale(_aims(request, objective, tokens, price, pue, deadline_days), counts, alternatives)
+
+
+def pareto(
+    model: str | Model,
+    hardware: str | HardwareProfile,
+    *,
+    against: str,
+    seq_len: int,
+    global_batch: int,
+    points: int = 16,
+    nodes: str | Iterable[int] | int | None = None,
+    gpus: str | Iterable[int] | int | None = None,
+    precision: str = "bf16",
+    engine: str = "bundled",
+    pin: dict[str, Any] | None = None,
+    forbid: str | tuple[str, ...] = (),
+    max_memory_fraction: float = 0.92,
+    max_oom_probability: float | None = None,
+    adapter: dict[str, Any] | None = None,
+    tokens: str | float | None = None,
+    price: float | None = None,
+    pue: float | None = None,
+    time_limit: float | None = None,
+) -> Front:
+    """The plans that no other one beats in both step time and memory, devices or cost; each a proven optimum.
+
+    `against`: "memory" for the fastest plan under each of `points` memory limits, from the highest allowed down to the lowest
+    that anything fits under; "gpus" and "cost" for the fastest plan of each of several sizes (`nodes` or `gpus` as in
+    `scale`), cost being device-hours, or USD where a price is known. Everything else as in `plan`. Raises InputError,
+    InfeasibleError when nothing fits, TimeoutError or KeyboardInterrupt when stopped before the first point.
+    """
+    from planner.errors import input_error
+    from planner.planning import pareto as fronts
+    from planner.planning.counts import parse_counts
+
+    given = nodes if gpus is None else gpus
+    if given is None or (nodes is not None and gpus is not None):
+        raise input_error("PLN131", "give nodes or gpus, one of them", "", "for example gpus=64")
+    counts = parse_counts(given, "--nodes" if gpus is None else "--gpus")
+    limits = {"max_memory_fraction": max_memory_fraction, "max_oom_probability": max_oom_probability}
+    one, many = (counts[0], None) if gpus is None else (None, counts[0])
+    request = _request(model, hardware, one, many, engine, seq_len, global_batch, precision, limits, pin, forbid, adapter)
+    request = _aims(request, "throughput", tokens, price, pue)
+    return fronts.pareto(request, fronts.checked_against(against), points, counts, time_limit=time_limit)
 
 
 def check(path: str, *, max_oom_probability: float | None = None) -> list[Problem]:

@@ -1,7 +1,7 @@
 """The plan file: schema, version, canonical form, digest, read, write.
 
 Comes in: what `planning` assembled, or a file. Goes out: a `Plan` that holds everything a launcher and the runtime
-need; they read nothing else. The digest covers what decides the job and its prediction, not how long the search took.
+need; they read nothing else. Equal inputs give equal bytes: how long the search took is not part of the file.
 (The module is not called `plan`, because `planner.plan` is the function.)
 """
 
@@ -293,7 +293,8 @@ class Certificate(Spec):
     """What the proof quantifies over. None in files of version 2.0, which cannot be verified."""
     complete: bool | None = None
     """Whether the search ran to its end, and so proved the alternatives too. None in files of version 2.0."""
-    seconds: float
+    seconds: float | None = Field(default=None, exclude=True)
+    """How long the search took. Shown, never written: equal inputs give equal files. Files before 2.1 state it."""
     solver: str
     lowest_memory: LowestMemory | None = None
     """The lower memory limit that the proof holds under, with `--objective memory`."""
@@ -350,6 +351,7 @@ class Inputs(Spec):
     contents: dict[str, str] = Field(default_factory=dict)
     """Of the canonical form of the model, hardware and job as the plan holds them: see `content_digests`."""
     pins: dict[str, list[Any]] = Field(default_factory=dict)
+    """Allowed values by axis: axes and values in ascending order, however they were given."""
     forbidden: list[str] = Field(default_factory=list)
 
 
@@ -388,7 +390,7 @@ class Plan(Spec):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the canonical form without the search's wall time."""
+        """SHA-256 of the canonical form."""
         return _digest(self.model_dump(mode="json"))
 
     def to_json(self) -> str:
@@ -397,7 +399,7 @@ class Plan(Spec):
 
 
 def _digest(data: dict[str, Any]) -> str:
-    """SHA-256 of a plan's data without the search's wall time."""
+    """SHA-256 of a plan's data, without the search's wall time that older files state."""
     proof = data.get("certificate")
     if isinstance(proof, dict):
         data = {**data, "certificate": {k: v for k, v in proof.items() if k != "seconds"}}
@@ -426,13 +428,18 @@ def canonical(data: Any) -> str:
 
 def write(plan: Plan, path: str | Path) -> None:
     """Write the plan so that a reader never sees half of it (in place where the path is not a regular file)."""
+    write_text(plan.to_json(), path)
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write a file so that a reader never sees half of it. Raises InputError."""
     target = Path(path).resolve()
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         if target.exists() and not target.is_file():
-            target.write_text(plan.to_json(), encoding="utf-8")
+            target.write_text(text, encoding="utf-8")
             return
-        temporary.write_text(plan.to_json(), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(target)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 def planner(*words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     base = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR", "NO_COLOR")}
-    command = [sys.executable, "-m", "planner.cli.main", *words]
+    command = [sys.executable, "-m", "planner", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env={**base, **env}, check=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
@@ -15,6 +16,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
+from planner import stopping
 from planner.errors import InputError, PlannerError, Problem, input_error
 
 P = ParamSpec("P")
@@ -69,23 +71,31 @@ FORMATS = ("table", "json", "yaml", "csv", "markdown")
 
 
 def guarded(command: Callable[P, R]) -> Callable[P, R]:
-    """Errors leave as one message on standard error and an exit code, never as a traceback."""
+    """Errors leave as one message on standard error and an exit code, never as a traceback. Signals end the command."""
+    return _guarded(command, stopping.at_once)
 
+
+def anytime(command: Callable[P, R]) -> Callable[P, R]:
+    """The same for a command that looks at signals itself, where it can save its result; without one it exits with 4."""
+    return _guarded(command, contextlib.nullcontext)
+
+
+def _guarded(command: Callable[P, R], signals: Callable[[], contextlib.AbstractContextManager[None]]) -> Callable[P, R]:
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             _tolerant_output()
-            result = command(*args, **kwargs)
-            sys.stdout.flush()
-            return result
+            with signals():
+                result = command(*args, **kwargs)
+                sys.stdout.flush()
+                return result
         except PlannerError as error:
             print_problems(error.problems)
             raise typer.Exit(error.exit_code) from None
         except (typer.Exit, BrokenPipeError):
             raise
         except KeyboardInterrupt as interrupt:
-            print("planner: interrupted before there was a result", file=sys.stderr)
-            raise typer.Exit(getattr(interrupt, "code", 130)) from None
+            raise typer.Exit(_interrupted(interrupt, signals is stopping.at_once)) from None
         except TimeoutError:
             print("planner: the time limit passed before any plan was found", file=sys.stderr)
             raise typer.Exit(4) from None
@@ -93,6 +103,8 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             print(f"planner: {error.strerror or error}: the result could not be written", file=sys.stderr)
             raise typer.Exit(2) from None
         except Exception as error:
+            if stopping.received() and signals is stopping.at_once:  # raised inside an import, it may look like anything
+                raise typer.Exit(_interrupted(error, True)) from None
             if os.environ.get("PLANNER_DEBUG"):
                 traceback.print_exc()
             message = " ".join(str(error).split()) or type(error).__name__
@@ -101,6 +113,14 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(70) from None
 
     return wrapper
+
+
+def _interrupted(error: BaseException, at_once: bool) -> int:
+    """Say that a signal ended the command, and return the exit code."""
+    code = getattr(error, "code", 128 + (stopping.received() or signal.SIGINT))
+    name = signal.Signals(code - 128).name
+    print(f"planner: interrupted ({name}) before there was a {'result' if at_once else 'plan'}", file=sys.stderr)
+    return code if at_once else 4
 
 
 class Signals:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import typer
 
+from planner import stopping
 from planner._version import __version__
 from planner.cli import calibrate, check, emit, estimate, explain, hardware, model, plan, run, schema, validate
 
@@ -47,7 +49,8 @@ def _root(
 
 
 def main() -> None:
-    """Run the program; the exit code says what happened (see the package's docstring)."""
+    """Run the program; the exit code says what happened (see the README). `planner.__main__` is where it starts."""
+    stopping.install()
     try:
         app()
     except BrokenPipeError:
@@ -56,7 +59,7 @@ def main() -> None:
         sys.exit(0)
     except KeyboardInterrupt:
         print("planner: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (stopping.received() or signal.SIGINT))
 
 
 if __name__ == "__main__":

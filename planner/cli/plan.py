@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from planner import stopping
 from planner.cli import common
 from planner.errors import InfeasibleError, Problem, input_error
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from planner.search.solve import Progress
 
 
-@common.guarded
+@common.anytime
 def plan(
     model: common.ModelArgument,
     hardware: common.Hardware,
@@ -51,6 +53,19 @@ def plan(
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, max=50, help="Plans to prove, the best included.")] = 4,
     time_limit: Annotated[float | None, typer.Option("--time-limit", help="Seconds; then the best plan so far.")] = None,
+    pareto: Annotated[
+        str | None,
+        typer.Option("--pareto", metavar="WHAT", help="Step time against memory, gpus or cost: all best trade-offs."),
+    ] = None,
+    points: Annotated[
+        int | None, typer.Option("--points", help="Memory limits that --pareto memory tries. [16]", show_default=False)
+    ] = None,
+    chart: Annotated[
+        Path | None, typer.Option("--chart", help="Draw the front of --pareto here: .svg or .png (extra report).")
+    ] = None,
+    space: Annotated[
+        bool, typer.Option("--space", help="Print the declared space and count it; plan nothing. Formats table and json.")
+    ] = False,
     output_format: common.Format = "table",
     output: Annotated[
         Path | None, typer.Option("-o", "--out", help="Write the plan file here; a table of counts as .csv or .parquet.")
@@ -58,6 +73,7 @@ def plan(
     as_type: common.AsType = None,
 ) -> None:
     """Find the best layout for a training job, prove it, and say whether it fits."""
+    from planner.cli import pareto as front
     from planner.cli import scale
     from planner.planning.counts import several
 
@@ -66,17 +82,39 @@ def plan(
     flags = dict(locals())
     if time_limit is not None and not (0 < time_limit < float("inf")):
         raise input_error("PLN107", f"--time-limit {time_limit}: not a time above zero", "", "give seconds, such as 60")
-    signals = common.Signals()
+    if space:
+        _space(flags)
+        return
+    if pareto is not None:
+        front.front(flags | {"points": 16 if points is None else points})
+        return
+    front.checked_without(flags)
     if several(nodes) or several(gpus):
-        scale.scaling(flags, signals)
+        scale.scaling(flags)
     else:
-        _one(flags, signals)
-    if signals.code:
-        print("planner: interrupted: this is the best plan so far", file=sys.stderr)
-        raise typer.Exit(signals.code)
+        _one(flags)
 
 
-def _one(flags: dict[str, Any], signals: common.Signals) -> None:
+def _space(flags: dict[str, Any]) -> None:
+    """Print the declared space. Raises InputError."""
+    from planner.planning.counts import several
+    from planner.planning.spaceview import space_view
+
+    common.checked_format(flags["output_format"], ("table", "json"))
+    if flags["pareto"] is not None or flags["output"] is not None:
+        raise input_error("PLN129", "--space makes no plan and no front", "", "leave out --pareto and -o")
+    if several(flags["nodes"]) or several(flags["gpus"]):
+        raise input_error("PLN129", "--space with several counts", "each has a space of its own", "give one count")
+    view = space_view(request_of(flags))
+    if flags["output_format"] == "json":
+        common.write_result(common.to_json(view.to_data()))
+    else:
+        from planner.report import space, terminal
+
+        space.print_space(view, terminal.console())
+
+
+def _one(flags: dict[str, Any]) -> None:
     """Plan for one cluster; print, and write."""
     from planner import planfile
     from planner.planning.economy import in_time
@@ -85,11 +123,8 @@ def _one(flags: dict[str, Any], signals: common.Signals) -> None:
     output, output_format = flags["output"], flags["output_format"]
     request = request_of(flags)
     try:
-        with signals, progress() as report:
+        with progress() as report:
             made = make_plan(request, flags["top_k"], report, flags["time_limit"])
-    except KeyboardInterrupt as interrupt:
-        interrupt.code = signals.code  # type: ignore[attr-defined]
-        raise
     except NothingFits as error:
         if output_format == "json":
             certificate = error.certificate.model_dump(mode="json")
@@ -98,12 +133,31 @@ def _one(flags: dict[str, Any], signals: common.Signals) -> None:
             common.write_result(common.to_json(data))
         raise
     if not in_time(made.economy):
+        if made.certificate is not None and made.certificate.status == "interrupted":
+            raise KeyboardInterrupt if stopping.received() else TimeoutError  # a faster plan may be in time
         raise _late(made)
     if output is not None:
         planfile.write(made, output)
     print_plan(made, output_format)
     if output is not None:
         print(f"plan written to {output}", file=sys.stderr)
+    _say_ended(made)
+
+
+def what_ended() -> str:
+    """What ended a search early."""
+    number = stopping.received()
+    return f"interrupted ({signal.Signals(number).name})" if number else "the time limit passed"
+
+
+def _say_ended(made: Plan) -> None:
+    """Say on standard error when the plan is the best so far and not the proven one."""
+    proof = made.certificate
+    if proof is not None and proof.status == "interrupted":
+        far = "with no bound yet" if proof.gap is None else f"at most {proof.gap:.2%} of its step time above the optimum"
+        print(f"planner: {what_ended()}: this is the best plan so far, {far}", file=sys.stderr)
+    elif stopping.received():
+        print(f"planner: {what_ended()}: the plan is proven, some runners-up may not be", file=sys.stderr)
 
 
 def _late(made: Plan) -> InfeasibleError:

@@ -7,16 +7,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from planner import stopping
 from planner.cli import common
 from planner.errors import MissingPartError, Problem, input_error
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from planner.planning.scale import Scaling
 
 SUFFIXES = (".json", ".csv", ".parquet")
 
 
-def scaling(flags: dict[str, Any], signals: common.Signals) -> None:
+def scaling(flags: dict[str, Any]) -> None:
     """Plan every count; print the table, write it or the chosen plan. Raises InfeasibleError when none is picked."""
     from planner.cli import plan as command
     from planner.planning import scale
@@ -28,19 +31,15 @@ def scaling(flags: dict[str, Any], signals: common.Signals) -> None:
     if flags["nodes"] is not None and flags["gpus"] is not None:
         raise input_error("PLN131", "give --nodes or --gpus, one of them", "", "for example --nodes 8,16,32")
     counts = parse_counts(flags[unit], f"--{unit}")
-    try:
-        with signals, command.progress() as report:
-            made = scale.scale(request, counts, flags["top_k"], report, flags["time_limit"], lambda: signals.code != 0)
-    except KeyboardInterrupt as interrupt:
-        interrupt.code = signals.code  # type: ignore[attr-defined]
-        raise
-    if made.plan is None and any(row.status == "open" for row in made.rows):
-        if not signals.code:
-            raise TimeoutError
-        ended = KeyboardInterrupt()
-        ended.code = signals.code  # type: ignore[attr-defined]
-        raise ended
+    with command.progress() as report:
+        made = scale.scale(request, counts, flags["top_k"], report, flags["time_limit"])
+    cut = any(row.status == "open" for row in made.rows)
+    if made.plan is None and cut:
+        raise KeyboardInterrupt if stopping.received() else TimeoutError
     print_scaling(made, flags["output_format"])
+    proofs = [plan.certificate for plan in made.plans.values()]
+    if cut or any(proof is not None and proof.status == "interrupted" for proof in proofs):
+        print(f"planner: {command.what_ended()}: the table says which sizes were planned", file=sys.stderr)
     plan = made.require()
     if output is not None:
         write(made, output)
@@ -69,10 +68,16 @@ def write(made: Scaling, path: Path) -> None:
 
     if path.suffix == ".json":
         planfile.write(made.require(), path)
-    elif path.suffix == ".csv":
-        made.frame.to_csv(path, index=False)
     else:
-        made.frame.to_parquet(path, index=False)
+        write_frame(made.frame, path)
+
+
+def write_frame(frame: pd.DataFrame, path: Path) -> None:
+    """A table, as its suffix says."""
+    if path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_parquet(path, index=False)
 
 
 def print_scaling(made: Scaling, output_format: str) -> None:

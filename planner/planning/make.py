@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from planner import stopping
 from planner.engines.base import job_problems, layout_problems
 from planner.errors import InfeasibleError, InputError, Problem, input_error
 from planner.planfile import Alternative, Certificate, Choice, Estimate, LowestMemory, Memory, Plan
@@ -30,29 +31,35 @@ def make_plan(
 
     Where several of them are as fast as can be told, the plan is the simplest or emptiest one: see `choice`. With the
     objective `memory` the space is what fits under the lowest limit that anything fits under: see `lowmemory`.
-    Raises InputError, InfeasibleError when nothing fits, TimeoutError or KeyboardInterrupt when stopped before any plan.
+    `time_limit` in seconds. Raises InputError, InfeasibleError when nothing fits, TimeoutError or KeyboardInterrupt when
+    stopped before any plan.
     """
-    from planner.search.solve import search
-
     if alternatives < 1:
         raise input_error("PLN107", f"alternatives {alternatives}: at least 1, the plan itself", "", "")
+    with stopping.limit(time_limit):
+        return _made(request, alternatives, progress)
+
+
+def _made(request: Request, alternatives: int, progress: Progress | None) -> Plan:
+    from planner.search.solve import search
+
     setting = prepare(request)
     if problems := job_problems(setting.task, setting.engine):
         raise InputError(problems)
     space = declared_space(setting.task, setting.engine, request.pins, request.forbid)
     floor = lowest_limit(setting.task, setting.engine, space) if request.objective == "memory" else None
     task = setting.task if floor is None else floor.task
-    outcome = search(task, setting.engine, space, alternatives, progress, time_limit)
-    certificate = _certificate(outcome, space, None if floor is None else floor.proof)
+    outcome = search(task, setting.engine, space, alternatives, progress)
+    certificate = certificate_of(outcome, space, None if floor is None else floor.proof)
     if not outcome.candidates:
         if outcome.status == "interrupted":
             raise TimeoutError if outcome.stopped_by == "limit" else KeyboardInterrupt
         raise explain_infeasible(setting, space, request, certificate)
-    plan = _assembled(setting, outcome, certificate)
+    plan = assembled(setting, outcome, certificate)
     return plan.model_copy(update={"objective": request.objective})
 
 
-def _assembled(setting: Setting, outcome: Outcome, certificate: Certificate) -> Plan:
+def assembled(setting: Setting, outcome: Outcome, certificate: Certificate) -> Plan:
     """The plan among the candidates of a search, the others as alternatives."""
     found = [choice.Proven(c.layout, estimate_layout(setting.task, c.layout)) for c in outcome.candidates]
     # A search that ended early proved too little for anything but its best to be the plan.
@@ -114,7 +121,7 @@ def _money(setting: Setting, estimate: Estimate) -> dict[str, Any]:
     return {"economy": economy(setting.budget, task.job, task.gpus, task.hardware, estimate)}
 
 
-def _certificate(outcome: Outcome, space: Space, lowest: LowestMemory | None) -> Certificate:
+def certificate_of(outcome: Outcome, space: Space, lowest: LowestMemory | None) -> Certificate:
     best = outcome.candidates[0].step_ns if outcome.candidates else None
     bound = outcome.bound_ns
     gap = (best - bound) / best if best and bound is not None else None
@@ -177,12 +184,19 @@ def explain_infeasible(setting: Setting, space: Space, request: Request, certifi
 
     task, engine = setting.task, setting.engine
     asked, whole = Asked.of(request.pins, request.forbid), request.nodes is not None
-    changes = nearest_changes(task, engine, asked, whole, SHOWN_CHANGES)
-    smallest = next((c.gpus for c in changes if c.gpus), None)
-    if smallest is None:
-        unit = task.hardware.node_size if whole else 1
-        smallest = explain.smallest_cluster(task, engine, lambda t: asked.space(t, engine), unit)
-    problem = why_nothing_fits(setting, space, _fix(changes))
+    changes: list[Change] = []
+    smallest, fix = None, "the search for what would help was stopped"
+    try:
+        changes = nearest_changes(task, engine, asked, whole, SHOWN_CHANGES)
+        smallest = next((c.gpus for c in changes if c.gpus), None)
+        if smallest is None:
+            unit = task.hardware.node_size if whole else 1
+            smallest = explain.smallest_cluster(task, engine, lambda t: asked.space(t, engine), unit)
+        fix = _fix(changes)
+    except (TimeoutError, KeyboardInterrupt):  # what was asked is proven: stopped while looking for advice
+        fix = _fix(changes) if changes else fix
+    with stopping.shielded():
+        problem = why_nothing_fits(setting, space, fix)
     nodes = None if smallest is None else -(-smallest // task.hardware.node_size)
     return NothingFits([problem], certificate, nodes, changes[:SHOWN_CHANGES])
 

@@ -17,6 +17,7 @@ from planner.engines.registry import engine_named
 from planner.errors import InputError, Problem, input_error
 from planner.planfile import Cluster, Inputs, Objective, Plan
 from planner.planning.economy import Budget
+from planner.search.space import SHORT
 from planner.specs import files
 from planner.specs.hardware import HardwareProfile
 from planner.specs.job import Job
@@ -88,12 +89,19 @@ def prepare(request: Request) -> Setting:
     )
     job_digest = _digest(planfile.canonical(request.job.model_dump(mode="json")))
     digests = {"model": model_digest, "hardware": hardware_digest, "job": job_digest}
-    pins = {k: list(v) for k, v in request.pins.items()}
     contents = planfile.content_digests(model, hardware, request.job)
+    pins = {SHORT.get(name, name): _ordered(values) for name, values in request.pins.items()}
     inputs = Inputs(
-        model=model_name, hardware=hardware_name, digests=digests, contents=contents, pins=pins, forbidden=list(request.forbid)
-    )
+        model=model_name, hardware=hardware_name, digests=digests, contents=contents, pins=dict(sorted(pins.items())),
+        forbidden=sorted({SHORT.get(name, name) for name in request.forbid}),
+    )  # fmt: skip
     return Setting(task, engine, cluster, inputs, policy, request.budget)
+
+
+def _ordered(values: Sequence[object]) -> list[Any]:
+    """Values of a pin in ascending order, whole numbers as such: texts from a command line and numbers are the same pin."""
+    plain = {int(v) if isinstance(v, str) and v.isascii() and v.isdigit() else v for v in values}
+    return sorted(plain, key=lambda v: (isinstance(v, str), v if isinstance(v, (int, str)) else str(v)))
 
 
 LONGEST_STEP_DAYS = 10

@@ -8,12 +8,12 @@ is left out only where a bound settles it, and its row says so.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from planner import stopping
 from planner.engines.base import job_problems
 from planner.errors import InfeasibleError, InputError, Problem, input_error
 from planner.planfile import CountChoice, Objective, Plan
@@ -33,6 +33,9 @@ Status = Literal["planned", "infeasible", "refused", "skipped", "open"]
 before it was planned."""
 
 
+_STOPPED = "not planned: the scan was stopped"
+
+
 @dataclass(frozen=True)
 class Row:
     """One count."""
@@ -42,7 +45,7 @@ class Row:
     nodes: int
     status: Status
     plan: Plan | None = None
-    """The proven best plan of a `planned` row."""
+    """The proven best plan of a `planned` row; the best so far of the one that was being planned when the scan was stopped."""
     reason: str = ""
     """Why there is no plan, or what to know about the one there is."""
 
@@ -97,11 +100,11 @@ def scale(
     alternatives: int = 4,
     progress: Progress | None = None,
     time_limit: float | None = None,
-    stopped: Callable[[], bool] = lambda: False,
 ) -> Scaling:
     """Plan `request` on each of `counts`: nodes where the request has `nodes`, devices otherwise (the value is replaced).
 
-    `time_limit` (seconds) is for all counts together; `stopped` ends the scan after the count that was being planned.
+    `time_limit` (seconds) is for all counts together. It or a signal ends the scan: the count that was being planned has its
+    best plan so far, with a gap, and later ones are `open`.
     Raises InputError when the request is wrong for every count.
     """
     if request.objective == "memory":
@@ -109,15 +112,11 @@ def scale(
         raise input_error(
             "PLN127", "--objective memory with several counts", why, "give one count, or choose another objective"
         )
-    scan = _Scan(request, alternatives, progress, None if time_limit is None else time.monotonic() + time_limit, stopped)
+    scan = _Scan(request, alternatives, progress)
     # Fast clusters first, where they can rule out slow ones; otherwise small ones first.
-    for count in sorted(counts, reverse=request.objective == "time"):
-        try:
+    with stopping.limit(time_limit):
+        for count in sorted(counts, reverse=request.objective == "time"):
             scan.add(count)
-        except KeyboardInterrupt:
-            if not stopped():
-                raise
-            scan.add(count)  # as a row that was not planned
     if not scan.rows:
         raise scan.refused[min(scan.refused)]
     return _chosen(tuple(sorted([*scan.rows, *scan.refused_rows()], key=lambda row: row.gpus)), request)
@@ -130,11 +129,9 @@ class _Scan:
     request: Request
     alternatives: int
     progress: Progress | None
-    deadline: float | None
-    """Monotonic time at which the scan ends."""
-    stopped: Callable[[], bool]
 
     def __post_init__(self) -> None:
+        self.ended = False
         self.rows: list[Row] = []
         self.refused: dict[int, InputError] = {}
         self.node_size = 1
@@ -168,18 +165,22 @@ class _Scan:
 
     def _row(self, request: Request, setting: Setting) -> Row:
         gpus, nodes = setting.cluster.gpus, setting.cluster.nodes
-        left = None if self.deadline is None else self.deadline - time.monotonic()
-        if self.stopped() or (left is not None and left <= 0):
-            return Row(gpus, nodes, "open", reason="not planned: the scan was stopped")
+        if self.ended or stopping.due():
+            return Row(gpus, nodes, "open", reason=_STOPPED)
         if why := _settled(setting, request.objective, self.rows):
             return Row(gpus, nodes, "skipped", reason=why)
         note = batch_note(gpus, setting.task.job.global_batch, setting.cluster.node_size)
-        if why := _misfit(request, setting):
-            return Row(gpus, nodes, "infeasible", reason="; ".join(filter(None, (why, note))))
         try:
-            plan = make.make_plan(request, self.alternatives, self.progress, left)
+            if why := _misfit(request, setting):
+                return Row(gpus, nodes, "infeasible", reason="; ".join(filter(None, (why, note))))
+            plan = make.make_plan(request, self.alternatives, self.progress)
         except (TimeoutError, KeyboardInterrupt):
-            return Row(gpus, nodes, "open", reason="not planned: the scan was stopped")
+            self.ended = True
+            return Row(gpus, nodes, "open", reason=_STOPPED)
+        proof = plan.certificate
+        if proof is not None and proof.status == "interrupted":
+            self.ended = True
+            note = "; ".join(filter(None, (f"stopped with a gap of {proof.gap or 0:.2%}", note)))
         return Row(gpus, nodes, "planned", plan, note)
 
 

@@ -208,7 +208,7 @@ def _proof(plan: Plan) -> Text:
         f"of {s.enumerated:,} layouts: {s.by_rule:,} broke a rule, {s.by_memory:,} do not fit, "
         f"{s.by_bound:,} are slower by their bound, {s.exact:,} solved exactly"
         + (f", {s.open:,} open" if s.open else "")
-        + f"; {seconds(c.seconds)}, {c.solver}."
+        + f"; {f'{seconds(c.seconds)}, ' if c.seconds is not None else ''}{c.solver}."
     )
     text.append(body, style="not bold")
     if low := c.lowest_memory:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from planner import stopping
 from planner.cost import step
 from planner.cost.task import MAX_DEVICES, Ints, LayoutArray, Task
 from planner.engines.base import Engine
@@ -44,12 +45,16 @@ def nearest_layout(task: Task, space: Space, rows: Rows) -> Nearest | None:
 
 
 def any_fits(task: Task, engine: Engine, space: Space) -> bool:
-    """Whether some layout of the space fits: the exact memory test of every row, without looking for the best."""
+    """Whether some layout of the space fits: the exact memory test of every row, without looking for the best.
+
+    Raises KeyboardInterrupt or TimeoutError when stopped (`planner.stopping`).
+    """
     x = enumerate_rows(task, engine, space).layouts
     if not len(x):
         return False
     p, stack = price(task, x)
     for chunk in bounds.same_pipeline(x, np.arange(len(x)), stack is not None):
+        stopping.check()
         g = group_of(task, space.modes, x, p, stack, chunk)
         if (mixed.memory_feasible(task, g) if g.stack else bounds.memory_feasible(g)).any():
             return True

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from planner import stopping
 from planner.cost import primitives, step
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.task import Bools, Ints, LayoutArray, StageArray, Task
 from planner.engines.base import Engine
-from planner.search import bounds, mixed, stages
+from planner.search import bounds, incumbent, mixed, stages
 from planner.search.bounds import BIG, Group
 from planner.search.space import Rows, Space, enumerate_rows
 from planner.specs.layout import Layout, Stage, format_recompute
@@ -124,25 +125,35 @@ def search(
 ) -> Outcome:
     """The proven optimum of `space`, and the best plans of the k - 1 next (tp, cp, pp, ep).
 
-    `time_limit` (seconds) or KeyboardInterrupt end it early with status `interrupted`, the best plans so far, and a
-    bound that still holds.
+    `time_limit` (seconds) or a signal end it early with status `interrupted`, the best plans so far (of an even split where
+    no row was solved: `incumbent`), and a bound that still holds. Raises TimeoutError or KeyboardInterrupt when that happens
+    before the rows have bounds.
     """
     started = time.perf_counter()
+    with stopping.limit(time_limit):
+        rows = enumerate_rows(task, engine, space)
+        state = _prepare(task, space, rows)
+        return settle(state, rows, k, progress, started)
+
+
+def settle(state: _State, rows: Rows, k: int, progress: Progress | None, started: float) -> Outcome:
+    """The outcome of a search whose rows have first bounds; `started` by `time.perf_counter`."""
     report = progress or (lambda phase, done, total: None)
-    rows = enumerate_rows(task, engine, space)
     counts = Counts(rows.enumerated, rows.by_rule, rules=rows.rejected)
-    state = _prepare(task, space, rows)
-    counts.by_memory = int(np.count_nonzero(~state.fits))
     stopped_by = ""
     try:
-        _raise_target(state, k, report, None if time_limit is None else started + time_limit)
+        _raise_target(state, k, report)
     except (KeyboardInterrupt, TimeoutError) as reason:
         stopped_by = "limit" if isinstance(reason, TimeoutError) else "signal"
-    chosen = _choose(state, k, bool(stopped_by))
-    best = state.optimum
+    # The memory test of mixed models forgives a few bytes: rows without a plan below the infinite target do not fit.
+    none = state.fits & ~state.known & (state.bound >= bounds.INFINITE)
+    state.fits[none], state.bound[none] = False, BIG
+    counts.by_memory = int(np.count_nonzero(~state.fits))
+    chosen = _choose(state, k, bool(stopped_by)) or (_even(state) if stopped_by else ())
+    best = chosen[0].step_ns if chosen else int(BIG)
     left = state.fits & ~state.known & (state.bound <= best)
     counts.open = int(np.count_nonzero(left))
-    counts.exact = int(np.count_nonzero(state.examined & ~left))
+    counts.exact = int(np.count_nonzero(state.fits & state.examined & ~left))
     counts.by_bound = int(np.count_nonzero(state.fits & ~state.examined & ~left))
     status = "interrupted" if stopped_by and counts.open else "optimal" if chosen else "infeasible"
     lowest = int(state.bound[left].min(initial=best)) if counts.open else best
@@ -168,6 +179,7 @@ def _prepare(task: Task, space: Space, rows: Rows) -> _State:
     none = np.zeros(size, dtype=bool)
     state = _State(task, space, x, p, np.full(size, BIG), none.copy(), none.copy(), none.copy(), stack)
     for chunk in bounds.same_pipeline(x, np.arange(size), stack is not None):
+        stopping.check()
         g = state.group(chunk)
         fits = mixed.memory_feasible(task, g) if g.stack else bounds.memory_feasible(g)
         state.fits[chunk] = fits
@@ -195,44 +207,39 @@ def group_of(task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, 
 # ---- the rising target ---------------------------------------------------------------------------------------------
 
 
-def _raise_target(state: _State, k: int, report: Progress, deadline: float | None) -> None:
+def _raise_target(state: _State, k: int, report: Progress) -> None:
     """Settle rows below ever higher targets until k distinct plans are proven, or every row is settled."""
     if not state.fits.any():
         return
     target = int(state.bound[state.fits].min())
     for growth in (*GROWTH, None):
         target = min(int(target * growth) + 1, int(bounds.INFINITE)) if growth is not None else int(bounds.INFINITE)
-        _refine(state, target, k, deadline)
+        _refine(state, target, k)
         todo = np.nonzero(state.fits & ~state.known & (state.bound < target))[0]
-        todo = todo[np.lexsort((todo, state.bound[todo]))]
+        todo = todo[np.lexsort((*_preferences(state.layouts, todo)[::-1], state.bound[todo]))]
         for done, row in enumerate(todo.tolist()):
             report("exact", done, len(todo))
-            _check(deadline)
+            stopping.check()
             if state.bound[row] > max(state.kth(k), state.optimum):
                 break
             if state.bound[row] < state.best.get(int(state.groups[row]), BIG) or state.bound[row] <= state.optimum:
-                _solve(state, row, target, k, deadline)
+                _solve(state, row, target, k)
         report("target", int(np.count_nonzero(state.bound >= min(target, state.optimum))), len(state.layouts))
         if state.kth(k) < target or not np.any(state.fits & ~state.known & (state.bound <= state.kth(k))):
             return
 
 
-def _check(deadline: float | None) -> None:
-    if deadline is not None and time.perf_counter() > deadline:
-        raise TimeoutError
-
-
-def _refine(state: _State, target: int, k: int, deadline: float | None) -> None:
+def _refine(state: _State, target: int, k: int) -> None:
     """Raise the bounds of rows below the target, where they could still matter."""
     rows = np.nonzero(state.fits & ~state.known & (state.bound < min(target, state.kth(k) + 1)))[0]
     for chunk in bounds.same_pipeline(state.layouts, rows, state.stack is not None):
-        _check(deadline)
+        stopping.check()
         g = state.group(chunk)
         better = mixed.target_bound(state.task, g, target) if g.stack else bounds.target_bound(g, target)
         state.bound[chunk] = np.maximum(state.bound[chunk], np.minimum(better, target))
 
 
-def _solve(state: _State, row: int, target: int, k: int, deadline: float | None) -> None:
+def _solve(state: _State, row: int, target: int, k: int) -> None:
     """Solve one row exactly below what still matters; both methods must agree."""
     own = state.best.get(int(state.groups[row]), int(BIG))
     cutoff = min(target, max(min(own, state.kth(k)), state.optimum) + 1)
@@ -244,7 +251,7 @@ def _solve(state: _State, row: int, target: int, k: int, deadline: float | None)
     t = stages.tables(g, reach, state.mixing)
     v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row])
     below = (cutoff - constant - 1) * v + 1
-    found = stages.best_split(t, below, lambda: _check(deadline))
+    found = stages.best_split(t, below, stopping.check)
     _agree(t, below, found)
     state.examined[row], state.bound[row] = True, max(int(state.bound[row]), cutoff)
     if found is None:
@@ -291,13 +298,21 @@ def _choose(state: _State, k: int, stopped: bool) -> tuple[Candidate, ...]:
     return tuple(_candidate(state, row) for row in rows)
 
 
+_PREFERENCE = (
+    "offload", "order", "zero", "virtual_stages", "cp", "ep", "etp", "tp", "pp", "schedule", "sequence_parallel", "micro_batch",
+)  # fmt: skip
+"""Ties between rows of equal time or bound go to the lower value, first name first. Documented in the README. No two rows of
+a space are equal in all of them (dp follows), so the order in which rows were enumerated never matters."""
+
+
+def _preferences(x: LayoutArray, rows: Ints) -> list[Ints]:
+    """The columns of `_PREFERENCE` at `rows`."""
+    return [getattr(x, name)[rows] for name in _PREFERENCE]
+
+
 def _preference(x: LayoutArray, row: int) -> tuple[int, ...]:
-    """Tie-break between rows of equal time: fewer moving parts first. Documented in the README."""
-    names = (
-        "offload", "order", "zero", "virtual_stages", "cp", "ep", "etp", "tp", "pp", "schedule", "sequence_parallel",
-        "micro_batch",
-    )  # fmt: skip
-    return tuple(int(getattr(x, name)[row]) for name in names)
+    """Tie-break between rows of equal time: fewer moving parts first."""
+    return tuple(int(getattr(x, name)[row]) for name in _PREFERENCE)
 
 
 def _master(state: _State, stopped: bool) -> int:
@@ -352,6 +367,19 @@ def _candidate(state: _State, row: int) -> Candidate:
     if int(cost.step[0]) != value or not bool(cost.fits[0]):
         raise SearchError(f"the plan evaluates to {int(cost.step[0])} ns (fits: {bool(cost.fits[0])}), the search says {value}")
     return Candidate(row, value, layout)
+
+
+def _even(state: _State) -> tuple[Candidate, ...]:
+    """The best even split, where no row was solved: a plan all the same, re-evaluated like any other."""
+    order = np.nonzero(state.fits)[0]
+    order = order[np.lexsort((*_preferences(state.layouts, order)[::-1], state.bound[order]))]
+    found = incumbent.best_even(state.task, state.layouts, (state.p, state.stack), state.space.modes, order, state.bound)
+    if found is None:
+        return ()
+    cost = _evaluate(state, found.row, found.layout, LayoutArray.of([found.layout], state.task.job))
+    if int(cost.step[0]) != found.step_ns or not bool(cost.fits[0]):
+        raise SearchError(f"the even split evaluates to {int(cost.step[0])} ns, the scan says {found.step_ns}")
+    return (Candidate(found.row, found.step_ns, found.layout),)
 
 
 def _evaluate(state: _State, row: int, layout: Layout, x: LayoutArray) -> step.StepCost:

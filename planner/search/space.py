@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from planner import stopping
 from planner.cost.task import INTERLEAVED, NONE, LayoutArray, Task
 from planner.engines.base import Engine, Rule, schedule_codes
 from planner.errors import input_error
@@ -289,6 +290,7 @@ def enumerate_rows(task: Task, engine: Engine, space: Space) -> Rows:
     for on, axes, weight in steps:
         layouts = _grown(task, layouts, axes)
         for rule in [r for r in engine.all_rules if r.on == on] if len(layouts) else []:
+            stopping.check()
             layouts, lost = _apply(task, rule, layouts)
             if lost:
                 rejected[rule.name] = rejected.get(rule.name, 0) + lost * weight

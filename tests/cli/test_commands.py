@@ -40,20 +40,14 @@ def test_plan_json_has_what_is_promised(plan_file):
     space = certificate["space"]
     assert space["by_rule"] + space["by_memory"] + space["by_bound"] + space["exact"] == space["enumerated"]
     assert space["open"] == 0
-    assert {"seconds", "solver", "gap"} <= certificate.keys()
+    assert {"solver", "gap"} <= certificate.keys()
     keys = [tuple(a["layout"][k] for k in ("tp", "cp", "pp", "ep")) for a in [data, *data["alternatives"]]]
     assert len(set(keys)) == len(keys) > 1
     assert data["inputs"]["digests"].keys() == {"model", "hardware", "job"}
 
 
 def test_plan_file_is_the_same_twice(plan_file):
-    def without_time(text: str) -> dict:
-        data = json.loads(text)
-        del data["certificate"]["seconds"]
-        return data
-
-    again = planner(*PLAN, "--format", "json").stdout
-    assert without_time(again) == without_time(plan_file.read_text())
+    assert planner(*PLAN, "--format", "json").stdout == plan_file.read_text()
 
 
 @pytest.mark.parametrize(("name", "check"), [
@@ -91,7 +85,7 @@ def test_pins_and_forbids_restrict_the_space():
     assert data["layout"]["tp"] == 4
     assert data["layout"]["zero"] in (1, 2)
     assert all(s["recompute"] == "none" for s in data["layout"]["stages"])
-    assert data["inputs"]["pins"] == {"tp": ["4"], "zero": ["1", "2"]}
+    assert data["inputs"]["pins"] == {"tp": [4], "zero": [1, 2]}
 
 
 def test_nothing_fits():
@@ -263,7 +257,7 @@ def test_a_model_survives_the_trip_through_yaml(tmp_path):
 
 
 def test_a_closed_pipe_is_not_an_error():
-    command = f"{sys.executable} -m planner.cli.main hardware show h100-sxm --format json | head -1"
+    command = f"{sys.executable} -m planner hardware show h100-sxm --format json | head -1"
     result = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=60, check=False
     )

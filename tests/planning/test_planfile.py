@@ -53,7 +53,7 @@ def test_round_trip_with_a_budget(tmp_path):
     plan = planner.scale("llama3-8b", "h100-sxm", **sizes, objective="cost", tokens="1T", price=2, pue=1.1).require()
     path = tmp_path / "plan.json"
     planfile.write(plan, path)
-    assert planner.load_plan(str(path)) == plan
+    assert planner.load_plan(str(path)).to_json() == plan.to_json()
     assert plan.count_choice.compared == [8, 16]
 
 

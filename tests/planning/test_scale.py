@@ -9,6 +9,7 @@ import pytest
 from machines import llama, mixture, profile, profile_data
 
 import planner
+from planner import stopping
 from planner.errors import InfeasibleError, InputError
 from planner.planning.counts import parse_counts, several
 from planner.planning.request import Request, prepare
@@ -154,16 +155,18 @@ def test_sizes_too_near_to_tell_apart_are_named():
     assert ("within 1%, which runs cannot tell apart" in made.reason) == near
 
 
-def test_a_scan_that_is_stopped_keeps_what_it_has():
+def test_a_scan_that_is_stopped_keeps_what_it_has(monkeypatch):
     seen = []
 
-    def stopped() -> bool:
+    def due() -> bool:
         seen.append(1)
         return len(seen) > 2
 
+    monkeypatch.setattr(stopping, "due", due)
+
     job = Job(seq_len=2048, global_batch=24)
     pins = {k: [v] for k, v in PINS.items()}
-    made = scan(Request(MODEL, MACHINE, job, gpus=4, pins=pins), [4, 8, 12], 1, stopped=stopped)
+    made = scan(Request(MODEL, MACHINE, job, gpus=4, pins=pins), [4, 8, 12], 1)
     assert [row.status for row in made.rows] == ["planned", "planned", "open"]
     assert made.reason.endswith("1 not planned")
 

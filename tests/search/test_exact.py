@@ -52,6 +52,23 @@ def test_search_equals_brute_force(seed):
     check_instance(seed)
 
 
+@pytest.mark.parametrize(("made", "seed"), [
+    (instance, 400), (instance, 402), (mixture_instance, 50), (mixed_instance, 51),
+    *(pytest.param(made, seed, marks=pytest.mark.slow) for made in (instance, mixture_instance, mixed_instance)
+      for seed in range(403, 413)),
+])  # fmt: skip
+def test_the_k_best_are_the_k_best(made, seed):
+    """Every alternative is the best of its (tp, cp, pp, ep), and no group between two of them is left out."""
+    task, engine, space = made(seed)
+    x, values = all_rows(task, engine, space)
+    for k in range(1, 7):
+        outcome = search(task, engine, space, k=k)
+        check_alternatives(x, values, outcome, k)
+        for c in outcome.candidates:
+            assert values[c.row] == c.step_ns
+            assert (c.layout.tp, c.layout.pp) == (int(x.tp[c.row]), int(x.pp[c.row]))
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_search_over_experts_equals_brute_force(seed):
     check_instance(seed, mixture_instance)
