@@ -73,8 +73,8 @@ class Traffic:
     op: Literal["all_gather", "reduce_scatter", "all_reduce"]
     size: Size
     per: Literal["step", "microbatch"]
-    under: Literal["forward", "backward"]
-    """The compute that it may hide under."""
+    under: Literal["forward", "backward", "nothing"]
+    """The compute that it may hide under; step-wise traffic alone may have none."""
 
 
 @dataclass(frozen=True)

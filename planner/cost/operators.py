@@ -20,6 +20,7 @@ from planner.cost.compute import (
     gemm_seconds,
     overlapped,
     streaming_seconds,
+    unaligned_seconds,
     unfused_attention_seconds,
 )
 from planner.cost.memory import slots
@@ -97,7 +98,7 @@ def _front_seconds(task: Task, s: Shapes) -> Floats:
         shapes = [(tokens, front.patch, front.hidden)]
         shapes += [(tokens / front.merge, n, m) for n, m in front.projector_shapes(task.model.hidden)]
         for rows, inputs, outputs in shapes:
-            whole = Product("head", front.name, rows, np.full_like(rows, float(outputs)), np.full_like(rows, float(inputs)))
+            whole = Product("front", front.name, rows, np.full_like(rows, float(outputs)), np.full_like(rows, float(inputs)))
             total = total + sum(product_seconds(task, p) for p in (whole, *_gradients(whole)))
     return total * sustained(task)
 
@@ -174,7 +175,7 @@ class Product(NamedTuple):
     """A matrix product C[m, n] = A[m, k] B[k, n] of one layer or of the head."""
 
     part: str
-    """Its kind of operator: `gemm`, `experts` or `head`."""
+    """Its kind of operator: `gemm`, `experts`, `head` or `front`."""
     name: str
     m: Floats
     n: Floats
@@ -283,11 +284,23 @@ def _expert_products(task: Task, s: Shapes) -> list[Product]:
 
 
 def product_seconds(task: Task, p: Product) -> Floats:
-    """Time of a product; the base's of the layers run in the narrow type where the job has one."""
+    """Time of a product; the base's of the layers run in the narrow type where the job has one.
+
+    A vocabulary may have any size, layers do not: the head's products alone are checked for rows that begin unaligned.
+    """
     size, peak = float(task.job.compute_bytes), task.peak
     if p.narrow:
         size, peak = {"same": size, "fp8": 1.0, "fp4": 0.5}[task.job.linears], task.linear_peak
-    return p.times * gemm_seconds(p.m, p.n, p.k, task.hardware.device, peak, size, p.groups)
+    seconds = p.times * gemm_seconds(p.m, p.n, p.k, task.hardware.device, peak, size, p.groups)
+    return np.maximum(seconds, unaligned_head_seconds(task, p)) if p.part == "head" else seconds
+
+
+def unaligned_head_seconds(task: Task, p: Product) -> Floats:
+    """Least time of a product of the head whose rows begin unaligned; 0 of others, and where units do not load 16 bits."""
+    device = task.hardware.device
+    if p.part != "head" or device.kind == "cpu" or task.job.compute_bytes != 2:
+        return np.zeros_like(p.m)
+    return unaligned_seconds(p.m, p.n, p.k, device)
 
 
 def _attention(task: Task, s: Shapes) -> tuple[Floats, Floats]:

@@ -378,6 +378,7 @@ def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats])
     params = frozen.trained_params(task, layouts)
     size = len(layouts)
     step = {place: np.zeros(size) for place in ("layer", "first", "last")}
+    bare = {place: np.zeros(size) for place in step}
     each = {"forward": np.zeros(size), "backward": np.zeros(size)}
     for source in frozen.sources(task, layouts):
         for item, rows, cost in _traffic_seconds(source, layouts):
@@ -385,7 +386,7 @@ def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats])
                 each[item.under][rows] += cost["layer"]
             else:
                 for place in step:
-                    step[place][rows] += cost[place]
+                    (bare if item.under == "nothing" else step)[place][rows] += cost[place]
     forward, backward = compute
     exposed = [overlapped(c, each[k], slow, a.dp_floor) for k, c in (("forward", forward), ("backward", backward))]
     sharded = layouts.zero > 0
@@ -400,8 +401,8 @@ def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats])
     update["layer"] = update["layer"] + optimizer(params["experts"], layouts.expert_shard)
     suffix = {"layer": "", "first": "_first", "last": "_last"}
     grow = task.growth
-    ns = {f"comm{suffix[p]}": _ns(grow * step[p]) for p in step}
-    ns |= {f"floor{suffix[p]}": _ns(grow * a.dp_floor * step[p]) for p in step}
+    ns = {f"comm{suffix[p]}": _ns(grow * (step[p] + bare[p])) for p in step}
+    ns |= {f"floor{suffix[p]}": _ns(grow * (a.dp_floor * step[p] + bare[p])) for p in step}
     ns |= {f"update{suffix[p]}": _ns(grow * update[p]) for p in step}
     ns["hide"] = np.floor(grow * a.dp_window * (forward + backward) * 1e9).astype(np.int64)
     return DpTraffic(exposed[0], exposed[1], each["backward"], ns)

@@ -58,7 +58,7 @@ ZERO = {
     1: ZeroRule(
         backward=(*_WHOLE, Held("optimizer", 12, shard=True)),
         update=(*_WHOLE, Held("optimizer", 12, shard=True)),
-        traffic=(Traffic("reduce_scatter", 4, "step", "backward"), Traffic("all_gather", COMPUTE, "step", "forward")),
+        traffic=(Traffic("reduce_scatter", 4, "step", "backward"), Traffic("all_gather", COMPUTE, "step", "nothing")),
     ),
 }
 

@@ -208,8 +208,8 @@ TRAITS: dict[str, Trait] = {
         Trait(
             "gathered-logits",
             "the logits of the whole vocabulary on every tp rank",
-            _set(logits_split=False, logit_bytes=18.0, loss_traffic=48.0),
-            "bf16, gathered bf16, fp32, log-softmax and gradients",
+            _set(logits_split=False, logit_bytes=22.0, loss_traffic=48.0),
+            "bf16, gathered bf16, fp32, log-softmax, its and the logits' gradient in fp32, bf16 gradient: 2+2+4+4+4+4+2",
         ),
         Trait(
             "fp16-states", "fp16 ZeRO 1: 4 + 18 / D bytes a parameter", _states(4, 18), "Megatron-DeepSpeed's fp16 optimizer"

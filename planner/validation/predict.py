@@ -321,7 +321,7 @@ def _predictions(batch: Batch, f: Figures) -> list[Prediction]:
                 layout=describe(run, row), outcome=e.outcome, measured_time=e.measured_time, predicted_time=seconds,
                 time_interval=(seconds / (1 + spread), seconds * (1 + spread)),
                 measured_memory=e.measured_memory, predicted_memory=float(memory_gib), memory_kind=e.memory_kind,
-                fits=bool(probability[i] < 0.5), oom_probability=float(probability[i]),
+                fits=bool(probability[i] < risk.FITS_BELOW), oom_probability=float(probability[i]),
                 excluded=e.excluded, memory_excluded=e.memory_excluded,
                 terms={k: float(v[i]) for k, v in f.terms.items()},
             )

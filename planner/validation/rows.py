@@ -155,9 +155,9 @@ def model_of(row: Row) -> Model:
 
 
 def _vocabulary(row: Row) -> int:
-    """Vocabulary rows, padded so that tp divides them."""
+    """Vocabulary rows. Where tp does not divide the stated ones they were padded, to 128 tp as Megatron does."""
     vocab, tp = whole(row, "vocab"), whole(row, "tp")
-    return -(-vocab // tp) * tp
+    return vocab if vocab % tp == 0 else -(-vocab // (128 * tp)) * 128 * tp
 
 
 def _attention(row: Row, family: Family, hidden: int, heads: int) -> dict[str, Any]:

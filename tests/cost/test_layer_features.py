@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from machines import llama, mixture, profile, task
@@ -128,3 +130,36 @@ def test_encoders_come_before_the_language_model():
         Model.model_validate(text | {"layers": [*text["layers"], vision]})
     with pytest.raises(ValueError, match="the language model has none"):
         Model.model_validate(text | {"layers": [vision]})
+
+
+def test_unaligned_vocabularies_slow_the_head_alone():
+    """In 16 bits rows of the head's matrices begin at odd elements, or at even ones, or aligned."""
+    heads, layers = [], []
+    for vocab in (50257, 50258, 50264):
+        p, _ = priced(task(llama(vocab=vocab), engine="megatron"))
+        heads.append(int(p.head[0]))
+        layers.append(int(p.forward[0]))
+    assert len(set(layers)) == 1
+    assert heads[0] > 1.5 * heads[1] > 1.5 * heads[2]
+
+
+def test_traffic_under_nothing_stays_exposed():
+    """nanotron's ZeRO 1 gathers the parameters when the step is done, where nothing runs beside."""
+    t = task(llama(), 8, engine="nanotron")
+    rule = t.accounting.zero[1]
+    reduce, gather = rule.traffic
+
+    def with_traffic(*traffic):
+        accounting = replace(t.accounting, zero={1: replace(rule, traffic=traffic)})
+        return priced(replace(t, accounting=accounting), dp=8, zero=1)[0]
+
+    as_is, hidden, less = (
+        with_traffic(reduce, gather),
+        with_traffic(reduce, replace(gather, under="forward")),
+        with_traffic(reduce),
+    )
+    assert int(as_is.comm[0]) == pytest.approx(int(hidden.comm[0]), abs=1)
+    gathered = int(as_is.comm[0] - less.comm[0])
+    assert gathered > 0
+    assert int(as_is.floor[0] - less.floor[0]) == pytest.approx(gathered, abs=2)
+    assert int(hidden.floor[0] - less.floor[0]) == pytest.approx(t.accounting.dp_floor * gathered, abs=2)

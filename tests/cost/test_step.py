@@ -15,6 +15,7 @@ from planner.cost.task import LayoutArray, StageArray, even_runs
 from planner.engines.registry import engine_named
 from planner.planning.estimate import estimate_layout
 from planner.search.space import declared_space, enumerate_rows
+from planner.specs.layout import Layout
 from planner.specs.layoutflags import complete_layout
 
 
@@ -82,7 +83,9 @@ def test_zero_stages_shard_what_they_say():
     t = task(llama(8, 2048, 16, 16, 5632), 8, 1024, 64)
     allocated = [int(price(t, zero=z, recompute="full").allocated[0]) for z in range(4)]
     assert allocated == sorted(allocated, reverse=True)
-    states = [memory.state_bytes(t, np.array([z]), np.array([8]), np.array([4])).backward for z in range(4)]
+    layouts = [Layout.model_validate({"dp": 8, "zero": z, "micro_batch": 2, "stages": [{"layers": 8}]}) for z in range(4)]
+    each = [LayoutArray.of([x], t.job) for x in layouts]
+    states = [memory.state_bytes(t, x, np.array([8])).backward for x in each]
     assert [s["optimizer"][0] for s in states] == [8, 1, 1, 1]
     assert [s["params"][0] for s in states] == [6, 2.5, 2.5, 0.5]
     assert [s["grads"][0] for s in states] == [4, 4, 0.5, 0.5]

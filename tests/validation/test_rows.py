@@ -128,6 +128,13 @@ def test_stages_by_cost_match_published_splits() -> None:
         assert [s.layers for s in run.layout.stages] == layers
 
 
+def test_vocabularies_that_tp_does_not_divide_were_padded() -> None:
+    """Megatron pads to 128 tp; what one rank holds whole is as stated."""
+    accounting = accounting_named("megatron")
+    found = [run_of(text(vocab=50257, gpus=8, tp=tp, pp=1, dp=8 // tp, sp=0), accounting).model.vocab for tp in (1, 2, 4)]
+    assert found == [50257, 50432, 50688]
+
+
 def test_missing_columns_are_named(tmp_path: Path) -> None:
     table = write(tmp_path / "runs.csv", [{"model_name": "x", "gpus": 8}])
     with pytest.raises(InputError) as caught:

@@ -195,6 +195,8 @@ def _step_rows(c: Case) -> list[Collective]:
                 calls += _state_calls(c, source, item, times)
     hidden = int(c.stages.layers[d]) * c.ns("hide", d)
     hides = f"{hidden:.4g} s hide under backward, all but the engine's floor"
+    if any(t.under == "nothing" for kind in c.kinds for s in kind.sources for t in _traffic(c, s, "step")):
+        hides += "; gathers after the optimizer's step hide under nothing"
     figures = ("engine.dp_window", "engine.dp_floor", "engine.zero", "constant.dp")
     exposed = int(c.cost.once[d]) - int(step.stage_update(*at, c.stages.layers[d : d + 1])[0])
     return _joined(_priced(c, "dp_comm", f"once a step, rank {d}", calls, exposed / 1e9, hides, figures))

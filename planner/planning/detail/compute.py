@@ -43,6 +43,8 @@ def _product(task: Task, p: Product) -> tuple[float, Inputs, tuple[str, ...]]:
     if p.times != 1.0:
         inputs["slower"] = p.times
         figures = (*figures, "engine.wgrad")
+    if float(operators.unaligned_head_seconds(task, p).max()) > 0.0:
+        figures = (*figures, "code.ODD_RATE")
     return seconds, inputs, figures
 
 

@@ -60,6 +60,12 @@ def _hardware_figures(task: Task) -> dict[str, Source]:
 _IN_CODE: tuple[tuple[str, str, Provenance, str], ...] = (
     ("code.NARROW_SHARE", "fp8 0.91, fp4 0.80", "fitted", "planner.cost.task: published runs of the Transformer Engine stack"),
     ("code.UNFUSED_RATE", "0.55, 0.08 unaligned", "assumed", "planner.cost.compute: batched products of unfused attention"),
+    (
+        "code.ODD_RATE",
+        "0.75e12 FLOP/s a unit at odd rows, 1.5e12 at even ones",
+        "measured",
+        "planner.cost.compute: H200, torch 2.11",
+    ),
 )
 
 
