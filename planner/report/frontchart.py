@@ -28,7 +28,7 @@ def draw(front: Front, path: Path) -> None:
     """Write the chart: step time (s) over what it is weighed against. No dates, fixed ids: reproducible bytes."""
     import matplotlib
 
-    settings: dict[str, Any] = {"svg.hashsalt": "planner", "svg.fonttype": "path", "font.family": "DejaVu Sans"}
+    settings: Any = {"svg.hashsalt": "planner", "svg.fonttype": "path", "font.family": "DejaVu Sans"}
     with matplotlib.rc_context(settings):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
