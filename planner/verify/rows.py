@@ -65,7 +65,7 @@ def settle(rows: Priced, modes: tuple[int, ...], cutoff: Ints, progress: Progres
     for batch in tables.batches(rows.layouts, left):
         reach = _longest(rows, batch, modes, cutoff)
         order = batch[np.argsort(reach, kind="stable")]
-        longest = np.sort(reach)
+        longest = np.sort(reach, kind="stable")
         start = 0
         while start < len(order):
             # rows whose longest runs are alike share a table

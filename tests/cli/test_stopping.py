@@ -102,20 +102,20 @@ def test_a_tiny_limit_ends_cleanly():
 
 
 def test_what_is_proven_stays_proven(monkeypatch):
-    """Stopped while it looks for the smallest cluster that works, a proof that nothing fits is still one."""
+    """Stopped while it looks for what would help, a proof that nothing fits is still one."""
     import planner as api
     from planner import stopping
     from planner.errors import InfeasibleError
-    from planner.search import explain
+    from planner.planning.explain import changes
 
     def stop(*_):
         monkeypatch.setattr(stopping, "passed", lambda: True)
         stopping.check()
 
-    monkeypatch.setattr(explain, "smallest_cluster", stop)
+    monkeypatch.setattr(changes, "nearest_changes", stop)
     with pytest.raises(InfeasibleError, match="PLN301") as caught:
         api.plan("llama3-70b", "h100-sxm", gpus=8, seq_len=8192, global_batch=64)
-    assert "the search for the smallest cluster that works was stopped" in str(caught.value)
+    assert "the search for what would help was stopped" in str(caught.value)
 
 
 def test_a_limit_gives_the_best_plan_so_far(tmp_path, long_search):
