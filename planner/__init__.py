@@ -165,16 +165,10 @@ def scale(
     as in `plan`. Sizes that do not fit are rows with a reason; `Scaling.require()` raises InfeasibleError when none is
     picked. Raises InputError when every size is refused.
     """
-    from planner.errors import input_error
     from planner.planning import scale as scaling
-    from planner.planning.counts import parse_counts
 
-    given = nodes if gpus is None else gpus
-    if given is None or (nodes is not None and gpus is not None):
-        raise input_error("PLN131", "give nodes or gpus, one of them", "", 'for example nodes=[8, 16] or nodes="8:64:8"')
-    counts = parse_counts(given, "--nodes" if gpus is None else "--gpus")
+    counts, one, many = _sizes(nodes, gpus, 'for example nodes=[8, 16] or nodes="8:64:8"')
     limits = {"max_memory_fraction": max_memory_fraction, "max_oom_probability": max_oom_probability}
-    one, many = (counts[0], None) if gpus is None else (None, counts[0])
     request = _request(model, hardware, one, many, engine, seq_len, global_batch, precision, limits, pin, forbid, adapter)
     return scaling.scale(_aims(request, objective, tokens, price, pue, deadline_days), counts, alternatives)
 
@@ -208,16 +202,10 @@ def pareto(
     `scale`), cost being device-hours, or USD where a price is known. Everything else as in `plan`. Raises InputError,
     InfeasibleError when nothing fits, TimeoutError or KeyboardInterrupt when stopped before the first point.
     """
-    from planner.errors import input_error
     from planner.planning import pareto as fronts
-    from planner.planning.counts import parse_counts
 
-    given = nodes if gpus is None else gpus
-    if given is None or (nodes is not None and gpus is not None):
-        raise input_error("PLN131", "give nodes or gpus, one of them", "", "for example gpus=64")
-    counts = parse_counts(given, "--nodes" if gpus is None else "--gpus")
+    counts, one, many = _sizes(nodes, gpus, "for example gpus=64")
     limits = {"max_memory_fraction": max_memory_fraction, "max_oom_probability": max_oom_probability}
-    one, many = (counts[0], None) if gpus is None else (None, counts[0])
     request = _request(model, hardware, one, many, engine, seq_len, global_batch, precision, limits, pin, forbid, adapter)
     request = _aims(request, "throughput", tokens, price, pue)
     return fronts.pareto(request, fronts.checked_against(against), points, counts, time_limit=time_limit)
@@ -245,7 +233,7 @@ def explain(plan: Plan, *, why_not: dict[str, Any] | None = None) -> Explanation
     """
     from planner.planning.explain import explain_plan
 
-    return explain_plan(plan, {k: list(v) if isinstance(v, (list, tuple)) else [v] for k, v in (why_not or {}).items()})
+    return explain_plan(plan, _listed(why_not))
 
 
 def load_model(reference: str) -> Model:
@@ -267,6 +255,20 @@ def load_plan(path: str) -> Plan:
     from planner import planfile
 
     return planfile.read(path)
+
+
+def _sizes(
+    nodes: str | Iterable[int] | int | None, gpus: str | Iterable[int] | int | None, fix: str
+) -> tuple[tuple[int, ...], int | None, int | None]:
+    """(all sizes, the first one in nodes or None, in devices or None). Raises InputError unless one of the two is given."""
+    from planner.errors import input_error
+    from planner.planning.counts import parse_counts
+
+    given = nodes if gpus is None else gpus
+    if given is None or (nodes is not None and gpus is not None):
+        raise input_error("PLN131", "give nodes or gpus, one of them", "", fix)
+    counts = parse_counts(given, "--nodes" if gpus is None else "--gpus")
+    return (counts, counts[0], None) if gpus is None else (counts, None, counts[0])
 
 
 def _aims(
@@ -298,5 +300,9 @@ def _request(
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise input_error("PLN107", f"{name}: {value!r} is not a whole number", "", "")
     forbid = (forbid,) if isinstance(forbid, str) else tuple(forbid)
-    pins = {k: list(v) if isinstance(v, (list, tuple)) else [v] for k, v in (pin or {}).items()}
-    return Request(model, hardware, job, nodes, gpus, engine, policy, pins, forbid)
+    return Request(model, hardware, job, nodes, gpus, engine, policy, _listed(pin), forbid)
+
+
+def _listed(axes: dict[str, Any] | None) -> dict[str, list[Any]]:
+    """Allowed values by axis, where one value may stand for itself."""
+    return {k: list(v) if isinstance(v, (list, tuple)) else [v] for k, v in (axes or {}).items()}

@@ -125,7 +125,7 @@ class Primitives:
 
 @dataclass(frozen=True)
 class Blend(Primitives):
-    """Primitives of ranks that mix kinds of layers (`step.blend`): means, and of what lives at a peak the largest."""
+    """Primitives of ranks that mix kinds of layers (`blending.blend`): means, and of what lives at a peak the largest."""
 
     remade_by_mode: tuple[Ints, Ints, Ints]
     rest_by_mode: tuple[Ints, Ints, Ints]

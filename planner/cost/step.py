@@ -19,13 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from planner.cost.blending import blend
-from planner.cost.primitives import Blend, Primitives, primitive_table
+from planner.cost.primitives import Primitives, primitive_table
 from planner.cost.schedules import in_flight, in_flight_layers
 from planner.cost.task import Bools, Ints, LayoutArray, StageArray, Task, even_runs
 from planner.specs.layout import Layout, chunk_layers
-
-__all__ = ["Blend", "blend"]  # part of what a step is made of
 
 
 @dataclass(frozen=True)

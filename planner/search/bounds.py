@@ -181,7 +181,8 @@ def _least_once(g: Group) -> Ints:
     return np.maximum(np.maximum(each.max(axis=1), pigeon[:, 0]), zero[0, 0])
 
 
-def _to_step(g: Group, slowest: Ints, total: Ints, once: Ints) -> Ints:
+def to_step(g: Group, slowest: Ints, total: Ints, once: Ints) -> Ints:
+    """T of the rows of a group from max R, sum R and max d, ns."""
     column = Primitives(**{f.name: getattr(g.p, f.name)[:, 0] for f in fields(g.p)})
     return step.combine(column, g.layouts, slowest, total, once)
 
@@ -193,7 +194,7 @@ def simple_bound(g: Group) -> Ints:
     heavy = -(-g.n_layers // g.pp) * layer + extra.min(axis=1)
     lone = (extra + g.least * _least_layer(g)).max(axis=1)
     slowest = np.maximum(np.maximum(-(-total // g.pp), heavy), lone)
-    return _to_step(g, slowest, total, _least_once(g))
+    return to_step(g, slowest, total, _least_once(g))
 
 
 def target_bound(g: Group, target: int) -> Ints:
@@ -237,8 +238,13 @@ def _rows_of(g: Group, rows: Ints) -> Group:
 
 def _allowed_bottleneck(g: Group, target: int) -> Ints:
     """The largest R that a plan below `target` can have, shape (rows,)."""
+    return allowed_bottleneck(g, target, _least_once(g), _base_total(g))
+
+
+def allowed_bottleneck(g: Group, target: int, once: Ints, total: Ints) -> Ints:
+    """The same from lower bounds on max d and on sum R."""
     x = g.layouts
-    budget = (target - 1 - g.p.constant[:, 0] - _least_once(g)) * x.virtual_stages - _base_total(g)
+    budget = (target - 1 - g.p.constant[:, 0] - once) * x.virtual_stages - total
     factor = x.virtual_stages * x.microbatches - 1
     return np.where(budget < 0, -1, np.where(factor > 0, budget // np.maximum(factor, 1), BIG // 2))
 
@@ -267,13 +273,13 @@ def _table_bound(g: Group, target: int, reach: int) -> Ints:
     sub, again, time = _rows_of(g, found), again[found], time[found]
     once = np.maximum(_least_once(sub), _smallest_once(sub, time, layers))
     base = sub.extra_time().sum(axis=1) + g.n_layers * (sub.p.forward + sub.p.backward)[:, 0]
-    first = _to_step(sub, slowest[found], np.maximum(base, _base_total(sub)), once)
+    first = to_step(sub, slowest[found], np.maximum(base, _base_total(sub)), once)
     result[found] = np.minimum(first, target)
     tight = np.nonzero(first < target)[0]
     extra = _smallest_sum(np.where(time[tight] < BIG, again[tight], BIG), least, g.n_layers)
     within = extra < BIG
     close = _rows_of(sub, tight)
-    value = _to_step(close, slowest[found][tight], base[tight] + np.where(within, extra, 0), once[tight])
+    value = to_step(close, slowest[found][tight], base[tight] + np.where(within, extra, 0), once[tight])
     result[found[tight]] = np.where(within, np.minimum(value, target), target)
     return result
 

@@ -12,7 +12,7 @@ from planner.cost import step
 from planner.cost.task import MAX_DEVICES, Ints, LayoutArray, Task
 from planner.engines.base import Engine
 from planner.search import bounds, mixed
-from planner.search.solve import group_of, price
+from planner.search.solve import group_of, memory_feasible, price
 from planner.search.space import Rows, Space, enumerate_rows
 from planner.specs.layout import RECOMPUTE_MODES, Layout, even_stages
 
@@ -56,7 +56,7 @@ def any_fits(task: Task, engine: Engine, space: Space) -> bool:
     for chunk in bounds.same_pipeline(x, np.arange(len(x)), stack is not None):
         stopping.check()
         g = group_of(task, space.modes, x, p, stack, chunk)
-        if (mixed.memory_feasible(task, g) if g.stack else bounds.memory_feasible(g)).any():
+        if memory_feasible(task, g).any():
             return True
     return False
 

@@ -14,8 +14,8 @@ from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives, capacity
 from planner.cost.task import Ints, LayoutArray, Task
 from planner.engines.base import Engine
-from planner.search import bounds, mixed
-from planner.search.solve import group_of, price
+from planner.search import bounds
+from planner.search.solve import group_of, memory_feasible, price
 from planner.search.space import Space, enumerate_rows
 from planner.units import MIB
 
@@ -70,5 +70,5 @@ def _fitting(task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, 
     found = []
     for chunk in bounds.same_pipeline(x, rows, stack is not None):
         g = group_of(task, modes, x, p, stack, chunk)
-        found.append(chunk[mixed.memory_feasible(task, g) if stack else bounds.memory_feasible(g)])
+        found.append(chunk[memory_feasible(task, g)])
     return np.concatenate([np.zeros(0, dtype=np.int64), *found])

@@ -15,7 +15,7 @@ import numpy as np
 from planner import stopping
 from planner.cost.task import Bools, Ints, LayoutArray, Task
 from planner.engines.base import Engine
-from planner.search import bounds, mixed, solve
+from planner.search import bounds, solve
 from planner.search.solve import Outcome, Progress
 from planner.search.space import Space, enumerate_rows
 
@@ -79,7 +79,7 @@ def _fitting(task: Task, x: LayoutArray, modes: tuple[int, ...], candidates: Boo
     for chunk in bounds.same_pipeline(x, rows, stack is not None):
         stopping.check()
         g = solve.group_of(task, modes, x, p, stack, chunk)
-        fits[chunk] = mixed.memory_feasible(task, g) if g.stack else bounds.memory_feasible(g)
+        fits[chunk] = solve.memory_feasible(task, g)
     return fits
 
 

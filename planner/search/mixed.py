@@ -1,13 +1,13 @@
 """Bounds and the memory test for models that mix kinds of layers: the counterpart of `bounds` over windows of layers.
 
-A rank holds a window of the layer sequence (`windows`), priced by the blend of its kinds (`step.blend`), and the ranks'
+A rank holds a window of the layer sequence (`windows`), priced by the blend of its kinds (`blending.blend`), and the ranks'
 windows join end to end: every recursion here runs over the positions where they meet. That makes the least bottleneck, the
 least sum and the least step-wise term each exact on the table of windows; recompute is relaxed to fractions of layers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -180,11 +180,7 @@ def simple_bound(task: Task, g: Group) -> Ints:
     heaviest = _least_layers(g).max(axis=0)
     most = -(-g.n_layers // g.pp) * _least_layer(g)
     slowest = np.maximum(-(-total // g.pp), extra + np.maximum(heaviest, most))
-    return step.combine(_column(g.p), g.layouts, slowest, total, _least_once(g))
-
-
-def _column(p: Primitives) -> Primitives:
-    return Primitives(**{f.name: getattr(p, f.name)[:, 0] for f in fields(p)})
+    return bounds.to_step(g, slowest, total, _least_once(g))
 
 
 def reach_below(task: Task, g: Group, target: int) -> Ints:
@@ -196,10 +192,7 @@ def reach_below(task: Task, g: Group, target: int) -> Ints:
 
 def _allowed_bottleneck(task: Task, g: Group, target: int) -> Ints:
     """The largest R that a plan below `target` can have, shape (rows,)."""
-    x = g.layouts
-    budget = (target - 1 - g.p.constant[:, 0] - _least_once(g)) * x.virtual_stages - _base_total(task, g)
-    factor = x.virtual_stages * x.microbatches - 1
-    return np.where(budget < 0, -1, np.where(factor > 0, budget // np.maximum(factor, 1), BIG // 2))
+    return bounds.allowed_bottleneck(g, target, _least_once(g), _base_total(task, g))
 
 
 def target_bound(task: Task, g: Group, target: int) -> Ints:
@@ -233,9 +226,8 @@ def _table_bound(task: Task, g: Group, target: int, reach: int) -> Ints:
     once = np.where(time < BIG, step.stage_once(p, first, last, layers), BIG)
     slowest, total, step_wise = least_maximum(time, w), least_sum(time, w), least_maximum(once, w)
     found = (slowest < BIG) & (total < BIG)
-    column = _column(g.p)
-    value = step.combine(
-        column, g.layouts, np.where(found, slowest, 0), np.where(found, np.maximum(total, _base_total(task, g)), 0),
+    value = bounds.to_step(
+        g, np.where(found, slowest, 0), np.where(found, np.maximum(total, _base_total(task, g)), 0),
         np.maximum(np.where(found, step_wise, 0), _least_once(g)),
     )  # fmt: skip
     return np.where(found, np.minimum(value, target), target)

@@ -181,7 +181,7 @@ def _prepare(task: Task, space: Space, rows: Rows) -> _State:
     for chunk in bounds.same_pipeline(x, np.arange(size), stack is not None):
         stopping.check()
         g = state.group(chunk)
-        fits = mixed.memory_feasible(task, g) if g.stack else bounds.memory_feasible(g)
+        fits = memory_feasible(task, g)
         state.fits[chunk] = fits
         simple = mixed.simple_bound(task, g) if g.stack else bounds.simple_bound(g)
         state.bound[chunk] = np.where(fits, simple, BIG)
@@ -202,6 +202,11 @@ def group_of(task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, 
     """Rows with one pipeline degree (and one v, where the model mixes kinds of layers) as a `Group`."""
     g = bounds.group_of(p.take(rows), x.take(rows), task.model.n_layers, modes)
     return g if stack is None else replace(g, stack=stack.take(rows))
+
+
+def memory_feasible(task: Task, g: Group) -> Bools:
+    """Which rows of a group have any split and recompute that fits."""
+    return mixed.memory_feasible(task, g) if g.stack else bounds.memory_feasible(g)
 
 
 # ---- the rising target ---------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from planner.cost import intervals, risk, step
+from planner.cost.blending import blend
 from planner.cost.primitives import Primitives, PrimitiveTable, TimeParts, primitive_table
 from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
 from planner.engines.registry import accounting_named
@@ -248,7 +249,7 @@ def priced(batch: Batch, task: Task) -> tuple[list[PrimitiveTable], Primitives, 
 
 def _blended(tables: list[Primitives], batch: Batch) -> Primitives:
     """Primitives of each rank of a model that mixes kinds of layers."""
-    return step.blend([p.take(batch.stages.row) for p in tables], batch.kind_counts, batch.task.model.text_kind)
+    return blend([p.take(batch.stages.row) for p in tables], batch.kind_counts, batch.task.model.text_kind)
 
 
 def figures(batch: Batch, task: Task | None = None) -> Figures:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from planner.cost import primitives, step
+from planner.cost.blending import blend
 from planner.cost.primitives import Primitives
 from planner.cost.schedules import in_flight
 from planner.cost.task import Bools, Ints, LayoutArray, Task
@@ -95,7 +96,7 @@ def ranks_of(batch: Priced, modes: tuple[int, ...], longest: int) -> Ranks:
     pp, v = int(x.pp[0]), int(x.virtual_stages[0])
     w = runs(model.kind_of_layer, v, max(1, min(longest, model.n_layers // v - pp + 1)))
     deep = [Primitives(**{f.name: getattr(k, f.name)[:, None, None] for f in fields(Primitives)}) for k in batch.kinds]
-    p = deep[0] if len(deep) == 1 else step.blend(deep, w.counts[None, None], model.text_kind)
+    p = deep[0] if len(deep) == 1 else blend(deep, w.counts[None, None], model.text_kind)
     index = np.arange(pp, dtype=np.int64)[None, :]
     flight = in_flight(x.schedule[:, None], x.pp[:, None], x.virtual_stages[:, None], x.microbatches[:, None], index)
     first, last = ((index == place).astype(np.int64)[:, :, None] for place in (0, pp - 1))

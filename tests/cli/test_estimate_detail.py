@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 
 import planner as package
 from planner.cost import step
+from planner.cost.blending import blend
 from planner.cost.primitives import price
 from planner.cost.task import LayoutArray, StageArray, Task
 from planner.engines.registry import engine_named
@@ -173,7 +174,7 @@ def test_mixed_layers_add_up_by_kind(engine, degrees):
     task = Task(model, job, hardware, layout.world_size, engine_named(engine).accounting)
     x, stages = LayoutArray.of([layout], job), StageArray.of([layout])
     kinds = [price(task.only(k), x) for k in range(3)]
-    blended = step.blend([p.take(stages.row) for p in kinds], step.layers_by_kind(task, layout))
+    blended = blend([p.take(stages.row) for p in kinds], step.layers_by_kind(task, layout))
     cost = step.step_cost(kinds[0], x, stages, blended)
     allocated = step.stage_cost(kinds[0], x, stages, blended).allocated
     seconds = float(cost.step[0]) / 1e9

@@ -9,6 +9,7 @@ import pytest
 from machines import figure, llama, mixture, profile, task
 
 from planner.cost import collectives, compute, memory, operators, primitives, step
+from planner.cost.blending import blend
 from planner.cost.task import LayoutArray
 from planner.engines.registry import accounting_named, engine_named
 from planner.planning.estimate import estimate_layout
@@ -111,10 +112,10 @@ def test_blend_is_the_mean_and_peaks_are_the_largest():
     x = layouts(t, {"ep": 8})
     dense = primitives.price(task(llama(4, 1024, 16, 4, 1024), 8, 1024, 16, "megatron"), x)
     routed = primitives.price(t, x)
-    mixed = step.blend([dense, routed], np.array([[1, 3]]))
+    mixed = blend([dense, routed], np.array([[1, 3]]))
     assert mixed.forward[0] == -(-(int(dense.forward[0]) + 3 * int(routed.forward[0])) // 4)
     assert mixed.transient[0] == max(dense.transient[0], routed.transient[0])
-    alone = step.blend([dense, routed], np.array([[4, 0]]))
+    alone = blend([dense, routed], np.array([[4, 0]]))
     assert (alone.forward[0], alone.transient[0]) == (dense.forward[0], dense.transient[0])
 
 
@@ -155,7 +156,7 @@ def test_experts_memory_against_published_measurements(named, measured):
     from planner.cost.task import StageArray
 
     stages = StageArray.of([layout])
-    blended = step.blend([p.take(stages.row) for p in priced], step.layers_by_kind(t, layout))
+    blended = blend([p.take(stages.row) for p in priced], step.layers_by_kind(t, layout))
     cost = step.stage_cost(priced[0], x, stages, blended)
     assert max(cost.allocated) / 2**30 == pytest.approx(measured, rel=0.01)
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from planner.cost import primitives, step
+from planner.cost.blending import blend
+from planner.cost.primitives import Blend
 from planner.cost.task import LayoutArray, StageArray, Task
 from planner.engines.base import Engine
 from planner.search.space import Space, enumerate_rows
@@ -67,7 +69,7 @@ def row_values(task: Task, x: LayoutArray, row: int, modes: tuple[int, ...]) -> 
     return best
 
 
-def blended(task: Task, one: LayoutArray, split: tuple[int, ...], stages: StageArray) -> step.Blend | None:
+def blended(task: Task, one: LayoutArray, split: tuple[int, ...], stages: StageArray) -> Blend | None:
     """Primitives of every rank of a model that mixes kinds of layers, from the layers that each rank holds."""
     if task.model.homogeneous:
         return None
@@ -75,7 +77,7 @@ def blended(task: Task, one: LayoutArray, split: tuple[int, ...], stages: StageA
     kinds = [
         primitives.price(task.only(k), one).take(np.zeros(len(stages.row), dtype=np.int64)) for k in range(counts.shape[1])
     ]
-    return step.blend(kinds, counts[stages.index], task.model.text_kind)
+    return blend(kinds, counts[stages.index], task.model.text_kind)
 
 
 def all_rows(task: Task, engine: Engine, space: Space) -> tuple[LayoutArray, list[int | None]]:

@@ -12,6 +12,24 @@ from planner.engines.base import Engine
 from planner.engines.registry import engine_named
 from planner.search.space import Space, declared_space
 from planner.specs.adapter import Adapter
+from planner.specs.hardware import HardwareProfile
+from planner.specs.model import Model
+
+
+def scarce(rng: random.Random, model: Model, gpus: int) -> float:
+    """GiB of a device around what the states need."""
+    return 2.2 + 18 * model.total_params / 2**30 / gpus * rng.uniform(0.4, 3.0) + rng.choice((0.05, 0.5, 4.0))
+
+
+def cluster(rng: random.Random, memory: float) -> HardwareProfile:
+    return profile(memory=f"{memory:.3f} GiB", node_size=rng.choice((2, 4, 8)), nic=rng.choice(("5 GB/s", "50 GB/s")))
+
+
+def some_pins(rng: random.Random) -> dict[str, list[object]]:
+    pins: dict[str, list[object]] = {"micro_batch": [1, 2]}
+    if rng.random() < 0.2:
+        pins["recompute"] = rng.choice((["none"], ["full"], ["selective", "full"], ["none", "full"]))
+    return pins
 
 
 def instance(seed: int) -> tuple[Task, Engine, Space]:
@@ -25,15 +43,12 @@ def instance(seed: int) -> tuple[Task, Engine, Space]:
         model = gpt(layers, hidden, heads=8, vocab=vocab, tied=rng.random() < 0.5)
     gpus = rng.choice((1, 2, 4, 8))
     seq_len = rng.choice((512, 1024, 2048))
-    states = 18 * model.total_params / 2**30
-    memory = 2.2 + states / gpus * rng.uniform(0.4, 3.0) + rng.choice((0.05, 0.5, 4.0))
+    memory = scarce(rng, model, gpus)
     engine = engine_named(rng.choice(("bundled", "megatron")))
-    machine = profile(memory=f"{memory:.3f} GiB", node_size=rng.choice((2, 4, 8)), nic=rng.choice(("5 GB/s", "50 GB/s")))
+    machine = cluster(rng, memory)
     precision = rng.choice(("bf16", "bf16", "fp32"))
     t = task(model, gpus, seq_len, rng.choice((4, 8, 12)), engine.name, machine, precision)
-    pins: dict[str, list[object]] = {"micro_batch": [1, 2]}
-    if rng.random() < 0.2:
-        pins["recompute"] = rng.choice((["none"], ["full"], ["selective", "full"], ["none", "full"]))
+    pins = some_pins(rng)
     space = declared_space(t, engine, pins, ["cp"] if rng.random() < 0.5 else [])
     return t, engine, space
 
@@ -44,14 +59,11 @@ def mixed_instance(seed: int) -> tuple[Task, Engine, Space]:
     layers, hidden = rng.randint(2, 6), rng.choice((512, 1024))
     model = mixed(rng.choice(("dense first", "alternating", "encoder", "random")), layers, hidden, rng)
     gpus = rng.choice((2, 4, 8))
-    states = 18 * model.total_params / 2**30
-    memory = 2.2 + states / gpus * rng.uniform(0.4, 3.0) + rng.choice((0.05, 0.5, 4.0))
+    memory = scarce(rng, model, gpus)
     engine = engine_named(rng.choice(("megatron", "torchtitan", "megatron+unfused-attention")))
-    machine = profile(memory=f"{memory:.3f} GiB", node_size=rng.choice((2, 4, 8)), nic=rng.choice(("5 GB/s", "50 GB/s")))
+    machine = cluster(rng, memory)
     t = task(model, gpus, rng.choice((512, 1024)), rng.choice((4, 8)), engine.name, machine)
-    pins: dict[str, list[object]] = {"micro_batch": [1, 2]}
-    if rng.random() < 0.2:
-        pins["recompute"] = rng.choice((["none"], ["full"], ["selective", "full"], ["none", "full"]))
+    pins = some_pins(rng)
     return t, engine, declared_space(t, engine, pins, ["cp"])
 
 
@@ -63,10 +75,9 @@ def mixture_instance(seed: int) -> tuple[Task, Engine, Space]:
         rng.choice((0, 1024)),
     )  # fmt: skip
     gpus = rng.choice((2, 4, 8))
-    states = 18 * model.total_params / 2**30
-    memory = 2.2 + states / gpus * rng.uniform(0.4, 3.0) + rng.choice((0.05, 0.5, 4.0))
+    memory = scarce(rng, model, gpus)
     engine = engine_named(rng.choice(("megatron", "torchtitan", "megatron+deep-ep")))
-    machine = profile(memory=f"{memory:.3f} GiB", node_size=rng.choice((2, 4, 8)), nic=rng.choice(("5 GB/s", "50 GB/s")))
+    machine = cluster(rng, memory)
     t = task(model, gpus, rng.choice((512, 1024)), rng.choice((4, 8)), engine.name, machine)
     return t, engine, declared_space(t, engine, {"micro_batch": [1, 2]}, ["cp"])
 
@@ -85,7 +96,7 @@ def adapter_instance(seed: int) -> tuple[Task, Engine, Space]:
     targets = rng.choice((["attention"], ["attention", "mlp"], ["attention", "experts"] if routed else ["mlp", "attention"]))
     gpus = rng.choice((1, 2, 4, 8))
     memory = 1.9 + 2 * model.total_params / 2**30 * rng.uniform(0.3, 1.5) + rng.choice((0.05, 0.3, 2.0))
-    machine = profile(memory=f"{memory:.3f} GiB", node_size=rng.choice((2, 4, 8)), nic=rng.choice(("5 GB/s", "50 GB/s")))
+    machine = cluster(rng, memory)
     t = task(model, gpus, rng.choice((512, 1024, 2048)), rng.choice((4, 8, 12)), engine.name, machine)
     adapter = Adapter(rank=rng.choice((8, 64)), targets=targets, base=base, train_embeddings=rng.random() < 0.2)
     t = replace(t, job=t.job.model_copy(update={"adapter": adapter}))
