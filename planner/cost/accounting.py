@@ -204,6 +204,9 @@ class Accounting:
     """Fixed host time of one step."""
     reserved_ratio: float
     """Reserved over allocated memory."""
+    context: Literal["ring", "ulysses"] = "ring"
+    """How a cp group shares attention: keys and values around a ring under it (Liu 2023, arXiv 2310.01889), or heads exchanged
+    for tokens before and after it (Jacobs 2023, arXiv 2309.14509)."""
     attention: Literal["fused", "unfused"] = "fused"
     """Whether attention keeps its scores on chip (FlashAttention) or writes them."""
     attention_rate: float = 1.0

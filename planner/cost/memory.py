@@ -118,6 +118,7 @@ def saved_bytes(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArr
         "rmsnorm": model.norm == "rmsnorm",
         "layernorm": model.norm == "layernorm",
         "qk_norm": attention.qk_norm != "none",
+        "exchanged": (combos.cp > 1) & (task.accounting.context == "ulysses"),
         "gathered": sequence & (tp > 1),
         "not_gathered": ~(sequence & (tp > 1)),
     }

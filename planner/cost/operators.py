@@ -43,6 +43,8 @@ class LayerSeconds:
     tp_recompute: tuple[Floats, Floats]
     cp_forward: Floats
     cp_backward: Floats
+    cp_recompute: tuple[Floats, Floats]
+    """Exchanges of heads that (selective, full) recompute repeats; a ring's are not priced again."""
     ep_forward: Floats
     """Exposed exchanges of routed tokens."""
     ep_backward: Floats
@@ -51,6 +53,10 @@ class LayerSeconds:
     head: Floats
     """Output head and loss, forward and backward."""
     head_tp: Floats
+
+    def again(self, k: int) -> Floats:
+        """All that selective (0) or full (1) recompute repeats: compute and exposed traffic."""
+        return self.recompute[k] + self.tp_recompute[k] + self.cp_recompute[k] + self.ep_recompute[k]
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def layer_seconds(task: Task, combos: LayoutArray) -> LayerSeconds:
     head, head_tp = _head(task, s, traffic)
     tp_f, tp_b, tp_r = _tp_traffic(task, s, traffic)
     ep_f, ep_b = _ep_traffic(task, s)
-    cp_f, cp_b = _cp_traffic(task, s, parts_f["attention"], parts_b["attention"])
+    cp_f, cp_b, cp_r = _cp_traffic(task, s, parts_f["attention"], parts_b["attention"])
     host_f, host_b = _host(task, s, 0), _host(task, s, 1)
     again = [_recompute(task, parts_f, mode, host_f, tp) for mode, tp in zip(("selective", "full"), tp_r, strict=True)]
     ep_r = [ep_f * task.accounting.recomputed[mode].get("experts", 0.0) for mode in ("selective", "full")]
@@ -85,7 +91,7 @@ def layer_seconds(task: Task, combos: LayoutArray) -> LayerSeconds:
     zero = np.zeros_like(s.tp)
     return LayerSeconds(
         sum(parts_f.values(), zero), sum(parts_b.values(), zero), host_f, host_b,
-        (again[0], again[1]), tp_f, tp_b, tp_r, cp_f, cp_b, ep_f, ep_b, (ep_r[0], ep_r[1]),
+        (again[0], again[1]), tp_f, tp_b, tp_r, cp_f, cp_b, (cp_r, cp_r), ep_f, ep_b, (ep_r[0], ep_r[1]),
         streaming_seconds(moved, task.hardware.device) + _front_seconds(task, s), head, head_tp,
     )  # fmt: skip
 
@@ -415,15 +421,28 @@ def _ep_traffic(task: Task, s: Shapes) -> tuple[Floats, Floats]:
     return once, once
 
 
-def _cp_traffic(task: Task, s: Shapes, forward: Floats, backward: Floats) -> tuple[Floats, Floats]:
-    """Exposed time of exchanging keys and values around the cp ring under the attention that they feed.
+def exchanged_bytes(task: Task, s: Shapes) -> dict[str, Floats]:
+    """What a rank sends of one layer's heads for tokens, by tensor: queries, keys, values, and what attention makes of them."""
+    model, one = task.model, s.tokens / s.tp * task.job.compute_bytes
+    kv = one * model.kv_width
+    return {"queries": one * model.q_width, "keys": kv, "values": kv, "attention output": one * model.q_width}
 
-    Each rank passes its keys and values to cp - 1 others (Liu 2023, arXiv 2310.01889); backward also returns gradients.
+
+def _cp_traffic(task: Task, s: Shapes, forward: Floats, backward: Floats) -> tuple[Floats, Floats, Floats]:
+    """Exposed time of sharing attention over the cp group: forward, backward, and recomputing it.
+
+    A ring passes keys and values to cp - 1 others under the attention that they feed (Liu 2023, arXiv 2310.01889); backward
+    also returns gradients. Ulysses exchanges four tensors by all-to-all, and attention waits for them (Jacobs 2023).
     """
+    if task.accounting.context == "ulysses":
+        sent = exchanged_bytes(task, s).values()
+        calls = (collective_seconds("all_to_all", s.cp, s.tp, n_bytes, task.hardware) for n_bytes in sent)
+        exchange = sum(calls, np.zeros_like(s.tp))
+        return exchange, exchange, exchange
     slow = task.hardware.overlap_slowdown.base
     once = collective_seconds("all_gather", s.cp, s.tp, key_value_bytes(task, s), task.hardware)
     floor = task.accounting.dp_floor
-    return overlapped(forward, once, slow, floor), overlapped(backward, 2.0 * once, slow, floor)
+    return overlapped(forward, once, slow, floor), overlapped(backward, 2.0 * once, slow, floor), np.zeros_like(once)
 
 
 def _head(task: Task, s: Shapes, sequence: np.ndarray) -> tuple[Floats, Floats]:

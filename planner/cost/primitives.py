@@ -157,6 +157,7 @@ class TimeParts:
     """Exposed gathers and reductions of every micro-batch."""
     head_tp: Floats
     recompute_tp: tuple[Floats, Floats]
+    recompute_cp: tuple[Floats, Floats]
 
 
 def price(task: Task, layouts: LayoutArray) -> Primitives:
@@ -240,8 +241,8 @@ class PrimitiveTable:
     def parts(self) -> TimeParts:
         """The float times behind the primitives, for each layout."""
         t = {k: v[self.share] for k, v in self.times.items()}
-        again = (t.pop("recompute_tp1"), t.pop("recompute_tp2"))
-        return TimeParts(**t, recompute_tp=again)
+        tp, cp = ((t.pop(f"recompute_{axis}1"), t.pop(f"recompute_{axis}2")) for axis in ("tp", "cp"))
+        return TimeParts(**t, recompute_tp=tp, recompute_cp=cp)
 
 
 _BLOCK = ("tp", "cp", "ep", "etp", "micro_batch", "sequence_parallel")
@@ -275,7 +276,7 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
         "act0": acts.layer[0], "act1": acts.layer[1], "act2": acts.layer[2],
     }  # fmt: skip
     layer = _layer_ns(task, seconds, compute, traffic, spread)
-    again = [seconds.recompute[i] + seconds.tp_recompute[i] + seconds.ep_recompute[i] for i in range(2)]
+    again = [seconds.again(i) for i in range(2)]
     repeated = {f"recompute{i + 1}": ns(recompute_seconds(task, again[i][spread], compute[1], traffic)) for i in range(2)}
     columns = repeated | {k: v[spread] for k, v in blocks.items()} | layer | traffic.ns | states
     columns["transient"] = acts.backward[spread] + columns.pop("unit")
@@ -290,6 +291,8 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
         "head_tp": seconds.head_tp[spread],
         "recompute_tp1": seconds.tp_recompute[0][spread],
         "recompute_tp2": seconds.tp_recompute[1][spread],
+        "recompute_cp1": seconds.cp_recompute[0][spread],
+        "recompute_cp2": seconds.cp_recompute[1][spread],
     }
     times = {k: v * task.growth for k, v in times.items()}
     boundary = acts.boundary[spread]

@@ -313,6 +313,11 @@ def kv_heads_divisible(task: Subject | Task, layouts: LayoutArray) -> Bools:
     return ~_divide_each(_kv_heads(task.model), layouts.tp)
 
 
+def exchange_divisible(task: Subject | Task, layouts: LayoutArray) -> Bools:
+    """cp divides the key/value heads of a tensor-parallel rank (engines that exchange heads for tokens)."""
+    return (layouts.cp > 1) & ~_divide_each(_kv_heads(task.model), layouts.tp * layouts.cp)
+
+
 def _kv_heads(model: Model) -> list[int]:
     """Key/value heads of each kind of layers that has them: latent attention has none of its own."""
     return [a.kv_heads or a.heads for a in model.attentions if a.kind != "latent"]

@@ -15,7 +15,7 @@ from planner.cost.accounting import (
     Saved,
     TpTraffic,
 )
-from planner.engines.base import Engine, Rule, kv_heads_divisible, microbatches_below_pp
+from planner.engines.base import Engine, Rule, exchange_divisible, kv_heads_divisible, microbatches_below_pp
 from planner.engines.fsdp2 import ZERO
 from planner.specs.features import features
 
@@ -50,11 +50,12 @@ RULES: tuple[Rule, ...] = (
         "set sequence_parallel: true",
     ),
     Rule(
-        "PLN514", "bundled: cp",
-        lambda t, x: x.cp > 1,
-        "cp {cp}",
-        "this version of the runtime does not split the sequence of attention",
-        "set cp: 1",
+        "PLN514", "bundled: kv heads % (tp cp)",
+        exchange_divisible,
+        "cp {cp} x tp {tp} does not divide the {kv_heads} key/value heads",
+        "context parallelism gives each rank the whole sequence of an equal share of a tp rank's heads",
+        "choose cp x tp from the divisors of {kv_heads}",
+        on="degrees",
     ),
     Rule(
         "PLN516", "bundled: fp16",
@@ -86,6 +87,7 @@ SAVED = (
     Saved("query, key before their norm", "q", 1, "tensor", only=("qk_norm",)),
     Saved("key before its norm", "kv", 1, "tensor", only=("qk_norm",)),
     Saved("attention output", "q", 1, "tensor", kept=("none", "selective")),
+    Saved("attention output, own tokens of all heads", "q", 1, "tensor", only=("exchanged",)),
     Saved("log-sum-exp", "heads", 1, "tensor", size=4, kept=("none", "selective")),
     Saved("gate, up, silu, product", "mlp", 4, "tensor", only=("gated",)),
     Saved("gelu input, output", "mlp", 2, "tensor", only=("gelu",)),
@@ -137,7 +139,9 @@ ACCOUNTING = Accounting(
     optimizer_whole_bytes=0.0,
     step_seconds=2e-3,
     reserved_ratio=1.03,
+    context="ulysses",
     origin={
+        "context": "counted on the runtime: four all-to-alls a layer forward, four backward, four in recompute",
         "saved": "measured: saved-tensor hooks on the runtime's block, CPU, torch 2.13",
         "zero": "measured: storage meter and collective counts on the runtime, gloo, torch 2.13, fp32 and bf16",
         "elementwise_forward": "counted from the eager graph; norms as measured on H200 (1.4 to 2.2 times their bytes)",
@@ -158,5 +162,5 @@ BUNDLED = Engine(
     zero_stages=(0, 1, 2, 3),
     schedules=("gpipe", "1f1b", "interleaved"),
     sequence_parallel=(1,),
-    context_parallel=False,
+    context_parallel=True,
 )

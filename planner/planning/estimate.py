@@ -101,7 +101,12 @@ def _breakdown(c: _Priced, seconds: float) -> Breakdown:
     last = s == c.layout.pp - 1
     m, v = int(c.x.microbatches[0]), c.layout.virtual_stages
     one = {k: c.mean([float(getattr(kind.parts, k)[0]) for kind in c.kinds], s) for k in ("compute", "tp", "cp", "ep", "zero")}
-    again_tp = [k * c.mean([float(x.parts.recompute_tp[i][0]) for x in c.kinds], s) for i, k in enumerate((n1, n2))]
+    again_tp, again_cp = (
+        sum(
+            k * c.mean([float(getattr(x.parts, f"recompute_{axis}")[i][0]) for x in c.kinds], s) for i, k in enumerate((n1, n2))
+        )
+        for axis in ("tp", "cp")
+    )
     again = (n1 * int(c.q.recompute1[s]) + n2 * int(c.q.recompute2[s])) / 1e9
     ends = (int(c.p.embedding[0]) if s == 0 else 0) + (int(c.p.head[0]) if last else 0)
     head_tp = float(c.base.parts.head_tp[0]) if last else 0.0
@@ -110,9 +115,9 @@ def _breakdown(c: _Priced, seconds: float) -> Breakdown:
     update += (int(c.p.update_first[0]) if d == 0 else 0) + (int(c.p.update_last[0]) if d == c.layout.pp - 1 else 0)
     parts = {
         "compute": m * (n * one["compute"] + ends / 1e9 - head_tp),
-        "recompute": m * (again - sum(again_tp)),
-        "tp_comm": m * (n * one["tp"] + head_tp + sum(again_tp)),
-        "cp_comm": m * n * one["cp"],
+        "recompute": m * (again - again_tp - again_cp),
+        "tp_comm": m * (n * one["tp"] + head_tp + again_tp),
+        "cp_comm": m * (n * one["cp"] + again_cp),
         "ep_comm": m * n * one["ep"],
         "zero_comm": m * n * one["zero"],
         "pp_comm": m * int(c.q.p2p[s]) / 1e9,

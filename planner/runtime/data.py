@@ -60,7 +60,7 @@ class FileTokens:
 
 
 class Batches:
-    """This rank's share of each global batch."""
+    """This rank's share of each global batch: its sequences (dp), and its piece of each of them (cp)."""
 
     def __init__(self, plan: Plan, world: World, seed: int, path: Path | None = None):
         vocab = plan.model.vocab
@@ -68,11 +68,13 @@ class Batches:
         self.seq_len = plan.job.seq_len
         self.count = plan.job.global_batch // plan.layout.dp
         self.start = self.count * world.dp_rank
+        self.tokens = world.tokens(self.seq_len)
         self.device = world.device
 
     def get(self, step: int) -> tuple[Tensor, Tensor]:
-        """(tokens, targets) of this data parallel rank, both [global_batch / dp, s] int64; targets are one ahead."""
+        """(tokens, targets) of this rank, both [global_batch / dp, s / cp] int64; targets are one ahead."""
         indices = range(self.start, self.start + self.count)
         rows = np.stack([self.source.sequence(step, i, self.seq_len + 1) for i in indices])
-        batch = torch.from_numpy(rows).to(self.device)
+        start, stop = self.tokens.start, self.tokens.stop
+        batch = torch.from_numpy(rows[:, start : stop + 1]).to(self.device)
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()

@@ -1,7 +1,7 @@
 """Processes and their grid: who am I, on which device, in which groups.
 
-The mesh has the dimensions (pp, dp, tp), tp innermost: neighbours in rank order, which share the fastest links, form
-a tensor parallel group.
+The mesh has the dimensions (pp, dp, cp, tp), tp innermost: neighbours in rank order, which share the fastest links, form
+a tensor parallel group. The dp and cp ranks of one tp rank hold the same parameters: together they are the mesh of ZeRO.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from planner.errors import input_error
 from planner.planfile import Plan
+from planner.specs.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,17 @@ class World:
     """This process's place in the plan's grid."""
 
     mesh: DeviceMesh
-    """Dimensions (pp, dp, tp)."""
+    """Dimensions (pp, dp, cp, tp)."""
+    states: DeviceMesh
+    """The dp * cp ranks that hold the same parameters, one dimension, cp inside dp."""
     device: torch.device
     pp: int
     dp: int
+    cp: int
     tp: int
     pp_rank: int
     dp_rank: int
+    cp_rank: int
     tp_rank: int
 
     @property
@@ -41,6 +46,11 @@ class World:
     def size(self) -> int:
         """Processes in all."""
         return dist.get_world_size()
+
+    def tokens(self, seq_len: int) -> range:
+        """Positions of each sequence that this rank sees."""
+        piece = seq_len // self.cp
+        return range(piece * self.cp_rank, piece * (self.cp_rank + 1))
 
     @property
     def is_first_stage(self) -> bool:
@@ -100,7 +110,14 @@ def check_world_size(plan: Plan, size: int) -> None:
 def build_world(plan: Plan, device: torch.device) -> World:
     """The mesh of the plan's layout over all processes. Collective."""
     layout = plan.layout
-    shape = (layout.pp, layout.dp, layout.tp)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "tp"))
-    pp_rank, dp_rank, tp_rank = mesh.get_coordinate() or (0, 0, 0)
-    return World(mesh, device, *shape, pp_rank, dp_rank, tp_rank)
+    shape = (layout.pp, layout.dp, layout.cp, layout.tp)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "cp", "tp"))
+    return World(mesh, _state_mesh(mesh, layout), device, *shape, *(mesh.get_coordinate() or (0, 0, 0, 0)))
+
+
+def _state_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
+    """The ranks that hold the same parameters; a mesh of two dimensions is joined only where both have ranks, since each
+    mesh is a communicator of its own."""
+    if layout.cp == 1:
+        return mesh["dp"]
+    return mesh["cp"] if layout.dp == 1 else mesh["dp", "cp"]._flatten("states")

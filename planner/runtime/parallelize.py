@@ -22,7 +22,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from planner.runtime.model import Block, Decoder, Norm
+from planner.runtime.context import Context
+from planner.runtime.model import Block, Decoder
+from planner.runtime.norms import Norm
 from planner.specs.job import Job, Precision
 from planner.specs.layout import Layout, Stage
 
@@ -44,7 +46,7 @@ def apply_tp(part: Decoder, mesh: DeviceMesh) -> None:
         head = ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False)
         parallelize_module(part.head, mesh, head)
     for module in part.modules():
-        if isinstance(module, Norm):  # whole on every rank; `model._local` sums its gradient over the group
+        if isinstance(module, Norm):  # whole on every rank; `norms.local` sums its gradient over the group
             distribute_module(module, mesh)
     part.tie()  # the styles above replaced both parameters; tying before would silently untie them
 
@@ -59,6 +61,13 @@ def _block_plan(block: Block) -> dict[str, ParallelStyle]:
     for name in ("attn.wo", "mlp.w2"):
         plan[name] = RowwiseParallel(output_layouts=Shard(1))
     return plan
+
+
+def apply_cp(part: Decoder, mesh: DeviceMesh) -> None:
+    """Give every attention its cp group."""
+    context = Context(mesh.get_group(), mesh.size())
+    for block in part.blocks():
+        block.attn.context = context
 
 
 def apply_recompute(parts: list[Decoder], stage: Stage) -> None:

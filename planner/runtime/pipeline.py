@@ -63,6 +63,7 @@ def _boundary(plan: Plan, stage: int, stages: int) -> tuple[torch.Tensor, torch.
     b, s, layout = plan.layout.micro_batch, plan.job.seq_len, plan.layout
     dtype = DTYPES[plan.job.precision]
     options: dict[str, Any] = {"dtype": dtype, "device": "meta", "requires_grad": True}
+    s = s // layout.cp
     hidden = torch.empty(b, s // layout.tp, plan.model.hidden, **options)
     tokens = torch.empty(b, s, dtype=torch.int64, device="meta")
     logits = torch.empty(b, s, plan.model.vocab, **options)

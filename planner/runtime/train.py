@@ -63,14 +63,17 @@ class Trainer:
     def _build_parts(self) -> dict[int, Decoder]:
         """Build on the meta device, parallelise, then allocate only what this rank keeps."""
         mesh, layout = self.world.mesh, self.layout
+        tokens = self.world.tokens(self.plan.job.seq_len)
         parts = pipeline.build_parts(self.plan, self.world)
         parallelize.apply_recompute(list(parts.values()), layout.stages[self.world.pp_rank])
         for part in parts.values():
             part.tie()
             if layout.tp > 1:
                 parallelize.apply_tp(part, mesh["tp"])
-            parallelize.apply_zero(part, layout, self.plan.job, mesh["dp"])
-            initialise(part, self.plan.job.seq_len, self.options.seed, self.world.device)
+            if layout.cp > 1:
+                parallelize.apply_cp(part, mesh["cp"])
+            parallelize.apply_zero(part, layout, self.plan.job, self.world.states)
+            initialise(part, tokens, self.options.seed, self.world.device)
         return parts
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -114,14 +117,13 @@ class Trainer:
         return [loss.plain(value) for value in losses]
 
     def _mean_loss(self, losses: list[Tensor]) -> float:
-        """Mean over micro-batches and data parallel ranks, sent from the last stage to all."""
+        """Mean over micro-batches, data and context parallel ranks, sent from the last stage to all."""
         total = torch.zeros((), device=self.world.device)
         if losses:
-            total = torch.stack(losses).float().mean() / self.world.dp
-        mesh = self.world.mesh
-        for dim, size in (("dp", self.world.dp), ("pp", self.world.pp)):
-            if size > 1:
-                dist.all_reduce(total, group=mesh[dim].get_group())
+            total = torch.stack(losses).float().mean() / self.world.states.size()
+        for mesh in (self.world.states, self.world.mesh["pp"]):
+            if mesh.size() > 1:
+                dist.all_reduce(total, group=mesh.get_group())
         return float(total)
 
     def named_gradients(self) -> dict[str, Tensor]:

@@ -43,6 +43,8 @@ def _cases() -> dict[int, dict[str, Plan]]:
                 add(2, name, precision=precision, recompute=mode, dp=2, zero=zero, micro_batch=4 // m)
         add(2, f"tp2-{precision}", precision=precision, tp=2, recompute="selective", micro_batch=2)
         add(2, f"tp2-gpt-{precision}", GPT, precision=precision, tp=2, micro_batch=2)
+        for mode in ("none", "selective", "full"):
+            add(2, f"cp2-{precision}-{mode}", precision=precision, cp=2, zero=2, recompute=mode, micro_batch=2)
         for schedule in ("1f1b", "gpipe"):
             add(2, f"pp2-{schedule}-{precision}", precision=precision, pp=2, schedule=schedule)
         interleaved: dict[str, Any] = {"schedule": "interleaved", "virtual_stages": 2}
@@ -50,6 +52,7 @@ def _cases() -> dict[int, dict[str, Plan]]:
         for zero in range(4):
             add(4, f"pp2-dp2-zero{zero}-{precision}", precision=precision, pp=2, dp=2, zero=zero, recompute="full")
         add(4, f"tp2-dp2-zero3-{precision}", precision=precision, tp=2, dp=2, zero=3, micro_batch=2)
+        add(4, f"cp2-dp2-zero3-{precision}", precision=precision, cp=2, dp=2, zero=3, micro_batch=2)
         add(4, f"tp2-pp2-{precision}", precision=precision, tp=2, pp=2, recompute="selective")
         add(4, f"pp4-{precision}", precision=precision, pp=4)
     return found

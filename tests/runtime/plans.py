@@ -67,13 +67,13 @@ def plan(
     There are 2 micro-batches, or 4 in a pipeline, unless `micro_batch` says otherwise.
     """
     model = model or llama()
-    pp, tp, dp = layout.get("pp", 1), layout.get("tp", 1), layout.get("dp", 1)
+    pp, tp, cp, dp = (layout.get(name, 1) for name in ("pp", "tp", "cp", "dp"))
     layout.setdefault("schedule", "none" if pp == 1 else "1f1b")
     layout.setdefault("micro_batch", global_batch // dp // (2 if pp == 1 else 4))
     counts = layers or [s.layers for s in even_stages(model.n_layers, pp)]
     modes = [recompute] * pp if isinstance(recompute, str) else recompute
     stages = [Stage(layers=n, recompute=mode) for n, mode in zip(counts, modes, strict=True)]
-    size = pp * tp * dp
+    size = pp * tp * cp * dp
     cluster = Cluster(hardware="test", nodes=1, gpus=size, node_size=size, device="cpu", device_kind="cpu", peak_flops=1e11)
     return Plan(
         model=model,

@@ -16,7 +16,7 @@ from planner.runtime import optim, pipeline
 from planner.runtime.data import FileTokens, SyntheticTokens
 from planner.runtime.mesh import check_world_size, start_processes
 from planner.runtime.meter import Meter
-from planner.runtime.model import Norm
+from planner.runtime.norms import Norm
 from planner.runtime.train import Options, Trainer
 
 

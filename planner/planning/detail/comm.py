@@ -72,9 +72,11 @@ def _recompute_rows(c: Case, kind: Kind, k: int, count: float) -> list[Collectiv
     """Collectives that selective (0) or full (1) recompute repeats, where `count` of the rank's layers are of this kind."""
     mode, again = RECOMPUTE_MODES[k + 1], int((c.stages.selective, c.stages.full)[k][c.slowest])
     times = c.m * again * count / max(int(c.stages.layers[c.slowest]), 1)
-    tp, ep = (c.task.growth * times * float(t[k][0]) for t in (kind.seconds.tp_recompute, kind.seconds.ep_recompute))
+    t = kind.seconds
+    tp, cp, ep = (c.task.growth * times * float(r[k][0]) for r in (t.tp_recompute, t.cp_recompute, t.ep_recompute))
     repeated = c.task.accounting.recomputed[mode].get("experts", 0.0)
-    return _tensor_rows(c, kind, mode, times, tp) + _expert_rows(c, kind, mode, times * repeated, ep)
+    exchanged = _exchange_rows(c, kind, mode, times, cp) if c.task.accounting.context == "ulysses" else []
+    return _tensor_rows(c, kind, mode, times, tp) + exchanged + _expert_rows(c, kind, mode, times * repeated, ep)
 
 
 def _priced(
@@ -129,11 +131,21 @@ def _tensor_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) 
 
 
 def _context_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) -> list[Collective]:
-    """Keys and values around the cp ring, their gradients too in backward."""
+    """Keys and values around the cp ring, their gradients too in backward; or heads exchanged for tokens."""
+    if kind.task.accounting.context == "ulysses":
+        return _exchange_rows(c, kind, where, times, exposed)
     n_bytes = float(operators.key_value_bytes(kind.task, kind.shapes)[0])
     calls = [_Call("cp", "all_gather", c.layout.cp, c.layout.tp, n_bytes, times * (1.0 if where == "forward" else 2.0))]
     hides = "hides under attention, all but the engine's floor"
     return _priced(c, "cp_comm", f"{kind.label}keys and values, {where}", calls, exposed, hides, _OVERLAPPED)
+
+
+def _exchange_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) -> list[Collective]:
+    """Heads exchanged for tokens around attention."""
+    rows: list[Collective] = []
+    sent = {name: float(n[0]) for name, n in operators.exchanged_bytes(kind.task, kind.shapes).items()}
+    calls = [_Call("cp", "all_to_all", c.layout.cp, c.layout.tp, n_bytes, times) for n_bytes in sent.values()]
+    return _priced(c, "cp_comm", f"{kind.label}heads for tokens, {_place(where)}", calls, exposed, "attention waits for it", ())
 
 
 _OVERLAPPED = ("engine.dp_floor", "overlap_slowdown")

@@ -136,7 +136,7 @@ def recompute_lines(lines: Lines, kind: Kind, k: int, times: float) -> None:
     rest = float(kind.seconds.recompute[k][0]) - listed
     host, bound = ("device.launch", "engine.kernels_forward", "constant.host"), "host" if rest > 1e-12 else "device"
     lines.add("recompute", f"{label}: host floor", rest, times, FORMULAS["host"], {}, host, bound)
-    again = kind.seconds.recompute[k] + kind.seconds.tp_recompute[k] + kind.seconds.ep_recompute[k]
+    again = kind.seconds.again(k)
     hidden = float((primitives.recompute_seconds(task, again, kind.compute[1], kind.traffic) - again)[0])
     if hidden:
         formula = "ZeRO traffic that hides under it and was counted as exposed (planner.cost.primitives.recompute_seconds)"

@@ -21,7 +21,8 @@ FORMULAS = {
     "recompute": "the engine's share of each operator of forward (planner.cost.operators.layer_seconds)",
     "tp_comm": _RING + "; exposed: 1 - overlap",
     "ep_comm": _RING + "; exposed: 1 - overlap",
-    "cp_comm": _RING + "; exposed beside attention (planner.cost.compute.overlapped; Liu 2023)",
+    "cp_comm": _RING
+    + "; a ring exposed beside attention (planner.cost.compute.overlapped; Liu 2023), all-to-all whole (Jacobs 2023)",
     "zero_comm": _RING + "; exposed beside a layer's compute (planner.cost.compute.overlapped)",
     "dp_comm": _RING + "; exposed: max(traffic - hidden, floor) (planner.cost.step.stage_once)",
     "pp_comm": "latency and bytes over bandwidth of the outermost tier (planner.cost.collectives.neighbour_seconds)",
