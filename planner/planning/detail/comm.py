@@ -142,7 +142,6 @@ def _context_rows(c: Case, kind: Kind, where: str, times: float, exposed: float)
 
 def _exchange_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) -> list[Collective]:
     """Heads exchanged for tokens around attention."""
-    rows: list[Collective] = []
     sent = {name: float(n[0]) for name, n in operators.exchanged_bytes(kind.task, kind.shapes).items()}
     calls = [_Call("cp", "all_to_all", c.layout.cp, c.layout.tp, n_bytes, times) for n_bytes in sent.values()]
     return _priced(c, "cp_comm", f"{kind.label}heads for tokens, {_place(where)}", calls, exposed, "attention waits for it", ())
