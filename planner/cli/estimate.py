@@ -42,6 +42,7 @@ def estimate(
     ep: Annotated[int, typer.Option(help="Expert parallel degree.")] = 1,
     etp: Annotated[int, typer.Option(help="Tensor parallel degree inside experts.")] = 1,
     zero: Annotated[int, typer.Option(help="ZeRO stage, 0 to 3.")] = 0,
+    shard: Annotated[int | None, typer.Option(help="Ranks that share one copy of the states; dp x cp when left out.")] = None,
     micro_batch: Annotated[int, typer.Option("--micro-batch", help="Sequences a rank processes at once.")] = 1,
     schedule: Annotated[str | None, typer.Option(help="gpipe, 1f1b or interleaved; 1f1b when pp > 1 is left out.")] = None,
     virtual_stages: Annotated[int, typer.Option("--virtual-stages", help="Chunks a rank, with interleaved.")] = 1,
@@ -172,7 +173,7 @@ def _from_flags(flags: dict[str, Any]) -> Plan:
         raise input_error("PLN105", f"{', '.join(missing)} missing", "a model alone does not say what is trained where", "")
     names = (
         "tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "schedule", "virtual_stages", "sequence_parallel",
-        "offload", "order",
+        "offload", "order", "shard",
     )  # fmt: skip
     layout: dict[str, Any] = {k: flags[k] for k in names if flags[k] is not None}
     layout["recompute"] = flags["recompute"]

@@ -68,13 +68,15 @@ class Held:
 
 @dataclass(frozen=True)
 class Traffic:
-    """One collective over the D ranks that hold a parameter, for all parameters of a rank."""
+    """One collective over the D ranks that share a parameter's states, for all parameters of a rank."""
 
     op: Literal["all_gather", "reduce_scatter", "all_reduce"]
     size: Size
     per: Literal["step", "microbatch"]
     under: Literal["forward", "backward", "nothing"]
     """The compute that it may hide under; step-wise traffic alone may have none."""
+    over: Literal["shard", "replicas"] = "shard"
+    """The ranks that share one copy of the states, or those that hold the same part of its copies (hybrid sharding)."""
 
 
 @dataclass(frozen=True)

@@ -220,5 +220,6 @@ def rank_params(task: Task, layouts: LayoutArray) -> dict[str, Floats]:
 def communicators(layouts: LayoutArray) -> Ints:
     """Process groups over more than one rank that a device belongs to: tp, cp, dp (with cp), pp, ep, etp, and the world."""
     world = layouts.tp * layouts.cp * layouts.dp * layouts.pp
-    groups = (layouts.tp, layouts.cp, layouts.shard, layouts.pp, layouts.ep, layouts.etp, world)
-    return np.sum([(g > 1).astype(np.int64) for g in groups], axis=0)
+    groups = (layouts.tp, layouts.cp, layouts.data, layouts.pp, layouts.ep, layouts.etp, world)
+    hybrid = 2 * (layouts.replicas > 1)  # those that share a copy, and those that keep copies equal
+    return np.sum([(g > 1).astype(np.int64) for g in groups], axis=0) + hybrid

@@ -247,7 +247,7 @@ class PrimitiveTable:
 
 _BLOCK = ("tp", "cp", "ep", "etp", "micro_batch", "sequence_parallel")
 """What a layer's operators depend on."""
-_OUTER = (*_BLOCK, "dp", "zero", "offload", "apart")
+_OUTER = (*_BLOCK, "dp", "zero", "offload", "apart", "sharded")
 """What everything but the pipeline's own terms depends on."""
 
 
@@ -431,16 +431,28 @@ def _traffic_seconds(source: frozen.Source, layouts: LayoutArray) -> Iterator[tu
         rows = np.nonzero(layouts.zero == zero)[0]
         x = layouts.take(rows)
         for item in rule.traffic if len(rows) else ():
+            if item.over == "replicas" and not np.any(x.replicas > 1):
+                continue
             n_bytes = task.accounting.size(item.size, task.job.compute_bytes)
-            groups = {place: (x.shard, x.tp * x.apart, count[rows]) for place, count in params_by_place(source.counts).items()}
-            groups["experts"] = (x.expert_shard, x.ep * x.etp * x.apart, source.counts["experts"][rows])
+            n, stride, part = sharing(x, item)
+            groups = {place: (n, stride, count[rows] / part) for place, count in params_by_place(source.counts).items()}
+            if item.over == "shard":  # routed experts are not sharded in copies (a rule)
+                groups["experts"] = (x.expert_shard, x.ep * x.etp * x.apart, source.counts["experts"][rows])
             cost = {
                 place: task.constant("dp")
                 * collective_seconds(item.op, n.astype(float), stride.astype(float), n_bytes * count, task.hardware)
                 for place, (n, stride, count) in groups.items()
             }
-            cost["layer"] = cost["layer"] + cost.pop("experts")
+            cost["layer"] = cost["layer"] + cost.pop("experts", 0.0)
             yield item, rows, cost
+
+
+def sharing(x: LayoutArray, item: Traffic) -> tuple[Ints, Ints, Ints]:
+    """(ranks, distance of neighbours, divisor of the parameters) of a collective of the states."""
+    stride = x.tp * x.apart
+    if item.over == "replicas":
+        return x.replicas, stride * x.shard, x.shard
+    return x.shard, stride, np.ones_like(stride)
 
 
 def params_by_place(params: dict[str, Floats]) -> dict[str, Floats]:

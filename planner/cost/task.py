@@ -142,9 +142,11 @@ class LayoutArray:
     """1 where optimizer states live in host memory; all 0 when left out."""
     order: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """Code of the rank order; all 0 when left out."""
+    sharded: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Ranks that share one copy of the states; 0 for all of dp * cp, also when left out."""
 
     def __post_init__(self) -> None:
-        for name in ("offload", "order"):
+        for name in ("offload", "order", "sharded"):
             if len(getattr(self, name)) != len(self.tp):
                 object.__setattr__(self, name, np.zeros(len(self.tp), dtype=np.int64))
 
@@ -158,9 +160,19 @@ class LayoutArray:
         return LayoutArray(**{f.name: getattr(self, f.name).take(rows, axis=0) for f in fields(self)})
 
     @property
-    def shard(self) -> Ints:
-        """D, the ranks over which ZeRO shards."""
+    def data(self) -> Ints:
+        """Ranks that hold the same parameters: dp cp."""
         return self.dp * self.cp
+
+    @property
+    def shard(self) -> Ints:
+        """D, the ranks over which ZeRO shards: all that hold the same parameters, or a group of them."""
+        return np.where(self.sharded > 0, self.sharded, self.data)
+
+    @property
+    def replicas(self) -> Ints:
+        """Copies of the sharded states."""
+        return self.data // self.shard
 
     @property
     def apart(self) -> Ints:
@@ -185,6 +197,7 @@ class LayoutArray:
             **degrees,
             schedule=SCHEDULES[int(self.schedule[row])],  # type: ignore[arg-type]
             sequence_parallel=bool(self.sequence_parallel[row]),
+            shard=int(self.sharded[row]) or None,
             offload=OFFLOADS[int(self.offload[row])],  # type: ignore[arg-type]
             order=RANK_ORDERS[int(self.order[row])],  # type: ignore[arg-type]
             stages=list(stages),
@@ -201,6 +214,7 @@ class LayoutArray:
             **{name: column(name) for name in ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "virtual_stages")},
             schedule=np.array([SCHEDULES.index(x.schedule) for x in layouts], dtype=np.int64),
             sequence_parallel=column("sequence_parallel"),
+            sharded=np.array([x.shard or 0 for x in layouts], dtype=np.int64),
             microbatches=np.array([x.microbatches(job) for x in layouts], dtype=np.int64),
             offload=np.array([OFFLOADS.index(x.offload) for x in layouts], dtype=np.int64),
             order=np.array([RANK_ORDERS.index(x.order) for x in layouts], dtype=np.int64),

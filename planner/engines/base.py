@@ -81,10 +81,12 @@ class Engine:
     """What it can keep in host memory."""
     rank_orders: tuple[str, ...] = ("tp-cp-dp-pp",)
     """Orders in which it can place the axes."""
+    hybrid_sharding: bool = False
+    """Whether a group of the data-parallel ranks can share states, with copies in the other groups."""
 
     @property
     def _choices(self) -> tuple[Rule, ...]:
-        """Rules that follow from what it offers: offload and rank orders."""
+        """Rules that follow from what it offers: offload, rank orders, hybrid sharding."""
         offloads, orders = ([names.index(n) for n in own] for names, own in
                             ((OFFLOADS, self.offloads), (RANK_ORDERS, self.rank_orders)))  # fmt: skip
         return (
@@ -102,6 +104,13 @@ class Engine:
                 f"{self.title} places ranks as {' or '.join(self.rank_orders)}",
                 "leave out order, or use another engine",
                 on="degrees",
+            ),
+            Rule(
+                "PLN508", f"{self.name}: hybrid sharding",
+                lambda t, x: (x.replicas > 1) & (not self.hybrid_sharding),
+                "shard {sharded} of dp x cp {shard}",
+                f"{self.title} shards states over all of dp x cp here",
+                "leave out shard, or use engine bundled or torchtitan",
             ),
         )  # fmt: skip
 
@@ -222,10 +231,31 @@ COMMON_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "PLN210", "zero needs dp",
-        lambda t, x: (x.zero > 0) & (x.shard == 1),
+        lambda t, x: (x.zero > 0) & (x.data == 1),
         "zero {zero} with dp x cp = 1",
         "there is nothing to shard over",
         "set zero: 0, or use more data-parallel ranks",
+    ),
+    Rule(
+        "PLN506", "dp cp % shard",
+        lambda t, x: (x.sharded > 0) & ~_divides(x.data, x.sharded),
+        "shard {sharded} does not divide dp x cp {shard}",
+        "every copy of the states is shared by as many ranks",
+        "choose shard from the divisors of {shard}, or leave it out",
+    ),
+    Rule(
+        "PLN507", "shard needs sharded states",
+        lambda t, x: (x.replicas > 1) & ((x.zero == 0) | (x.shard == 1)),
+        "shard {sharded} with zero {zero}",
+        "copies of the states that several ranks share need zero 1 or more, and a shard of 2 or more",
+        "set zero: 1 or more and shard: 2 or more, or zero: 0 without shard",
+    ),
+    Rule(
+        "PLN509", "shard with routed experts",
+        lambda t, x: (x.replicas > 1) & bool(t.model.routed_mlps),
+        "shard {sharded} of dp x cp {shard} with routed experts",
+        "experts are sharded over other ranks than the rest: copies of both are not part of this accounting",
+        "leave out shard",
     ),
     Rule(
         "PLN228", "offload needs sharded states",
@@ -355,7 +385,7 @@ def values_of(task: Subject | Task, layout: Layout) -> dict[str, Any]:
     model, job = task.model, task.job
     return {
         **layout.model_dump(exclude={"stages"}),
-        "product": layout.world_size, "shard": layout.dp * layout.cp, "gpus": task.gpus,
+        "product": layout.world_size, "shard": layout.dp * layout.cp, "sharded": layout.sharded, "gpus": task.gpus,
         "microbatches": layout.microbatches(job),
         "heads": _listed(a.heads for a in model.attentions), "kv_heads": _listed(_kv_heads(model)),
         "dense_width": _listed(m.dense_width for m in model.mlps), "experts": _listed(m.experts for m in model.routed_mlps),

@@ -163,4 +163,5 @@ BUNDLED = Engine(
     schedules=("gpipe", "1f1b", "interleaved"),
     sequence_parallel=(1,),
     context_parallel=True,
+    hybrid_sharding=True,
 )

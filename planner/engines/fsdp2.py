@@ -14,6 +14,8 @@ _COPY = Held("params", COMPUTE, shard=False, when="copied")
 _OWN_GRADIENT = Held("grads", COMPUTE, shard=False, when="copied")
 _REDUCE_INPUT = Held("grads", 4, shard=False)
 _REDUCE_OUTPUT = Held("grads", 4, shard=True)
+_EQUALISE = Traffic("all_reduce", 4, "step", "backward", over="replicas")
+"""Hybrid sharding: the sum of the last reduction goes to the other copies of the states."""
 _STEP_GATHER = Traffic("all_gather", COMPUTE, "step", "forward")
 # With one micro-batch stages 0 and 1 reduce in their only backward; with several they add up whole fp32 gradients.
 _ONCE_INPUT = Held("grads", 4, shard=False, when="single")
@@ -34,7 +36,7 @@ ZERO = {
     1: ZeroRule(
         backward=(*_SHARDED, _COPY, Held("grads", 4, shard=False, when="accumulating")),
         update=(*_SHARDED, _REDUCE_OUTPUT),
-        traffic=(_STEP_GATHER, Traffic("reduce_scatter", 4, "step", "backward")),
+        traffic=(_STEP_GATHER, Traffic("reduce_scatter", 4, "step", "backward"), _EQUALISE),
         unit=(_OWN_GRADIENT,),
         unit_reduction=(_ONCE_INPUT, _ONCE_OUTPUT),
         head_reduction=(_ONCE_INPUT, _ONCE_OUTPUT),
@@ -44,7 +46,7 @@ ZERO = {
     2: ZeroRule(
         backward=(*_SHARDED, _COPY, Held("grads", 4, shard=True, when="accumulating")),
         update=(*_SHARDED, _REDUCE_OUTPUT),
-        traffic=(_STEP_GATHER, Traffic("reduce_scatter", 4, "microbatch", "backward")),
+        traffic=(_STEP_GATHER, Traffic("reduce_scatter", 4, "microbatch", "backward"), _EQUALISE),
         unit=(_OWN_GRADIENT,),
         unit_reduction=(_REDUCE_INPUT, _REDUCE_OUTPUT),
         head_reduction=(_REDUCE_INPUT, _REDUCE_OUTPUT),
@@ -59,6 +61,7 @@ ZERO = {
             Traffic("all_gather", COMPUTE, "microbatch", "forward"),
             Traffic("all_gather", COMPUTE, "microbatch", "backward"),
             Traffic("reduce_scatter", 4, "microbatch", "backward"),
+            _EQUALISE,
         ),
         unit=(Held("params", COMPUTE, shard=False), Held("params", COMPUTE, shard=False), _OWN_GRADIENT),
         unit_reduction=(_REDUCE_INPUT, _REDUCE_OUTPUT),

@@ -23,7 +23,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "PLN541", "torchtitan: zero >= 2",
-        lambda t, x: (x.zero < 2) & (x.shard > 1),
+        lambda t, x: (x.zero < 2) & (x.data > 1),
         "zero {zero} with dp x cp {shard}",
         "fully_shard reduces gradients into shards in every backward; it keeps parameters gathered (2) or not (3)",
         "set zero: 2 or 3",
@@ -126,6 +126,7 @@ TORCHTITAN = Engine(
     sequence_parallel=(1,),
     context_parallel=True,
     expert_parallel=True,
+    hybrid_sharding=True,  # data_parallel_replicate_degree
 )
 
 _MASTER = (Held("params", 4, shard=True), Held("optimizer", 8, shard=True))

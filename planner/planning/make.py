@@ -258,6 +258,7 @@ def short(layout: Layout) -> str:
     kinds = sorted({s.recompute.partition(":")[0] for s in layout.stages})
     recompute = "" if kinds == ["none"] else "recompute " + "/".join(kinds)
     placed = [f"order {layout.order}"] if layout.order != "tp-cp-dp-pp" else []
+    placed += [f"shard {layout.shard}"] if layout.shard else []
     placed += [f"offload {layout.offload}"] if layout.offload != "none" else []
     parts = [*degrees, f"zero {layout.zero}", f"micro_batch {layout.micro_batch}", schedule, *placed, recompute]
     return ", ".join(p for p in parts if p)

@@ -103,6 +103,7 @@ def _layout_table(plan: Plan) -> Table:
         ("sp", "on" if layout.sequence_parallel else "off"),
     ]
     rows += [("offload", layout.offload)] if layout.offload != "none" else []
+    rows += [("shard", str(layout.shard))] if layout.shard else []
     rows += [("rank order", layout.order)] if layout.order != RANK_ORDERS[0] else []
     for name, _ in rows:
         table.add_column(name, justify="right", no_wrap=True)

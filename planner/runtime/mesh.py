@@ -25,8 +25,10 @@ class World:
 
     mesh: DeviceMesh
     """Dimensions (pp, dp, cp, tp)."""
-    states: DeviceMesh
+    data: DeviceMesh
     """The dp * cp ranks that hold the same parameters, one dimension, cp inside dp."""
+    states: DeviceMesh
+    """The same ranks as ZeRO shards over them: `data`, or (copies, ranks that share a copy) in hybrid sharding."""
     device: torch.device
     pp: int
     dp: int
@@ -112,12 +114,15 @@ def build_world(plan: Plan, device: torch.device) -> World:
     layout = plan.layout
     shape = (layout.pp, layout.dp, layout.cp, layout.tp)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "cp", "tp"))
-    return World(mesh, _state_mesh(mesh, layout), device, *shape, *(mesh.get_coordinate() or (0, 0, 0, 0)))
+    data = _data_mesh(mesh, layout)
+    copies = data.size() // layout.sharded
+    states = data._unflatten(0, (copies, layout.sharded), ("copies", "shard")) if copies > 1 else data
+    return World(mesh, data, states, device, *shape, *(mesh.get_coordinate() or (0, 0, 0, 0)))
 
 
-def _state_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
+def _data_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
     """The ranks that hold the same parameters; a mesh of two dimensions is joined only where both have ranks, since each
     mesh is a communicator of its own."""
     if layout.cp == 1:
         return mesh["dp"]
-    return mesh["cp"] if layout.dp == 1 else mesh["dp", "cp"]._flatten("states")
+    return mesh["cp"] if layout.dp == 1 else mesh["dp", "cp"]._flatten("data")

@@ -126,10 +126,12 @@ def prepare_accumulation(module: nn.Module, zero: int, last: bool) -> None:
     """Tell FSDP2 what this micro-batch's backward does, without a pipeline.
 
     Stages 0 and 1 add gradients up unreduced and reduce with the last micro-batch; 2 and 3 reduce-scatter each time.
-    Stages 0 to 2 keep gathered parameters until the last backward; 3 frees them after each.
+    Stages 0 to 2 keep gathered parameters until the last backward; 3 frees them after each. Copies of the states (hybrid
+    sharding) are made equal with the last micro-batch.
     """
     if not isinstance(module, FSDPModule):
         return
     module.set_is_last_backward(last)
     module.set_requires_gradient_sync(last or zero >= 2)
+    module.set_requires_all_reduce(last)
     module.set_reshard_after_backward(last or zero == 3)

@@ -54,6 +54,7 @@ class ZeroStage(PipelineStage):
         self.submod.set_is_last_backward(last_backward)
         self.submod.set_reshard_after_backward(self.zero == 3)
         self.submod.set_requires_gradient_sync(True)
+        self.submod.set_requires_all_reduce(last_backward)
         grads = stage_backward(bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"])
         return grads, None
 

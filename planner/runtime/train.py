@@ -120,8 +120,8 @@ class Trainer:
         """Mean over micro-batches, data and context parallel ranks, sent from the last stage to all."""
         total = torch.zeros((), device=self.world.device)
         if losses:
-            total = torch.stack(losses).float().mean() / self.world.states.size()
-        for mesh in (self.world.states, self.world.mesh["pp"]):
+            total = torch.stack(losses).float().mean() / self.world.data.size()
+        for mesh in (self.world.data, self.world.mesh["pp"]):
             if mesh.size() > 1:
                 dist.all_reduce(total, group=mesh.get_group())
         return float(total)

@@ -94,6 +94,9 @@ class Layout(Spec):
     """Tensor parallel degree inside experts."""
     zero: int = Field(default=0, ge=0, le=3)
     """ZeRO stage over dp * cp: 0 nothing sharded, 1 optimizer, 2 and gradients, 3 and parameters."""
+    shard: Positive | None = None
+    """Neighbouring ranks among dp * cp that share one copy of the states (hybrid sharding, arXiv 2304.11277, section 3.2.2);
+    all of them when left out. The copies stay equal by all-reducing gradients across them."""
     micro_batch: Positive = 1
     """Sequences that one data-parallel rank processes at once."""
     schedule: Schedule = "none"
@@ -113,6 +116,11 @@ class Layout(Spec):
     def world_size(self) -> int:
         """Devices that the layout uses."""
         return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def sharded(self) -> int:
+        """Ranks over which ZeRO shards."""
+        return self.shard or self.dp * self.cp
 
     def microbatches(self, job: Job) -> int:
         """Micro-batches of one optimizer step on each data-parallel rank (floor; the rules demand a whole number)."""

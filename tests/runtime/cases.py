@@ -61,6 +61,9 @@ def _four() -> dict[str, tuple[str, dict[str, Any]]]:
     cases["pp2-dp2-interleaved-zero3"] = ("deep", {**interleaved, "dp": 2, "zero": 3, "recompute": "full:2"})
     cases["pp2-dp2-interleaved-zero0"] = ("deep", {**interleaved, "dp": 2, "zero": 0})
     cases["tp2-pp2-interleaved"] = ("deep", {**interleaved, "tp": 2, "recompute": ["full:1,selective:1", "none"]})
+    for zero in (1, 3):
+        cases[f"dp4-shard2-zero{zero}"] = ("llama", {"dp": 4, "zero": zero, "shard": 2, "micro_batch": 1})
+    cases["cp2-dp2-shard2-zero2"] = ("gpt", {"cp": 2, "dp": 2, "zero": 2, "shard": 2})
     cases["cp2-dp2-zero3"] = ("llama", {"cp": 2, "dp": 2, "zero": 3, "recompute": "full"})
     cases["cp2-dp2-zero0"] = ("llama", {"cp": 2, "dp": 2})
     cases["cp4-zero1"] = ("gpt", {"cp": 4, "zero": 1, "recompute": "selective"})
@@ -78,6 +81,9 @@ def _eight() -> dict[str, tuple[str, dict[str, Any]]]:
     three = {"tp": 2, "pp": 2, "dp": 2}
     interleaved = {"schedule": "interleaved", "virtual_stages": 2}
     return {
+        "tp2-dp4-shard2-zero3": ("llama", {"tp": 2, "dp": 4, "shard": 2, "zero": 3, "recompute": "full", "micro_batch": 1}),
+        "pp2-dp4-shard2-zero2": ("llama", {"pp": 2, "dp": 4, "shard": 2, "zero": 2, "micro_batch": 1}),
+        "pp2-cp2-dp2-zero3": ("gpt", {"pp": 2, "cp": 2, "dp": 2, "zero": 3, "recompute": "selective"}),
         "tp2-pp2-dp2-zero0": ("llama", {**three, "zero": 0}),
         "tp2-pp2-dp2-zero2": ("gpt", {**three, "zero": 2, "recompute": "selective"}),
         "tp2-pp2-dp2-zero3-interleaved": ("deep", {**three, **interleaved, "zero": 3, "recompute": "full"}),

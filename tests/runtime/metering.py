@@ -52,6 +52,8 @@ def _cases() -> dict[int, dict[str, Plan]]:
         for zero in range(4):
             add(4, f"pp2-dp2-zero{zero}-{precision}", precision=precision, pp=2, dp=2, zero=zero, recompute="full")
         add(4, f"tp2-dp2-zero3-{precision}", precision=precision, tp=2, dp=2, zero=3, micro_batch=2)
+        for zero in (1, 3):
+            add(4, f"dp4-shard2-zero{zero}-{precision}", precision=precision, dp=4, shard=2, zero=zero, micro_batch=1)
         add(4, f"cp2-dp2-zero3-{precision}", precision=precision, cp=2, dp=2, zero=3, micro_batch=2)
         add(4, f"tp2-pp2-{precision}", precision=precision, tp=2, pp=2, recompute="selective")
         add(4, f"pp4-{precision}", precision=precision, pp=4)

@@ -172,9 +172,10 @@ def _state_calls(c: Case, source: Source, item: Traffic, times: dict[str, float]
     size = source.task.accounting.size(item.size, source.task.job.compute_bytes)
     x, factor, p = c.x, source.task.constant("dp"), source.counts
     dense = {k: size * float(v[0]) for k, v in primitives.params_by_place(p).items()}
-    shard, stride = float(x.shard[0]), float(x.tp[0] * x.apart[0])
-    calls = [_Call("dp x cp", item.op, shard, stride, dense[k], n, factor) for k, n in times.items() if dense[k]]
-    if float(p["experts"][0]):
+    shard, stride, part = (float(v[0]) for v in primitives.sharing(x, item))
+    group = "replicas" if item.over == "replicas" else "dp x cp" if x.replicas[0] == 1 else "shard"
+    calls = [_Call(group, item.op, shard, stride, dense[k] / part, n, factor) for k, n in times.items() if dense[k]]
+    if item.over == "shard" and float(p["experts"][0]):
         routed, apart = size * float(p["experts"][0]), float((x.ep * x.etp)[0])
         calls.append(_Call("expert dp", item.op, float(x.expert_shard[0]), apart, routed, times["layer"], factor))
     return calls
