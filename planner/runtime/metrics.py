@@ -39,6 +39,10 @@ class StepRecord:
     peak_reserved_bytes: int | None
     metered: bool
     """Whether the meter slowed this step down."""
+    loss_scale: float | None = None
+    """Factor on the loss after this step, in fp16."""
+    skipped_steps: int = 0
+    """Steps so far that made no update because fp16 gradients overflowed."""
 
 
 def rates(plan: Plan, step_time_s: float) -> dict[str, float]:
@@ -108,6 +112,7 @@ class Recorder:
             "steps": len(self.records),
             "first_loss": self.records[0].loss,
             "last_loss": self.records[-1].loss,
+            "skipped_steps": self.records[-1].skipped_steps,
             "step_time_s": step_time,
             "step_times_s": [r.step_time_s for r in self.records],
             **rates(self.plan, step_time),

@@ -39,8 +39,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def clip_gradients(params: list[nn.Parameter], max_norm: float, world: World) -> float:
-    """Scale gradients to a global norm of at most `max_norm`; returns the norm before.
+def global_norm(params: list[nn.Parameter], world: World) -> Tensor:
+    """Norm of all gradients of the grid, the same on every rank. Collective.
 
     Each parameter counts once: DTensor norms cover dp and tp, one all-reduce adds the pipeline's stages.
     """
@@ -51,8 +51,12 @@ def clip_gradients(params: list[nn.Parameter], max_norm: float, world: World) ->
         squared = norm**2
         dist.all_reduce(squared, group=world.mesh["pp"].get_group())
         norm = squared**0.5
+    return norm
+
+
+def clip_gradients(params: list[nn.Parameter], max_norm: float, norm: Tensor) -> None:
+    """Scale gradients of global norm `norm` to at most `max_norm`."""
     clip_grads_with_norm_(params, max_norm, norm)
-    return float(norm)
 
 
 def full_gradients(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:

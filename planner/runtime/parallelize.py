@@ -25,10 +25,9 @@ from torch.distributed.tensor.parallel import (
 from planner.runtime.context import Context
 from planner.runtime.model import Block, Decoder
 from planner.runtime.norms import Norm
-from planner.specs.job import Job, Precision
+from planner.runtime.precision import DTYPES
+from planner.specs.job import Job
 from planner.specs.layout import Layout, Stage
-
-DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def apply_tp(part: Decoder, mesh: DeviceMesh) -> None:

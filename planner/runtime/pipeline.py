@@ -5,6 +5,7 @@ Stages are numbered chunk-major: chunk 0 of rank 0 to pp-1, then chunk 1 of rank
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from torch.distributed.pipelining._backward import stage_backward
 from torch.distributed.pipelining.schedules import _PipelineSchedule
 
 from planner.planfile import Plan
-from planner.runtime.loss import token_loss
 from planner.runtime.mesh import World
 from planner.runtime.model import Decoder
-from planner.runtime.parallelize import DTYPES, effective_zero
+from planner.runtime.parallelize import effective_zero
+from planner.runtime.precision import DTYPES
 
 
 def layer_ranges(chunks: list[list[int]]) -> list[range]:
@@ -71,8 +72,11 @@ def _boundary(plan: Plan, stage: int, stages: int) -> tuple[torch.Tensor, torch.
     return (tokens if stage == 0 else hidden), (logits if stage == stages - 1 else hidden)
 
 
-def build_schedule(plan: Plan, world: World, parts: dict[int, nn.Module]) -> _PipelineSchedule:
-    """The plan's schedule over this rank's parts; the loss is the mean over micro-batches."""
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def build_schedule(plan: Plan, world: World, parts: dict[int, nn.Module], loss: Loss) -> _PipelineSchedule:
+    """The plan's schedule over this rank's parts; `loss` of (logits, targets) is meant over micro-batches."""
     layout = plan.layout
     stages = world.pp * layout.virtual_stages
     zero = effective_zero(layout)
@@ -87,7 +91,7 @@ def build_schedule(plan: Plan, world: World, parts: dict[int, nn.Module]) -> _Pi
         built.append(stage)
     m = layout.microbatches(plan.job)
     if layout.schedule == "interleaved":
-        return ScheduleInterleaved1F1B(built, m, loss_fn=token_loss)
+        return ScheduleInterleaved1F1B(built, m, loss_fn=loss)
     if layout.schedule == "gpipe":
-        return ScheduleGPipe(built[0], m, loss_fn=token_loss)
-    return Schedule1F1B(built[0], m, loss_fn=token_loss)
+        return ScheduleGPipe(built[0], m, loss_fn=loss)
+    return Schedule1F1B(built[0], m, loss_fn=loss)

@@ -23,11 +23,12 @@ from torch.distributed.tensor import DTensor
 from planner import planfile
 from planner.errors import InputError, PlannerError
 from planner.planfile import Plan
-from planner.runtime import loss, metrics, optim, parallelize, pipeline
+from planner.runtime import loss, metrics, optim, parallelize, pipeline, precision
 from planner.runtime.data import Batches
 from planner.runtime.mesh import World, build_world, start_processes
 from planner.runtime.meter import Meter
 from planner.runtime.model import Decoder, initialise
+from planner.runtime.precision import LossScale
 
 METERED_STEP = 2
 """The step (counted from 0) that the memory meter watches on a CPU: all lasting state exists by then."""
@@ -56,7 +57,10 @@ class Trainer:
         self.zero = parallelize.effective_zero(plan.layout)
         self.world: World = build_world(plan, device)
         self.parts = self._build_parts()
-        self.schedule = pipeline.build_schedule(plan, self.world, dict(self.parts)) if self.world.pp > 1 else None
+        self.scale = LossScale(plan.job.precision)
+        self.schedule = None
+        if self.world.pp > 1:
+            self.schedule = pipeline.build_schedule(plan, self.world, dict(self.parts), self._scaled_loss)
         self.optimizer = optim.build_optimizer(self.parameters(), self.options.lr)
         self.batches = Batches(plan, self.world, self.options.seed, self.options.data)
 
@@ -64,10 +68,13 @@ class Trainer:
         """Build on the meta device, parallelise, then allocate only what this rank keeps."""
         mesh, layout = self.world.mesh, self.layout
         tokens = self.world.tokens(self.plan.job.seq_len)
+        precision.check_fp8(self.plan, self.world.device)
         parts = pipeline.build_parts(self.plan, self.world)
         parallelize.apply_recompute(list(parts.values()), layout.stages[self.world.pp_rank])
         for part in parts.values():
             part.tie()
+            if self.plan.job.linears == "fp8":
+                precision.apply_fp8(part)
             if layout.tp > 1:
                 parallelize.apply_tp(part, mesh["tp"])
             if layout.cp > 1:
@@ -90,7 +97,12 @@ class Trainer:
         with loss.split_vocabulary(self.layout.tp):
             losses = self._accumulate(tokens, targets) if self.schedule is None else self._pipeline(tokens, targets)
         _settle_gradients(self.parameters())
-        return self._mean_loss(losses)
+        self.scale.unscale(self.parameters())
+        return self._mean_loss(losses) / self.scale.value
+
+    def _scaled_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Loss of a micro-batch, times the loss scale."""
+        return loss.token_loss(logits, targets) * self.scale.value
 
     def _accumulate(self, tokens: Tensor, targets: Tensor) -> list[Tensor]:
         """One micro-batch after another, without a pipeline."""
@@ -99,7 +111,7 @@ class Trainer:
         for i in range(self.microbatches):
             rows = slice(i * size, (i + 1) * size)
             parallelize.prepare_accumulation(part, self.zero, last=i == self.microbatches - 1)
-            value = loss.token_loss(part(tokens[rows]), targets[rows])
+            value = self._scaled_loss(part(tokens[rows]), targets[rows])
             (value / self.microbatches).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.plain(value))
         return losses
@@ -131,13 +143,18 @@ class Trainer:
         return optim.full_gradients(self.named_parameters())
 
     def optimizer_step(self, step: int) -> tuple[float, float]:
-        """Clip, update, clear gradients; returns (gradient norm, learning rate). Collective."""
+        """Clip, update, clear gradients; returns (gradient norm, learning rate). Collective.
+
+        Gradients that overflowed make no step.
+        """
         lr = optim.learning_rate(step, self.options.steps, self.options.lr)
         optim.set_learning_rate(self.optimizer, lr)
-        norm = optim.clip_gradients(self.parameters(), self.options.max_norm, self.world)
-        self.optimizer.step()
+        norm = optim.global_norm(self.parameters(), self.world)
+        if self.scale.accepts(norm):
+            optim.clip_gradients(self.parameters(), self.options.max_norm, norm)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm, lr
+        return float(norm), lr
 
     def train_step(self, step: int) -> tuple[float, float, float]:
         """One optimizer step: (loss, gradient norm, learning rate)."""
@@ -183,6 +200,8 @@ def run(plan: Plan, device: torch.device, options: Options, out: Path, log_every
                 peak_allocated_bytes=allocated,
                 peak_reserved_bytes=reserved,
                 metered=metered,
+                loss_scale=trainer.scale.value if trainer.scale.active else None,
+                skipped_steps=trainer.scale.skipped,
             )
         )
     recorder.close(peaks)

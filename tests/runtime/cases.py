@@ -65,6 +65,8 @@ def _four() -> dict[str, tuple[str, dict[str, Any]]]:
         cases[f"dp4-shard2-zero{zero}"] = ("llama", {"dp": 4, "zero": zero, "shard": 2, "micro_batch": 1})
     cases["cp2-dp2-shard2-zero2"] = ("gpt", {"cp": 2, "dp": 2, "zero": 2, "shard": 2})
     cases["cp2-dp2-zero3"] = ("llama", {"cp": 2, "dp": 2, "zero": 3, "recompute": "full"})
+    cases["tp2-dp2-zero2-fp16"] = ("llama", {"tp": 2, "dp": 2, "zero": 2, "precision": "fp16"})
+    cases["pp2-dp2-zero3-fp16"] = ("gpt", {"pp": 2, "dp": 2, "zero": 3, "precision": "fp16", "recompute": "selective"})
     cases["cp2-dp2-zero0"] = ("llama", {"cp": 2, "dp": 2})
     cases["cp4-zero1"] = ("gpt", {"cp": 4, "zero": 1, "recompute": "selective"})
     cases["tp2-cp2-zero2"] = ("gpt", {"tp": 2, "cp": 2, "zero": 2})

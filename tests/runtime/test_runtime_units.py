@@ -17,6 +17,7 @@ from planner.runtime.data import FileTokens, SyntheticTokens
 from planner.runtime.mesh import check_world_size, start_processes
 from planner.runtime.meter import Meter
 from planner.runtime.norms import Norm
+from planner.runtime.precision import LossScale
 from planner.runtime.train import Options, Trainer
 
 
@@ -113,6 +114,39 @@ def test_meter_counts_what_lives() -> None:
 def test_parameters_are_those_of_the_spec(model: plans.Model) -> None:
     trainer = Trainer(plans.plan(model), torch.device("cpu"))
     assert sum(p.numel() for p in trainer.parameters()) == model.total_params
+
+
+@pytest.mark.usefixtures("alone")
+def test_overflow_skips_the_step_and_halves_the_scale() -> None:
+    trainer = Trainer(plans.plan(precision="fp16"), torch.device("cpu"), Options(lr=1e-2, steps=20))
+    before = [p.detach().clone() for p in trainer.parameters()]
+    trainer.scale.value = 2.0**40
+    _, norm, _ = trainer.train_step(0)
+    assert not np.isfinite(norm)
+    assert (trainer.scale.value, trainer.scale.skipped) == (2.0**39, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters(), strict=True))
+    trainer.scale.value = trainer.scale.START
+    _, norm, _ = trainer.train_step(1)
+    assert np.isfinite(norm)
+    assert trainer.scale.skipped == 1
+    assert not all(torch.equal(a, b) for a, b in zip(before, trainer.parameters(), strict=True))
+
+
+def test_loss_scale_doubles_after_enough_good_steps() -> None:
+    scale = LossScale("fp16")
+    assert all(scale.accepts(1.0) for _ in range(scale.INTERVAL))
+    assert scale.value == 2 * scale.START
+    assert not scale.accepts(float("nan"))
+    assert scale.value == scale.START
+    assert LossScale("bf16").value == 1.0
+
+
+@pytest.mark.usefixtures("alone")
+def test_fp8_says_what_is_missing() -> None:
+    plan = plans.plan()
+    narrow = plan.model_copy(update={"job": plan.job.model_copy(update={"linears": "fp8"})})
+    with pytest.raises(InputError, match=r"PLN519[\s\S]*need a CUDA device"):
+        Trainer(narrow, torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("alone")
