@@ -484,13 +484,18 @@ def unchecked(document: files.Document) -> tuple[Plan, str | None]:
     return files.build(Plan, document, data), None if stated is None else str(stated)
 
 
+RUNNABLE = frozenset(("bundled", "compile"))
+"""The bundled engine, and its recipes that change what runs; others only say how a run is priced."""
+
+
 def refusals(plan: Plan) -> list[Problem]:
     """Why the bundled runtime will not run a plan: the rules of its engine, from the same table that the search uses."""
     from planner.cost.task import Subject
     from planner.engines.base import layout_problems
     from planner.engines.registry import engine_named
 
-    if plan.engine != "bundled":
+    if not RUNNABLE.issuperset(plan.engine.split("+")) or not plan.engine.startswith("bundled"):
         what = f"the plan is for engine {plan.engine}"
-        return [Problem("PLN502", what, "this runtime is the bundled one", "plan again with --engine bundled")]
+        why = "this runtime is the bundled one, alone or with +compile"
+        return [Problem("PLN502", what, why, "plan again with --engine bundled")]
     return layout_problems(Subject(plan.model, plan.job, plan.cluster.gpus), engine_named(plan.engine), plan.layout)

@@ -64,6 +64,8 @@ class Held:
     size: Size
     shard: bool
     when: When = "always"
+    host: bool = False
+    """Whether it lives in host memory with optimizer offload; optimizer states always do."""
 
 
 @dataclass(frozen=True)

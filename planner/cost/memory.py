@@ -182,7 +182,7 @@ def state_bytes(task: Task, layouts: LayoutArray, shard: Ints) -> StateBytes:
             for item in items:
                 if (part is None or item.part == part) and not (whole and item.shard):
                     size = a.size(item.size, e) / (shard if item.shard else 1.0)
-                    kept = here if item.part == "optimizer" else True
+                    kept = here if item.part == "optimizer" or item.host else True
                     result += np.where((zero == stage) & present[item.when] & kept, size, 0.0)
         return result
 

@@ -92,9 +92,9 @@ class Engine:
         return (
             Rule(
                 "PLN226", f"{self.name}: offload",
-                lambda t, x: ~np.isin(x.offload, offloads),
+                lambda t, x: ~np.isin(x.offload, offloads) | ((x.offload == 1) & _on_cpu(t)),
                 "offload {offload}",
-                f"{self.title} keeps in host memory: {', '.join(self.offloads)}",
+                f"{self.title} keeps in host memory: {', '.join(self.offloads)}; a CPU has no other",
                 "set offload: none, or use another engine",
             ),
             Rule(
@@ -129,6 +129,11 @@ def _divides(n: np.ndarray | int, d: np.ndarray) -> Bools:
 def _divide_each(sizes: Iterable[int], d: np.ndarray) -> Bools:
     """Whether `d` divides every one of the sizes: those of all kinds of layers."""
     return np.logical_and.reduce([_divides(n, d) for n in sizes] or [np.ones(len(d), dtype=bool)])
+
+
+def _on_cpu(task: Subject | Task) -> bool:
+    """Whether the device is known to be a CPU: its memory is the host's."""
+    return isinstance(task, Task) and task.hardware.device.kind == "cpu"
 
 
 def _all(layouts: LayoutArray, value: bool) -> Bools:

@@ -172,4 +172,5 @@ BUNDLED = Engine(
     sequence_parallel=(1,),
     context_parallel=True,
     hybrid_sharding=True,
+    offloads=("none", "optimizer"),
 )

@@ -8,12 +8,14 @@ from __future__ import annotations
 from planner.cost.accounting import COMPUTE, Held, Traffic, ZeroRule
 
 _MASTER = (Held("params", 4, shard=False), Held("optimizer", 8, shard=False))
-_SHARDED = (Held("params", 4, shard=True), Held("optimizer", 8, shard=True))
+_SHARDED = (Held("params", 4, shard=True, host=True), Held("optimizer", 8, shard=True))
+_HELD_GRADIENT = Held("grads", 4, shard=True, when="accumulating", host=True)
 # FSDP2 copies parameters to the compute type even in a group of one, and in fp32; fp32 on one rank is not wrapped.
 _COPY = Held("params", COMPUTE, shard=False, when="copied")
 _OWN_GRADIENT = Held("grads", COMPUTE, shard=False, when="copied")
 _REDUCE_INPUT = Held("grads", 4, shard=False)
 _REDUCE_OUTPUT = Held("grads", 4, shard=True)
+_GRADIENT = Held("grads", 4, shard=True, host=True)
 _EQUALISE = Traffic("all_reduce", 4, "step", "backward", over="replicas")
 """Hybrid sharding: the sum of the last reduction goes to the other copies of the states."""
 _STEP_GATHER = Traffic("all_gather", COMPUTE, "step", "forward")
@@ -35,7 +37,7 @@ ZERO = {
     ),
     1: ZeroRule(
         backward=(*_SHARDED, _COPY, Held("grads", 4, shard=False, when="accumulating")),
-        update=(*_SHARDED, _REDUCE_OUTPUT),
+        update=(*_SHARDED, _GRADIENT),
         traffic=(_STEP_GATHER, Traffic("reduce_scatter", 4, "step", "backward"), _EQUALISE),
         unit=(_OWN_GRADIENT,),
         unit_reduction=(_ONCE_INPUT, _ONCE_OUTPUT),
@@ -44,8 +46,8 @@ ZERO = {
         last_unit=(_OWN_GRADIENT, _REDUCE_INPUT),
     ),
     2: ZeroRule(
-        backward=(*_SHARDED, _COPY, Held("grads", 4, shard=True, when="accumulating")),
-        update=(*_SHARDED, _REDUCE_OUTPUT),
+        backward=(*_SHARDED, _COPY, _HELD_GRADIENT),
+        update=(*_SHARDED, _GRADIENT),
         traffic=(_STEP_GATHER, Traffic("reduce_scatter", 4, "microbatch", "backward"), _EQUALISE),
         unit=(_OWN_GRADIENT,),
         unit_reduction=(_REDUCE_INPUT, _REDUCE_OUTPUT),
@@ -55,8 +57,8 @@ ZERO = {
         last_unit=(_OWN_GRADIENT, _REDUCE_INPUT),
     ),
     3: ZeroRule(
-        backward=(*_SHARDED, Held("grads", 4, shard=True, when="accumulating")),
-        update=(*_SHARDED, _REDUCE_OUTPUT),
+        backward=(*_SHARDED, _HELD_GRADIENT),
+        update=(*_SHARDED, _GRADIENT),
         traffic=(
             Traffic("all_gather", COMPUTE, "microbatch", "forward"),
             Traffic("all_gather", COMPUTE, "microbatch", "backward"),

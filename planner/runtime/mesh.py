@@ -85,8 +85,10 @@ def start_processes(plan: Plan, timeout_s: float = 600.0) -> torch.device:
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
+        # Offloaded gradients are in host memory: their norm is summed there.
+        backend = "cpu:gloo,cuda:nccl" if plan.layout.offload == "optimizer" else "nccl"
         dist.init_process_group(
-            "nccl" if cuda else "gloo",
+            backend if cuda else "gloo",
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=timeout_s),

@@ -8,6 +8,7 @@ of a micro-batch, s tokens of one, h hidden, V vocabulary; under tensor parallel
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -43,6 +44,10 @@ class Mlp(nn.Module):
         return out
 
 
+KEEP_ATTENTION = functools.partial(create_selective_checkpoint_contexts, list(SAVED_BY_SELECTIVE))
+"""A partial, because the compiler takes no other kind of context function."""
+
+
 class Block(nn.Module):
     """Norm, attention, norm, MLP, each pair with a residual. x and result: [b, s/tp, h].
 
@@ -58,7 +63,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._layer(x)
-        extra: dict[str, Any] = {"context_fn": _keep_attention} if self.recompute == "selective" else {}
+        extra: dict[str, Any] = {"context_fn": KEEP_ATTENTION} if self.recompute == "selective" else {}
         out: Tensor = checkpoint(self._layer, x, use_reentrant=False, preserve_rng_state=False, **extra)
         return out
 
@@ -66,10 +71,6 @@ class Block(nn.Module):
         x = x + self.attn(self.attn_norm(x))
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
-
-
-def _keep_attention() -> Any:
-    return create_selective_checkpoint_contexts(list(SAVED_BY_SELECTIVE))  # type: ignore[no-untyped-call]
 
 
 class Decoder(nn.Module):
@@ -84,6 +85,8 @@ class Decoder(nn.Module):
         self.model = model
         self.start = 0
         """Position of the first token that this rank sees of a sequence."""
+        self.settle = False
+        """Whether the first block is to start from finished values (see `parallelize.apply_compile`)."""
         self.tok = nn.Embedding(model.vocab, model.hidden) if first else None
         learned = first and model.positions == "learned"
         self.pos = nn.Embedding(model.max_positions or 0, model.hidden) if learned else None
@@ -105,6 +108,7 @@ class Decoder(nn.Module):
             tokens, x = x, self.tok(x)
             if self.pos is not None:
                 x = x + self.pos(torch.arange(self.start, self.start + tokens.shape[1], device=tokens.device)[None])
+            x = x * 1 if self.settle else x
         for block in self.layers.values():
             x = block(x)
         if self.norm is not None and self.head is not None:
@@ -112,14 +116,14 @@ class Decoder(nn.Module):
         return x
 
 
-def initialise(part: Decoder, tokens: range, seed: int, device: torch.device) -> None:
+def initialise(part: Decoder, tokens: range, seed: int, device: torch.device, home: torch.device) -> None:
     """Give a meta-device part its memory and first values, the same in every layout; `tokens` are the positions that this
-    rank sees of each sequence.
+    rank sees of each sequence. Parameters go to `home`, which is the host with offload, all else to `device`.
 
     Each parameter has its own generator, seeded by its name; the whole tensor is drawn, then the local part kept. One
     tensor at a time, so that the peak is one full parameter above the sharded model.
     """
-    part.to_empty(device=device)
+    part.to_empty(device=home)
     part.tie()
     scale = 0.02 / math.sqrt(2 * part.model.n_layers)
     with torch.no_grad():
@@ -127,7 +131,7 @@ def initialise(part: Decoder, tokens: range, seed: int, device: torch.device) ->
             full = _first_value(name, param.shape, seed, scale, device)
             if isinstance(param, DTensor):
                 placed = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
-                param.to_local().copy_(placed.to_local())
+                param.to_local().copy_(placed.to_local())  # from the device to where the parameter lives
             else:
                 param.copy_(full)
     part.start = tokens.start

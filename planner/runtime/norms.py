@@ -74,7 +74,7 @@ class Norm(nn.Module):
         if self.kind == "layernorm":
             bias = None if self.bias is None else local(self.bias)
             return F.layer_norm(x, weight.shape, weight, bias, self.epsilon)
-        if x.is_cuda:
+        if x.is_cuda or torch.compiler.is_compiling():
             return F.rms_norm(x, list(weight.shape), weight, self.epsilon)
         out: Tensor = _RmsNormCpu.apply(x, weight, self.epsilon)  # type: ignore[no-untyped-call]
         return out

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -69,6 +69,21 @@ def apply_cp(part: Decoder, mesh: DeviceMesh) -> None:
         block.attn.context = context
 
 
+COMPILER = "inductor"
+"""Backend of torch.compile."""
+
+
+def apply_compile(part: Decoder, tp: int) -> None:
+    """Compile each block on its own: equal blocks share one graph. Before ZeRO, so that its hooks stay outside.
+
+    The embedding's output under tp is still being communicated when the first block begins, and a compiled block would cut
+    its gradient off without a word: one copy before it waits for the values (`Decoder.settle`).
+    """
+    part.settle = tp > 1
+    for block in part.blocks():
+        block.compile(backend=COMPILER)
+
+
 def apply_recompute(parts: list[Decoder], stage: Stage) -> None:
     """Set each block's recompute mode: the rank's first `full` layers, then `selective`, then none."""
     selective, full = stage.counts
@@ -92,7 +107,8 @@ def apply_zero(part: Decoder, layout: Layout, job: Job, mesh: DeviceMesh) -> Non
 
     Kept (bytes, c = 2 in bf16, 4 in fp32): master weights and AdamW states 12P/D (12P for stage 0); a compute copy
     c*P from forward to the end of the step for stages 0 to 2, of one unit at a time for stage 3; fp32 gradients 4P/D
-    (4P for stage 0, and for stage 1 with several micro-batches).
+    (4P for stage 0, and for stage 1 with several micro-batches). With offload what is divided by D lives in host memory:
+    FSDP2 copies a unit's masters to the device to gather them, and its reduced gradients back.
     """
     if not needs_wrapper(layout, job):
         return
@@ -104,6 +120,8 @@ def apply_zero(part: Decoder, layout: Layout, job: Job, mesh: DeviceMesh) -> Non
             replicate(module, mesh=mesh, mp_policy=policy)
         else:
             options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
+            if layout.offload == "optimizer":
+                options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
             fully_shard(module, reshard_after_forward=free_after_forward, **options)
 
     embeddings = [m for m in (part.tok, part.pos) if m is not None]

@@ -53,6 +53,9 @@ class Trainer:
     def __init__(self, plan: Plan, device: torch.device, options: Options | None = None):
         self.plan, self.options = plan, options or Options()
         self.layout = plan.layout
+        self.compiled = "compile" in plan.engine.split("+")
+        fused = self.compiled and device.type == "cuda" and plan.layout.tp == 1
+        self.token_loss = loss.compiled_loss() if fused else loss.token_loss
         self.microbatches = plan.layout.microbatches(plan.job)
         self.zero = parallelize.effective_zero(plan.layout)
         self.world: World = build_world(plan, device)
@@ -79,8 +82,11 @@ class Trainer:
                 parallelize.apply_tp(part, mesh["tp"])
             if layout.cp > 1:
                 parallelize.apply_cp(part, mesh["cp"])
+            if self.compiled:
+                parallelize.apply_compile(part, layout.tp)
             parallelize.apply_zero(part, layout, self.plan.job, self.world.states)
-            initialise(part, tokens, self.options.seed, self.world.device)
+            home = torch.device("cpu") if layout.offload == "optimizer" else self.world.device
+            initialise(part, tokens, self.options.seed, self.world.device, home)
         return parts
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -102,7 +108,7 @@ class Trainer:
 
     def _scaled_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of a micro-batch, times the loss scale."""
-        return loss.token_loss(logits, targets) * self.scale.value
+        return self.token_loss(logits, targets) * self.scale.value
 
     def _accumulate(self, tokens: Tensor, targets: Tensor) -> list[Tensor]:
         """One micro-batch after another, without a pipeline."""

@@ -96,6 +96,12 @@ def test_rules_have_distinct_codes_and_names():
         assert len({r.code for r in rules}) == len({r.name for r in rules}) == len(rules)
 
 
+def test_recipes_belong_to_their_engine():
+    assert "PLN516" in {rule.code for rule in engine_named("bundled+compile").rules}
+    with pytest.raises(InputError, match="megatron has no trait 'compile'"):
+        engine_named("megatron+compile")
+
+
 def test_unknown_engine():
     with pytest.raises(InputError, match="did you mean megatron"):
         engine_named("megatrn")

@@ -35,6 +35,10 @@ def _two() -> dict[str, tuple[str, dict[str, Any]]]:
     cases["pp2-gpt-mixed"] = ("gpt", {"pp": 2, "layers": [2, 1], "recompute": ["full:1,selective:1", "none"]})
     cases["dp2-zero3-tied"] = ("tied", {"dp": 2, "zero": 3})
     cases["tp2-tied"] = ("tied", {"tp": 2})
+    compiled = {"engine": "bundled+compile", "micro_batch": 4}
+    cases["tp2-compiled"] = ("llama", {"tp": 2, **compiled})
+    cases["cp2-compiled-selective"] = ("gpt", {"cp": 2, "zero": 3, "recompute": "selective", **compiled})
+    cases["dp2-zero3-compiled-full"] = ("llama", {"dp": 2, "zero": 3, "recompute": "full", **compiled, "micro_batch": 2})
     cases["cp2-zero0"] = ("llama", {"cp": 2})
     cases["cp2-zero3-learned"] = ("gpt", {"cp": 2, "zero": 3, "recompute": "selective"})
     cases["dp2-zero2-bf16"] = ("llama", {"dp": 2, "zero": 2, "precision": "bf16"})
@@ -67,6 +71,8 @@ def _four() -> dict[str, tuple[str, dict[str, Any]]]:
     cases["cp2-dp2-zero3"] = ("llama", {"cp": 2, "dp": 2, "zero": 3, "recompute": "full"})
     cases["tp2-dp2-zero2-fp16"] = ("llama", {"tp": 2, "dp": 2, "zero": 2, "precision": "fp16"})
     cases["pp2-dp2-zero3-fp16"] = ("gpt", {"pp": 2, "dp": 2, "zero": 3, "precision": "fp16", "recompute": "selective"})
+    cases["pp2-dp2-zero3-offload"] = ("llama", {"pp": 2, "dp": 2, "zero": 3, "offload": "optimizer", "recompute": "full"})
+    cases["tp2-dp2-zero1-offload"] = ("llama", {"tp": 2, "dp": 2, "zero": 1, "offload": "optimizer"})
     cases["cp2-dp2-zero0"] = ("llama", {"cp": 2, "dp": 2})
     cases["cp4-zero1"] = ("gpt", {"cp": 4, "zero": 1, "recompute": "selective"})
     cases["tp2-cp2-zero2"] = ("gpt", {"tp": 2, "cp": 2, "zero": 2})
@@ -93,6 +99,11 @@ def _eight() -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 CASES = {2: _two(), 4: _four(), 8: _eight()}
+
+
+def is_slow(name: str) -> bool:
+    """Whether a case belongs to the slow tier: compiling takes half a minute a plan."""
+    return "compiled" in name
 
 
 def build(processes: int, name: str) -> Plan:

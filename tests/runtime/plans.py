@@ -60,6 +60,7 @@ def plan(
     precision: str = "fp32",
     seq_len: int = 16,
     global_batch: int = 8,
+    engine: str = "bundled",
     **layout: Any,
 ) -> Plan:
     """A plan; `layout` holds degrees and the like, `layers` and `recompute` are by pipeline rank.
@@ -80,7 +81,7 @@ def plan(
         job=Job(seq_len=seq_len, global_batch=global_batch, precision=precision),
         cluster=cluster,
         hardware=profile(),
-        engine="bundled",
+        engine=engine,
         policy=Policy(),
         layout=Layout(sequence_parallel=tp > 1, stages=stages, **layout),
         estimate=estimate(),

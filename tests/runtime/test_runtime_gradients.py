@@ -9,11 +9,15 @@ import cases
 import pytest
 import torch
 
-ALL = [(n, name) for n, group in cases.CASES.items() for name in group]
+ALL = [
+    pytest.param(n, name, id=f"{n}-{name}", marks=[pytest.mark.slow] if cases.is_slow(name) else [])
+    for n, group in cases.CASES.items()
+    for name in group
+]
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("processes", "name"), ALL, ids=[f"{n}-{name}" for n, name in ALL])
+@pytest.mark.parametrize(("processes", "name"), ALL)
 def test_layout_equals_one_process(jobs: Any, references: Path, processes: int, name: str) -> None:
     ranks = jobs.get(processes, name)
     for rank in ranks:

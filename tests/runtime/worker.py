@@ -19,9 +19,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from planner.runtime import parallelize
 from planner.runtime.mesh import start_processes
 from planner.runtime.train import Options, Trainer
 
+parallelize.COMPILER = "aot_eager"  # the traps are in tracing and autograd; generating C++ takes a minute a plan
 OPTIONS = Options(lr=1e-3, steps=10)
 
 
