@@ -217,6 +217,8 @@ class Accounting:
     """Rate of its attention kernels over those of the device's profile."""
     windows: bool = True
     """Whether attention kernels skip the keys outside a sliding window."""
+    mask_elements: float = 0.0
+    """Elements of the compute type kept for each pair of tokens of a sequence where attention is local by a mask."""
     score_bytes: tuple[float, float] = (9.0, 11.0)
     """Bytes moved for each score of unfused attention, forward and backward: fused scale, mask and softmax, and dropout."""
     backward_scores: float = 0.0

@@ -497,6 +497,7 @@ def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
     for name, suffix in (("layer", ""), ("first", "_first"), ("last", "_last")):
         result[f"state{suffix}"] = ceil(backward * place[name] + (0 if suffix else more["state"]))
         result[f"updating{suffix}"] = ceil(update * place[name] + (0 if suffix else more["updating"]))
+    locality = mask_bytes(task)
     beside_head = ceil(per.resident * params["head"])
     result["state_last"] += beside_head
     result["updating_last"] += beside_head
@@ -504,7 +505,7 @@ def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
     result["state_first"] += ceil(per.whole_gradients * rest)
     result |= {
         # Weight-gradient buffers exist once for each shape: one expert stands for all.
-        "fixed": ceil(per.resident * (params["layer"] + params["expert"]) + task.hardware.device.workspace.base),
+        "fixed": ceil(per.resident * (params["layer"] + params["expert"]) + task.hardware.device.workspace.base + locality),
         "unit": ceil(per.unit * params["layer"] + routed.unit * experts),
         "reduction": ceil(per.unit_reduction * params["layer"] + routed.unit_reduction * experts),
         "head_unit": ceil(per.head * params["head"]),
@@ -519,6 +520,13 @@ def _states(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
         for name, n_bytes in _frozen_states(source, layouts).items():
             result[name] = result[name] + n_bytes
     return result
+
+
+def mask_bytes(task: Task) -> float:
+    """Bytes of the mask of a window or of chunks, where an engine has one; layers of one kind share it."""
+    s = task.job.seq_len
+    local = task.model.layer.attention.keys_of(s) < s
+    return task.accounting.mask_elements * task.job.compute_bytes * s * s if local else 0.0
 
 
 def _frozen_states(source: frozen.Source, layouts: LayoutArray) -> dict[str, Ints]:

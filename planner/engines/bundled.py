@@ -19,6 +19,19 @@ from planner.engines.base import Engine, Rule, exchange_divisible, kv_heads_divi
 from planner.engines.fsdp2 import ZERO
 from planner.specs.features import features
 
+BUILT = (
+    "sliding-window or chunked attention",
+    "norms over the whole query",
+    "norms after the sublayers",
+    "parallel attention and MLP",
+    "an uncommon activation",
+    "several kinds of layers",
+    "partial rotary positions",
+    "a bias on the head",
+    "norms without weights",
+)
+"""Features that the runtime builds (`specs.features`)."""
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "PLN510", "bundled: kv heads % tp",
@@ -58,7 +71,15 @@ RULES: tuple[Rule, ...] = (
         on="degrees",
     ),
     Rule(
-        "PLN518", "bundled: fp4",
+        "PLN518", "bundled: norms over the whole query x tp",
+        lambda t, x: (x.tp > 1) & any(a.qk_norm == "width" for a in t.model.attentions),
+        "tp {tp} with norms over the whole query",
+        "each rank would norm over its own heads only",
+        "set tp: 1",
+        on="degrees",
+    ),
+    Rule(
+        "PLN519", "bundled: fp4",
         lambda t, x: np.full(len(x), t.job.linears == "fp4"),
         "linears fp4",
         "torchao, which the runtime multiplies narrow types with, trains fp8 only",
@@ -74,10 +95,10 @@ RULES: tuple[Rule, ...] = (
         on="degrees",
     ),
     Rule(
-        "PLN517", "bundled: plain decoders",
-        lambda t, x: np.full(len(x), bool(features(t.model))),
+        "PLN517", "bundled: layers it builds",
+        lambda t, x: np.full(len(x), not set(features(t.model)) <= set(BUILT)),
         "{model} has {features}",
-        "this version of the runtime builds plain dense decoders only",
+        f"beyond plain decoders this version of the runtime builds {', '.join(BUILT)} only",
         "use another engine, such as --engine megatron",
         whole_job=True,
     ),
@@ -148,7 +169,10 @@ ACCOUNTING = Accounting(
     step_seconds=2e-3,
     reserved_ratio=1.03,
     context="ulysses",
+    windows=False,
+    mask_elements=1.0,
     origin={
+        "windows": "windows and chunks are masks of plain SDPA: all scores are computed, and one mask [s, s] is kept a kind",
         "context": "counted on the runtime: four all-to-alls a layer forward, four backward, four in recompute",
         "saved": "measured: saved-tensor hooks on the runtime's block, CPU, torch 2.13",
         "zero": "measured: storage meter and collective counts on the runtime, gloo, torch 2.13, fp32 and bf16",

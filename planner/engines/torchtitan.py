@@ -106,6 +106,8 @@ ACCOUNTING = replace(
     reserved_ratio=1.035,
     pipeline_zero=2,
     context="ring",
+    windows=True,
+    mask_elements=0.0,
     origin={
         "pipeline_zero": "torchtitan's reshard_after_forward: default keeps parameters gathered under a pipeline",
         "saved": "62 KiB a token and 8B layer under per-operator selective recompute, counted on the bundled runtime's block",

@@ -1,4 +1,4 @@
-"""Causal softmax attention with grouped queries, rotary positions and q/k norms.
+"""Causal softmax attention with grouped queries, rotary positions, q/k norms, windows and chunks.
 
 Symbols: b sequences of a micro-batch, s tokens of one, d head width.
 """
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from planner.runtime.context import Context
 from planner.runtime.norms import norm_of
+from planner.specs.layers import Attention as Spec
 from planner.specs.model import LayerGroup, Model
 
 SAVED_BY_SELECTIVE = (
@@ -32,9 +33,26 @@ def rotary_tables(model: Model, width: int, positions: Tensor) -> tuple[Tensor, 
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate halves of each head; x [b, s, heads, head_dim], in fp32 inside."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+    """Rotate halves of the first dimensions of each head, as many as the tables are for; x [b, s, heads, d], fp32 inside."""
+    width = 2 * cos.shape[-1]
+    a, b = x[..., :width].float().chunk(2, dim=-1)
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
+
+
+def locality_mask(spec: Spec, seq_len: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """What to add to the scores [s, s] of a window or of chunks: 0 where a query sees a key. None where it sees all before it.
+
+    Of the compute type: attention would convert any other mask, and keep the copy, in every layer.
+    """
+    reach = spec.keys_of(seq_len)
+    if reach == seq_len:
+        return None
+    at = torch.arange(seq_len, device=device)
+    query, key = at[:, None], at[None, :]
+    near = query - key < reach if spec.sliding_window else query // reach == key // reach
+    hidden = torch.full((seq_len, seq_len), float("-inf"), dtype=dtype, device=device)
+    return hidden.masked_fill_((key <= query) & near, 0.0)
 
 
 class Attention(nn.Module):
@@ -45,6 +63,7 @@ class Attention(nn.Module):
 
     cos: Tensor | None
     sin: Tensor | None
+    mask: Tensor | None
 
     def __init__(self, model: Model, group: LayerGroup):
         super().__init__()
@@ -56,17 +75,27 @@ class Attention(nn.Module):
         self.wk = nn.Linear(model.hidden, kv, bias=spec.qkv_bias)
         self.wv = nn.Linear(model.hidden, kv, bias=spec.qkv_bias)
         self.wo = nn.Linear(q, model.hidden, bias=spec.out_bias)
-        self.q_norm = norm_of(model, self.head_dim) if spec.qk_norm == "head" else None
-        self.k_norm = norm_of(model, self.head_dim) if spec.qk_norm == "head" else None
+        self.whole_norms = spec.qk_norm == "width"
+        widths = {"head": (self.head_dim, self.head_dim), "width": (q, kv)}.get(spec.qk_norm)
+        self.q_norm = norm_of(model, widths[0]) if widths else None
+        self.k_norm = norm_of(model, widths[1]) if widths else None
+        self.spec = spec
+        turned = int(self.head_dim * spec.rope_share) if model.positions == "rotary" else 0
+        self.turned = turned - turned % 2
+        """Dimensions of each head that rotary positions turn."""
         self.context: Context | None = None
         # Tables are buffers, not arguments: FSDP's mixed precision would cast arguments to bf16 and save them a block.
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
+        self.register_buffer("mask", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         b, s, _ = x.shape
-        q, k, v = (proj(x).view(b, s, -1, self.head_dim) for proj in (self.wq, self.wk, self.wv))
-        if self.q_norm is not None and self.k_norm is not None:
+        q, k, v = self.wq(x), self.wk(x), self.wv(x)
+        if self.whole_norms and self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.view(b, s, -1, self.head_dim) for t in (q, k, v))
+        if not self.whole_norms and self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.cos is not None and self.sin is not None:
             q, k = _rotate(q, self.cos, self.sin), _rotate(k, self.cos, self.sin)
@@ -81,4 +110,6 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of whole sequences, [b, s, heads, d] each and out."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped).transpose(1, 2)
+        causal = self.mask is None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=causal, enable_gqa=self.grouped)
+        return out.transpose(1, 2)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +20,24 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from planner.runtime.attention import SAVED_BY_SELECTIVE, Attention, rotary_tables
+from planner.runtime.attention import SAVED_BY_SELECTIVE, Attention, locality_mask, rotary_tables
 from planner.runtime.norms import norm_of
 from planner.specs.model import LayerGroup, Model
 
+CLAMP = 7.0
+"""Bound of `clamped_silu` (gpt-oss: gate and up are clamped, the gate's sigmoid is steeper, 1 is added to up)."""
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "clamped_silu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
 
 class Mlp(nn.Module):
-    """`gelu`: w2(gelu(w1 x)); `gated`: w2(silu(w1 x) * w3 x) (Shazeer 2020, arXiv 2002.05202)."""
+    """`gelu`: w2(act(w1 x)); `gated`: w2(act(w1 x) * w3 x) (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, model: Model, group: LayerGroup):
         super().__init__()
@@ -34,13 +45,14 @@ class Mlp(nn.Module):
         self.w1 = nn.Linear(model.hidden, spec.width, bias=spec.bias)
         self.w2 = nn.Linear(spec.width, model.hidden, bias=spec.bias)
         self.w3 = nn.Linear(model.hidden, spec.width, bias=spec.bias) if spec.kind == "gated" else None
+        self.name = spec.activation or ("silu" if spec.kind == "gated" else "gelu_tanh")
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.w3 is None:
-            inner = F.gelu(self.w1(x), approximate="tanh")
-        else:
-            inner = F.silu(self.w1(x)) * self.w3(x)
-        out: Tensor = self.w2(inner)
+        inner, up = self.w1(x), None if self.w3 is None else self.w3(x)
+        if self.name == "clamped_silu":
+            inner, up = inner.clamp(max=CLAMP), None if up is None else up.clamp(-CLAMP, CLAMP) + 1.0
+        inner = ACTIVATIONS[self.name](inner)
+        out: Tensor = self.w2(inner if up is None else inner * up)
         return out
 
 
@@ -49,7 +61,7 @@ KEEP_ATTENTION = functools.partial(create_selective_checkpoint_contexts, list(SA
 
 
 class Block(nn.Module):
-    """Norm, attention, norm, MLP, each pair with a residual. x and result: [b, s/tp, h].
+    """Attention and MLP, one after the other or side by side, with norms before, after or around. x and result: [b, s/tp, h].
 
     Recompute sits inside `forward`: FSDP's hooks stay outside it, and no wrapper changes parameter names.
     """
@@ -57,8 +69,14 @@ class Block(nn.Module):
     def __init__(self, model: Model, group: LayerGroup):
         super().__init__()
         self.recompute = "none"
-        self.attn_norm, self.attn = norm_of(model), Attention(model, group)
-        self.mlp_norm, self.mlp = norm_of(model), Mlp(model, group)
+        before, after = group.norms != "post", group.norms in ("post", "both")
+        self.attn_norm = norm_of(model) if before else None
+        self.attn = Attention(model, group)
+        self.attn_post_norm = norm_of(model) if after else None
+        self.mlp_norm = norm_of(model) if before and group.norms != "shared" else None
+        self.mlp = Mlp(model, group)
+        self.mlp_post_norm = norm_of(model) if after else None
+        self.parallel, self.shared = group.parallel, group.norms == "shared"
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
@@ -68,9 +86,17 @@ class Block(nn.Module):
         return out
 
     def _layer(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.attn_norm(x))
-        out: Tensor = x + self.mlp(self.mlp_norm(x))
-        return out
+        normed = _maybe(self.attn_norm, x)
+        attention = _maybe(self.attn_post_norm, self.attn(normed))
+        if not self.parallel:
+            x = x + attention
+        read = normed if self.shared else _maybe(self.mlp_norm, x)
+        mlp = _maybe(self.mlp_post_norm, self.mlp(read))
+        return x + attention + mlp if self.parallel else x + mlp
+
+
+def _maybe(norm: nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
 
 
 class Decoder(nn.Module):
@@ -92,7 +118,7 @@ class Decoder(nn.Module):
         self.pos = nn.Embedding(model.max_positions or 0, model.hidden) if learned else None
         self.layers = nn.ModuleDict({str(i): Block(model, model.kinds[model.kind_of_layer[i]][0]) for i in layers})
         self.norm = norm_of(model) if last else None
-        self.head = nn.Linear(model.hidden, model.vocab, bias=False) if last else None
+        self.head = nn.Linear(model.hidden, model.vocab, bias=model.head_bias) if last else None
 
     def blocks(self) -> list[Block]:
         """The layers in order."""
@@ -116,9 +142,9 @@ class Decoder(nn.Module):
         return x
 
 
-def initialise(part: Decoder, tokens: range, seed: int, device: torch.device, home: torch.device) -> None:
+def initialise(part: Decoder, tokens: range, seed: int, device: torch.device, home: torch.device, dtype: torch.dtype) -> None:
     """Give a meta-device part its memory and first values, the same in every layout; `tokens` are the positions that this
-    rank sees of each sequence. Parameters go to `home`, which is the host with offload, all else to `device`.
+    rank sees of each sequence, `dtype` the compute type. Parameters go to `home`, which is the host with offload.
 
     Each parameter has its own generator, seeded by its name; the whole tensor is drawn, then the local part kept. One
     tensor at a time, so that the peak is one full parameter above the sharded model.
@@ -135,14 +161,21 @@ def initialise(part: Decoder, tokens: range, seed: int, device: torch.device, ho
             else:
                 param.copy_(full)
     part.start = tokens.start
-    if part.model.positions == "rotary" and len(part.layers):
-        positions = torch.arange(tokens.start, tokens.stop, device=device)
-        tables: dict[int, tuple[Tensor, Tensor]] = {}
-        for block in part.blocks():
-            width = block.attn.head_dim
-            if width not in tables:
-                tables[width] = rotary_tables(part.model, width, positions)
-            block.attn.cos, block.attn.sin = tables[width]
+    _set_buffers(part, tokens, dtype, device)
+
+
+def _set_buffers(part: Decoder, tokens: range, dtype: torch.dtype, device: torch.device) -> None:
+    """Give attention its rotary tables and masks; layers of one kind share them."""
+    positions = torch.arange(tokens.start, tokens.stop, device=device)
+    tables = {n: rotary_tables(part.model, n, positions) for n in {block.attn.turned for block in part.blocks()} if n}
+    masks: dict[tuple[int | None, int | None], Tensor | None] = {}
+    for block in part.blocks():
+        attention, spec = block.attn, block.attn.spec
+        attention.cos, attention.sin = tables.get(attention.turned, (None, None))
+        kind, whole = (spec.sliding_window, spec.chunk), len(tokens) * (attention.context.size if attention.context else 1)
+        if kind not in masks:
+            masks[kind] = locality_mask(spec, whole, dtype, device)
+        attention.mask = masks[kind]
 
 
 def _first_value(name: str, shape: torch.Size, seed: int, scale: float, device: torch.device) -> Tensor:

@@ -63,19 +63,19 @@ def local(param: Tensor) -> Tensor:
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last dimension, in the compute type with fp32 statistics."""
 
-    def __init__(self, width: int, kind: str, bias: bool, epsilon: float):
+    def __init__(self, width: int, kind: str, bias: bool, epsilon: float, weight: bool = True):
         super().__init__()
-        self.kind, self.epsilon = kind, epsilon
-        self.weight = nn.Parameter(torch.empty(width))
+        self.kind, self.epsilon, self.shape = kind, epsilon, [width]
+        self.weight = nn.Parameter(torch.empty(width)) if weight else None
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = local(self.weight)
+        weight = None if self.weight is None else local(self.weight)
         if self.kind == "layernorm":
             bias = None if self.bias is None else local(self.bias)
-            return F.layer_norm(x, weight.shape, weight, bias, self.epsilon)
-        if x.is_cuda or torch.compiler.is_compiling():
-            return F.rms_norm(x, list(weight.shape), weight, self.epsilon)
+            return F.layer_norm(x, self.shape, weight, bias, self.epsilon)
+        if weight is None or x.is_cuda or torch.compiler.is_compiling():
+            return F.rms_norm(x, self.shape, weight, self.epsilon)
         out: Tensor = _RmsNormCpu.apply(x, weight, self.epsilon)  # type: ignore[no-untyped-call]
         return out
 
@@ -84,4 +84,4 @@ def norm_of(model: Model, width: int | None = None) -> Norm:
     """A norm over the hidden width, or one of queries or keys over `width`."""
     if width is not None:  # the norm of queries and keys is always an RMS norm
         return Norm(width, "rmsnorm", False, model.norm_epsilon)
-    return Norm(model.hidden, model.norm, model.has_norm_bias, model.norm_epsilon)
+    return Norm(model.hidden, model.norm, model.has_norm_bias, model.norm_epsilon, model.norm_weight)

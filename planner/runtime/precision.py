@@ -68,7 +68,7 @@ def check_fp8(plan: Plan, device: torch.device) -> None:
 
 def apply_fp8(part: Decoder) -> None:
     """Make the layers' matrices multiply in fp8, scaled tensor by tensor; sizes not divisible by 16 stay as they are."""
-    from torchao.float8 import convert_to_float8_training
+    from torchao.float8 import convert_to_float8_training  # type: ignore[import-not-found, unused-ignore]
 
     def fits(module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.Linear) and not (module.in_features % 16 or module.out_features % 16)

@@ -86,7 +86,7 @@ class Trainer:
                 parallelize.apply_compile(part, layout.tp)
             parallelize.apply_zero(part, layout, self.plan.job, self.world.states)
             home = torch.device("cpu") if layout.offload == "optimizer" else self.world.device
-            initialise(part, tokens, self.options.seed, self.world.device, home)
+            initialise(part, tokens, self.options.seed, self.world.device, home, precision.DTYPES[self.plan.job.precision])
         return parts
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:

@@ -15,6 +15,10 @@ MODELS: dict[str, Model] = {
     "tied": plans.gpt(tied_embeddings=True),
     "deep": plans.llama(layers=5),
     "long": plans.llama(layers=9),
+    "gemma": plans.gemma(),
+    "olmo": plans.olmo(),
+    "phi": plans.phi(),
+    "cohere": plans.cohere(),
 }
 
 
@@ -73,6 +77,12 @@ def _four() -> dict[str, tuple[str, dict[str, Any]]]:
     cases["pp2-dp2-zero3-fp16"] = ("gpt", {"pp": 2, "dp": 2, "zero": 3, "precision": "fp16", "recompute": "selective"})
     cases["pp2-dp2-zero3-offload"] = ("llama", {"pp": 2, "dp": 2, "zero": 3, "offload": "optimizer", "recompute": "full"})
     cases["tp2-dp2-zero1-offload"] = ("llama", {"tp": 2, "dp": 2, "zero": 1, "offload": "optimizer"})
+    cases["tp2-dp2-gemma-zero3"] = ("gemma", {"tp": 2, "dp": 2, "zero": 3, "recompute": "selective"})
+    cases["cp2-dp2-gemma-zero2"] = ("gemma", {"cp": 2, "dp": 2, "zero": 2, "recompute": "full"})
+    cases["pp2-dp2-olmo-zero2"] = ("olmo", {"pp": 2, "dp": 2, "zero": 2})
+    cases["cp2-dp2-olmo-zero3"] = ("olmo", {"cp": 2, "dp": 2, "zero": 3})
+    cases["tp2-pp2-phi"] = ("phi", {"tp": 2, "pp": 2, "recompute": "full"})
+    cases["tp2-cp2-cohere-zero1"] = ("cohere", {"tp": 2, "cp": 2, "zero": 1, "recompute": "selective"})
     cases["cp2-dp2-zero0"] = ("llama", {"cp": 2, "dp": 2})
     cases["cp4-zero1"] = ("gpt", {"cp": 4, "zero": 1, "recompute": "selective"})
     cases["tp2-cp2-zero2"] = ("gpt", {"tp": 2, "cp": 2, "zero": 2})

@@ -24,6 +24,7 @@ from planner.runtime.train import Options, Trainer
 
 LLAMA = plans.llama(4, 128, 1024, width=352)
 GPT = plans.gpt(4, 128, 1024, max_positions=128)
+GEMMA = plans.gemma(128, 1024, 32, 352, tied=False)
 SIZES: dict[str, Any] = {"seq_len": 128, "global_batch": 8}
 
 
@@ -43,6 +44,7 @@ def _cases() -> dict[int, dict[str, Plan]]:
                 add(2, name, precision=precision, recompute=mode, dp=2, zero=zero, micro_batch=4 // m)
         add(2, f"tp2-{precision}", precision=precision, tp=2, recompute="selective", micro_batch=2)
         add(2, f"tp2-gpt-{precision}", GPT, precision=precision, tp=2, micro_batch=2)
+        add(2, f"dp2-zero3-local-{precision}", GEMMA, precision=precision, dp=2, zero=3, micro_batch=2)
         for mode in ("none", "selective", "full"):
             add(2, f"cp2-{precision}-{mode}", precision=precision, cp=2, zero=2, recompute=mode, micro_batch=2)
         for schedule in ("1f1b", "gpipe"):

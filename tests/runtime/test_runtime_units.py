@@ -6,6 +6,7 @@ import gc
 import os
 from pathlib import Path
 
+import cases
 import numpy as np
 import plans
 import pytest
@@ -110,7 +111,7 @@ def test_meter_counts_what_lives() -> None:
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("model", [plans.llama(), plans.gpt(), plans.gpt(tied_embeddings=True)])
+@pytest.mark.parametrize("model", list(cases.MODELS.values()))
 def test_parameters_are_those_of_the_spec(model: plans.Model) -> None:
     trainer = Trainer(plans.plan(model), torch.device("cpu"))
     assert sum(p.numel() for p in trainer.parameters()) == model.total_params
