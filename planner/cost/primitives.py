@@ -14,7 +14,7 @@ from planner.cost import memory, operators, p2p, risk
 from planner.cost.rounding import ceil, nanoseconds
 from planner.cost.states import held_bytes
 from planner.cost.task import GPIPE, Bools, Floats, Ints, LayoutArray, Task
-from planner.cost.traffic import DpTraffic, dp_traffic, layer_compute, recompute_seconds
+from planner.cost.traffic import DpTraffic, dp_traffic, idle_seconds, layer_compute, recompute_seconds
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
         return nanoseconds(value * task.growth)
 
     compute = layer_compute(task, shared, seconds, spread)
-    traffic = dp_traffic(task, shared, compute)
+    traffic = dp_traffic(task, shared, compute, idle_seconds(task, shared, seconds, spread))
     held = held_bytes(task, shared)
     acts = memory.activation_bytes(task, block)
     blocks = {

@@ -28,6 +28,8 @@ class DpTraffic:
     backward: Floats
     behind: Floats
     """Seconds of a layer's per-micro-batch traffic beside backward, hidden or not."""
+    idle: Floats
+    """Seconds of backward in which other exchanges run and leave this traffic's network free."""
     ns: dict[str, Ints]
     """Step-wise primitives."""
 
@@ -52,8 +54,19 @@ def gather_host(task: Task, zero: Ints, direction: int) -> Floats:
     return np.where(np.isin(zero, gathering), seconds, 0.0)
 
 
-def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats]) -> DpTraffic:
-    """Traffic over the D ranks that share parameters: what each micro-batch exposes, and what a step does once."""
+def idle_seconds(task: Task, layouts: LayoutArray, seconds: operators.LayerSeconds, to_block: Ints) -> tuple[Floats, Floats]:
+    """Seconds of one layer, (forward, backward), in which tokens are exchanged inside the innermost network's domain while
+    parameters are shared beyond it: the outer network is free to gather and reduce."""
+    domain = task.hardware.network[0].size or np.inf
+    inside = (layouts.ep * layouts.etp <= domain) & (layouts.tp * layouts.shard > domain)
+    return np.where(inside, seconds.ep_forward[to_block], 0.0), np.where(inside, seconds.ep_backward[to_block], 0.0)
+
+
+def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats], idle: tuple[Floats, Floats]) -> DpTraffic:
+    """Traffic over the D ranks that share parameters: what each micro-batch exposes, and what a step does once.
+
+    `idle`: of `idle_seconds`.
+    """
     a, slow = task.accounting, task.hardware.overlap_slowdown.base
     params = frozen.trained_params(task, layouts)
     size = len(layouts)
@@ -68,7 +81,7 @@ def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats])
                 for place in step:
                     (bare if item.under == "nothing" else step)[place][rows] += cost[place]
     forward, backward = compute
-    exposed = [overlapped(c, each[k], slow, a.dp_floor) for k, c in (("forward", forward), ("backward", backward))]
+    exposed = [overlapped(c, each[k], slow, a.dp_floor, free) for k, c, free in zip(each, compute, idle, strict=True)]
     sharded = layouts.zero > 0
 
     def optimizer(count: Floats, shard: Ints) -> Floats:
@@ -85,7 +98,7 @@ def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats])
     ns |= {f"floor{suffix[p]}": nanoseconds(grow * (a.dp_floor * step[p] + bare[p])) for p in step}
     ns |= {f"update{suffix[p]}": nanoseconds(grow * update[p]) for p in step}
     ns["hide"] = np.floor(grow * a.dp_window * (forward + backward) * 1e9).astype(np.int64)
-    return DpTraffic(exposed[0], exposed[1], each["backward"], ns)
+    return DpTraffic(exposed[0], exposed[1], each["backward"], idle[1], ns)
 
 
 HOST_BANDWIDTH = 50e9
@@ -123,4 +136,4 @@ def _traffic_seconds(source: frozen.Source, layouts: LayoutArray) -> Iterator[tu
 def recompute_seconds(task: Task, again: Floats, backward: Floats, traffic: DpTraffic) -> Floats:
     """Seconds that recomputing a layer adds: what it takes, less the traffic that hides under it and would be exposed."""
     slow, floor = task.hardware.overlap_slowdown.base, task.accounting.dp_floor
-    return again + overlapped(backward + again, traffic.behind, slow, floor) - traffic.backward
+    return again + overlapped(backward + again, traffic.behind, slow, floor, traffic.idle) - traffic.backward

@@ -11,7 +11,7 @@ from planner.cost import frozen, operators, primitives, step
 from planner.cost.blending import blend
 from planner.cost.primitives import Primitives
 from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
-from planner.cost.traffic import DpTraffic, dp_traffic, layer_compute
+from planner.cost.traffic import DpTraffic, dp_traffic, idle_seconds, layer_compute
 from planner.planfile import Plan
 from planner.planning.detail.source import Book
 from planner.specs.layout import Layout
@@ -111,6 +111,6 @@ def _kind(task: Task, x: LayoutArray, label: str) -> Kind:
     """Price one kind of layers."""
     seconds, here = operators.layer_seconds(task, x), np.zeros(1, dtype=np.int64)
     compute = layer_compute(task, x, seconds, here)
-    traffic = dp_traffic(task, x, compute)
+    traffic = dp_traffic(task, x, compute, idle_seconds(task, x, seconds, here))
     shapes, sources = operators.shapes_of(task, x), frozen.sources(task, x)
     return Kind(task, label, shapes, seconds, compute, traffic, sources, primitives.price(task, x))

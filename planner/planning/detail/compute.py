@@ -99,9 +99,18 @@ def _stream_line(lines: Lines, kind: Kind, direction: int, times: float, bound: 
     seconds = float(operators.layer_parts(task, kind.shapes, direction)["elementwise"][0])
     moved = seconds / task.constant("elementwise") * d.memory_bandwidth.base * d.memory_efficiency.base
     inputs: Inputs = {"bytes": moved, "tokens": float(kind.shapes.tokens[0])}
-    figures = (*STREAMED, f"engine.elementwise_{word}", "constant.elementwise")
+    figures = (*STREAMED, f"engine.elementwise_{word}", "constant.elementwise", *_routing_figures(task))
     name = f"{kind.label}norms, activations, residuals: {word}"
     lines.add("compute", name, seconds, times, STREAM, inputs, figures, bound)
+
+
+def _routing_figures(task: Task) -> tuple[str, ...]:
+    """The figures behind what moves routed rows, beside the elementwise bytes."""
+    a = task.accounting
+    if not task.model.layer.mlp.routed:
+        return ()
+    padded = ("engine.padding_bytes",) if a.padding_bytes and task.job.linears != "same" else ()
+    return (*padded, *(("engine.expert_slots",) if a.expert_slots != 1.0 else ()))
 
 
 def _host_line(lines: Lines, kind: Kind, direction: int, times: float, bound: str) -> None:
