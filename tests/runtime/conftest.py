@@ -44,7 +44,7 @@ class Jobs:
             names = [other for other in cases.CASES[processes] if cases.is_slow(other) == job[1]]
             path = self.directory / f"results-{processes}.json"
             path.unlink(missing_ok=True)
-            done = launch([str(HERE / "worker.py"), str(processes), str(self.directory), *names], 280)
+            done = launch([str(HERE / "worker.py"), str(processes), str(self.directory), *names], 430)
             self.results[job] = json.loads(path.read_text()) if path.exists() else {}
             self.errors[job] = done.stderr[-3000:]
         assert name in self.results[job], self.errors[job]
