@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from planner.errors import input_error
 from planner.planfile import Plan
+from planner.runtime import experts
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class World:
     pp_rank: int
     dp_rank: int
     tp_rank: int
+    experts: DeviceMesh | None = None
+    """Dimensions (pp, efsdp, ep, etp): the same ranks as the experts see them. None without routed experts."""
 
     @property
     def rank(self) -> int:
@@ -103,4 +106,5 @@ def build_world(plan: Plan, device: torch.device) -> World:
     shape = (layout.pp, layout.dp, layout.tp)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "tp"))
     pp_rank, dp_rank, tp_rank = mesh.get_coordinate() or (0, 0, 0)
-    return World(mesh, device, *shape, pp_rank, dp_rank, tp_rank)
+    grid = experts.build_mesh(layout, device.type) if plan.model.routed_mlps else None
+    return World(mesh, device, *shape, pp_rank, dp_rank, tp_rank, grid)

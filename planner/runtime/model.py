@@ -16,10 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from planner.specs.model import Model
+from planner.runtime.mla import LatentAttention
+from planner.runtime.moe import Moe
+from planner.runtime.replicated import Replicated, whole
+from planner.runtime.rotary import rotary_tables, rotate
+from planner.specs.model import LayerGroup, Model
 
 SAVED_BY_SELECTIVE = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -68,19 +72,7 @@ class _RmsNormCpu(torch.autograd.Function):
         return dx.view_as(x), dw.to(weight.dtype), None
 
 
-def _local(param: Tensor) -> Tensor:
-    """The local value of a parameter that every tensor parallel rank holds whole.
-
-    Each rank uses it on its own tokens or heads, so its gradient is a part of a sum over the tp group; the redistribute
-    makes that sum in backward.
-    """
-    if isinstance(param, DTensor):
-        whole = param.redistribute(placements=[Replicate()])
-        return whole.to_local(grad_placements=[Partial()])
-    return param
-
-
-class Norm(nn.Module):
+class Norm(Replicated):
     """RMSNorm or LayerNorm over the last dimension, in the compute type with fp32 statistics."""
 
     def __init__(self, width: int, kind: str, bias: bool, epsilon: float):
@@ -90,9 +82,9 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = _local(self.weight)
+        weight = whole(self.weight)
         if self.kind == "layernorm":
-            bias = None if self.bias is None else _local(self.bias)
+            bias = None if self.bias is None else whole(self.bias)
             return F.layer_norm(x, weight.shape, weight, bias, self.epsilon)
         if x.is_cuda:
             return F.rms_norm(x, list(weight.shape), weight, self.epsilon)
@@ -106,35 +98,23 @@ def _norm(model: Model, width: int | None = None) -> Norm:
     return Norm(model.hidden, model.norm, model.has_norm_bias, model.norm_epsilon)
 
 
-def rotary_tables(model: Model, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of the rotary angles, each [s, 1, head_dim / 2] fp32 (Su 2021, arXiv 2104.09864)."""
-    half = model.head_dim // 2
-    frequency = model.rope_theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
-    angle = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), frequency)
-    return angle.cos()[:, None, :], angle.sin()[:, None, :]
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate halves of each head; x [b, s, heads, head_dim], in fp32 inside."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
-
-
 class Attention(nn.Module):
     """Causal softmax attention. Under tp every rank holds heads / tp query heads: `view` finds the number by itself."""
 
     cos: Tensor | None
     sin: Tensor | None
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, group: LayerGroup):
         super().__init__()
-        spec = model.layer.attention
-        self.head_dim = model.head_dim
-        self.grouped = model.kv_heads != model.heads
-        self.wq = nn.Linear(model.hidden, model.q_width, bias=spec.qkv_bias)
-        self.wk = nn.Linear(model.hidden, model.kv_width, bias=spec.qkv_bias)
-        self.wv = nn.Linear(model.hidden, model.kv_width, bias=spec.qkv_bias)
-        self.wo = nn.Linear(model.q_width, model.hidden, bias=spec.out_bias)
+        spec, self.head_dim = group.attention, model.head_dim_of(group)
+        self.rotary_dim = self.head_dim
+        kv_heads = spec.kv_heads or spec.heads
+        q, kv = spec.heads * self.head_dim, kv_heads * self.head_dim
+        self.grouped = kv_heads != spec.heads
+        self.wq = nn.Linear(model.hidden, q, bias=spec.qkv_bias)
+        self.wk = nn.Linear(model.hidden, kv, bias=spec.qkv_bias)
+        self.wv = nn.Linear(model.hidden, kv, bias=spec.qkv_bias)
+        self.wo = nn.Linear(q, model.hidden, bias=spec.out_bias)
         self.q_norm = _norm(model, self.head_dim) if spec.qk_norm == "head" else None
         self.k_norm = _norm(model, self.head_dim) if spec.qk_norm == "head" else None
         # Tables are buffers, not arguments: FSDP's mixed precision would cast arguments to bf16 and save them a block.
@@ -147,7 +127,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.cos is not None and self.sin is not None:
-            q, k = _rotate(q, self.cos, self.sin), _rotate(k, self.cos, self.sin)
+            q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         result: Tensor = self.wo(out.transpose(1, 2).reshape(b, s, -1))
@@ -157,12 +137,12 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """`gelu`: w2(gelu(w1 x)); `gated`: w2(silu(w1 x) * w3 x) (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, group: LayerGroup):
         super().__init__()
-        spec = model.layer.mlp
-        self.w1 = nn.Linear(model.hidden, spec.width, bias=spec.bias)
-        self.w2 = nn.Linear(spec.width, model.hidden, bias=spec.bias)
-        self.w3 = nn.Linear(model.hidden, spec.width, bias=spec.bias) if spec.kind == "gated" else None
+        spec, width = group.mlp, group.mlp.dense_width
+        self.w1 = nn.Linear(model.hidden, width, bias=spec.bias)
+        self.w2 = nn.Linear(width, model.hidden, bias=spec.bias)
+        self.w3 = nn.Linear(model.hidden, width, bias=spec.bias) if spec.kind == "gated" else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.w3 is None:
@@ -173,17 +153,30 @@ class Mlp(nn.Module):
         return out
 
 
+def _attention(model: Model, group: LayerGroup) -> Attention | LatentAttention:
+    if group.attention.kind == "latent":
+        return LatentAttention(model, group, lambda width: _norm(model, width))
+    return Attention(model, group)
+
+
+def _mlp(model: Model, group: LayerGroup) -> Mlp | Moe:
+    """A dense MLP, or routed experts beside the shared ones that are a dense MLP of their own."""
+    if not group.mlp.routed:
+        return Mlp(model, group)
+    return Moe(model.hidden, group.mlp, Mlp(model, group) if group.mlp.shared_width else None)
+
+
 class Block(nn.Module):
     """Norm, attention, norm, MLP, each pair with a residual. x and result: [b, s/tp, h].
 
     Recompute sits inside `forward`: FSDP's hooks stay outside it, and no wrapper changes parameter names.
     """
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, group: LayerGroup):
         super().__init__()
         self.recompute = "none"
-        self.attn_norm, self.attn = _norm(model), Attention(model)
-        self.mlp_norm, self.mlp = _norm(model), Mlp(model)
+        self.attn_norm, self.attn = _norm(model), _attention(model, group)
+        self.mlp_norm, self.mlp = _norm(model), _mlp(model, group)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
@@ -215,7 +208,7 @@ class Decoder(nn.Module):
         self.tok = nn.Embedding(model.vocab, model.hidden) if first else None
         learned = first and model.positions == "learned"
         self.pos = nn.Embedding(model.max_positions or 0, model.hidden) if learned else None
-        self.layers = nn.ModuleDict({str(i): Block(model) for i in layers})
+        self.layers = nn.ModuleDict({str(i): Block(model, model.kinds[model.kind_of_layer[i]][0]) for i in layers})
         self.norm = _norm(model) if last else None
         self.head = nn.Linear(model.hidden, model.vocab, bias=False) if last else None
 
@@ -258,9 +251,10 @@ def initialise(part: Decoder, seq_len: int, seed: int, device: torch.device) -> 
             else:
                 param.copy_(full)
     if part.model.positions == "rotary" and len(part.layers):
-        tables = rotary_tables(part.model, seq_len, device)
+        positions = torch.arange(seq_len, device=device)
+        tables = {width: rotary_tables(part.model, width, positions) for width in {b.attn.rotary_dim for b in part.blocks()}}
         for block in part.blocks():
-            block.attn.cos, block.attn.sin = tables
+            block.attn.cos, block.attn.sin = tables[block.attn.rotary_dim]
 
 
 def _first_value(name: str, shape: torch.Size, seed: int, scale: float, device: torch.device) -> Tensor:
@@ -271,5 +265,5 @@ def _first_value(name: str, shape: torch.Size, seed: int, scale: float, device: 
         return torch.zeros(shape, device=device)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    std = scale if name.endswith(("wo.weight", "w2.weight")) else 0.02
+    std = scale if name.endswith(("wo.weight", "w2.weight", "experts.w2")) else 0.02
     return torch.empty(shape, device=device).normal_(0.0, std, generator=generator)

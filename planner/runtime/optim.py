@@ -42,16 +42,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def clip_gradients(params: list[nn.Parameter], max_norm: float, world: World) -> float:
     """Scale gradients to a global norm of at most `max_norm`; returns the norm before.
 
-    Each parameter counts once: DTensor norms cover dp and tp, one all-reduce adds the pipeline's stages.
+    Each parameter counts once: DTensor norms cover the ranks of their own mesh (experts have another one than the rest, and
+    one operation takes tensors of one mesh only), and one all-reduce adds the pipeline's stages.
     """
-    grads = [p.grad for p in params if p.grad is not None]
-    norm = get_total_norm(grads)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    groups: dict[object, list[nn.Parameter]] = {}
+    for param in params:
+        if param.grad is not None:
+            groups.setdefault(param.grad.device_mesh if isinstance(param.grad, DTensor) else None, []).append(param)
+    norms = []
+    for group in groups.values():
+        norm = get_total_norm([p.grad for p in group if p.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
     if world.pp > 1:
         squared = norm**2
         dist.all_reduce(squared, group=world.mesh["pp"].get_group())
         norm = squared**0.5
-    clip_grads_with_norm_(params, max_norm, norm)
+    for group in groups.values():
+        clip_grads_with_norm_(group, max_norm, norm)
     return float(norm)
 
 

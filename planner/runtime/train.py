@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from planner import planfile
 from planner.errors import InputError, PlannerError
 from planner.planfile import Plan
-from planner.runtime import loss, metrics, optim, parallelize, pipeline
+from planner.runtime import experts, loss, metrics, optim, parallelize, pipeline
 from planner.runtime.data import Batches
 from planner.runtime.mesh import World, build_world, start_processes
 from planner.runtime.meter import Meter
@@ -69,7 +69,8 @@ class Trainer:
             part.tie()
             if layout.tp > 1:
                 parallelize.apply_tp(part, mesh["tp"])
-            parallelize.apply_zero(part, layout, self.plan.job, mesh["dp"])
+            experts.place(part, self.world.experts, layout)
+            parallelize.apply_zero(part, layout, self.plan.job, mesh["dp"], self.world.experts)
             initialise(part, self.plan.job.seq_len, self.options.seed, self.world.device)
         return parts
 

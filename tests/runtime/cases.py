@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import moe_cases
 import plans
 
 from planner.planfile import Plan
@@ -15,6 +16,7 @@ MODELS: dict[str, Model] = {
     "tied": plans.gpt(tied_embeddings=True),
     "deep": plans.llama(layers=5),
     "long": plans.llama(layers=9),
+    **moe_cases.MODELS,
 }
 
 
@@ -77,12 +79,14 @@ def _eight() -> dict[str, tuple[str, dict[str, Any]]]:
     }
 
 
-CASES = {2: _two(), 4: _four(), 8: _eight()}
+CASES = {n: {**own, **moe_cases.CASES[n]} for n, own in ((2, _two()), (4, _four()), (8, _eight()))}
+SLOW = moe_cases.SLOW
+EVERY = {n: {**CASES[n], **SLOW[n]} for n in CASES}
 
 
 def build(processes: int, name: str) -> Plan:
     """The plan of a case."""
-    model, options = CASES[processes][name]
+    model, options = EVERY[processes][name]
     return plans.plan(MODELS[model], **options)
 
 

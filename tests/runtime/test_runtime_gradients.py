@@ -10,15 +10,16 @@ import pytest
 import torch
 
 ALL = [(n, name) for n, group in cases.CASES.items() for name in group]
+SLOW = [pytest.param(n, name, marks=pytest.mark.slow, id=f"{n}-{name}") for n, group in cases.SLOW.items() for name in group]
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("processes", "name"), ALL, ids=[f"{n}-{name}" for n, name in ALL])
+@pytest.mark.parametrize(("processes", "name"), [*(pytest.param(*case, id="-".join(map(str, case))) for case in ALL), *SLOW])
 def test_layout_equals_one_process(jobs: Any, references: Path, processes: int, name: str) -> None:
     ranks = jobs.get(processes, name)
     for rank in ranks:
         assert "error" not in rank, rank["error"]
-    model, options = cases.CASES[processes][name]
+    model, options = cases.EVERY[processes][name]
     _, wanted = torch.load(references / f"{model}.pt")
     assert set().union(*(rank["names"] for rank in ranks)) == set(wanted), "parameters are missing"
     bf16 = options.get("precision") == "bf16"
