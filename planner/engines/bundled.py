@@ -18,6 +18,15 @@ from planner.cost.accounting import (
 from planner.engines.base import Engine, Rule, kv_heads_divisible, microbatches_below_pp
 from planner.engines.fsdp2 import ZERO
 from planner.specs.features import features
+from planner.specs.layers import Attention
+
+BUILT = ("routed experts", "latent attention", "several kinds of layers")
+"""Features that the runtime builds (`specs.features`)."""
+
+
+def _odd_latent(a: Attention) -> bool:
+    return a.kind == "latent" and (a.qk_norm != "none" or a.output_gate or a.output_norm)
+
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -65,12 +74,36 @@ RULES: tuple[Rule, ...] = (
         whole_job=True,
     ),
     Rule(
-        "PLN517", "bundled: plain decoders",
-        lambda t, x: np.full(len(x), bool(features(t.model))),
+        "PLN517", "bundled: layers it builds",
+        lambda t, x: np.full(len(x), not set(features(t.model)) <= set(BUILT)),
         "{model} has {features}",
-        "this version of the runtime builds plain dense decoders only",
+        f"beyond plain decoders this version of the runtime builds {', '.join(BUILT)} only",
         "use another engine, such as --engine megatron",
         whole_job=True,
+    ),
+    Rule(
+        "PLN591", "bundled: experts without biases",
+        lambda t, x: np.full(len(x), any(m.bias for m in t.model.routed_mlps)),
+        "{model} has biases inside its experts",
+        "the runtime's grouped products have none",
+        "use another engine, such as --engine megatron",
+        whole_job=True,
+    ),
+    Rule(
+        "PLN592", "bundled: plain latent attention",
+        lambda t, x: np.full(len(x), any(_odd_latent(a) for a in t.model.attentions)),
+        "{model} has gates, or norms over heads, in latent attention",
+        "the runtime norms the latents only (DeepSeek-V2, arXiv 2405.04434)",
+        "use another engine, such as --engine megatron",
+        whole_job=True,
+    ),
+    Rule(
+        "PLN594", "bundled: latent attention x cp",
+        lambda t, x: (x.cp > 1) & any(a.kind == "latent" for a in t.model.attentions),
+        "cp {cp} with latent attention",
+        "this version of the runtime does not split the sequence of latent attention",
+        "set cp: 1",
+        on="degrees",
     ),
 )  # fmt: skip
 
@@ -79,16 +112,36 @@ SAVED = (
     Saved("norm inputs", "hidden", 1, "sequence", kept=("selective", "full")),
     Saved("rstd", "one", 2, "sequence", size=4, only=("rmsnorm",)),
     Saved("mean, rstd", "one", 4, "sequence", size=4, only=("layernorm",)),
-    # With tp the gathered inputs of the first projections are saved, whole on every rank.
-    Saved("norm outputs", "hidden", 2, "none"),
+    # With tp the gathered inputs of the first projections are saved, whole on every rank: of latent attention they are the
+    # latents, and routed experts take a rank's own tokens.
+    Saved("norm output", "hidden", 1, "none", only=("softmax",)),
+    Saved("norm output, own tokens", "hidden", 1, "sequence", only=("latent",)),
+    Saved("norm output", "hidden", 1, "none", only=("dense",)),
+    Saved("norm output, own tokens", "hidden", 1, "sequence", only=("routed",)),
+    Saved("gathered norm output", "hidden", 1, "none", only=("routed", "shared", "gathered")),
     Saved("query", "q", 1, "tensor"),
-    Saved("key, value", "kv", 2, "tensor"),
+    Saved("key, value", "kv", 2, "tensor", only=("softmax",)),
+    Saved("key", "q", 1, "tensor", only=("latent",)),
+    Saved("value", "v", 1, "tensor", only=("latent",)),
+    Saved("latents", "q_latent", 1, "sequence", only=("latent",)),
+    Saved("normed latents", "q_latent", 1, "none", only=("latent",)),
+    Saved("latents", "kv_latent", 1, "sequence", only=("latent",)),
+    Saved("normed latents", "kv_latent", 1, "none", only=("latent",)),
     Saved("query, key before their norm", "q", 1, "tensor", only=("qk_norm",)),
     Saved("key before its norm", "kv", 1, "tensor", only=("qk_norm",)),
-    Saved("attention output", "q", 1, "tensor", kept=("none", "selective")),
+    Saved("attention output", "v", 1, "tensor", kept=("none", "selective")),
     Saved("log-sum-exp", "heads", 1, "tensor", size=4, kept=("none", "selective")),
     Saved("gate, up, silu, product", "mlp", 4, "tensor", only=("gated",)),
     Saved("gelu input, output", "mlp", 2, "tensor", only=("gelu",)),
+    Saved("ungated output", "hidden", 1, "sequence", only=("shared_gate",)),
+    # Scores in fp32, their experts in int64, and the row of each choice and the reverse in int32; and where rows are
+    # exchanged the order of what arrived and the reverse.
+    Saved("choices", "routes", 20, "sequence", size=1),
+    Saved("orders of exchanged rows", "arrivals", 8, "sequence", size=1, only=("exchanged_rows",)),
+    Saved("routed inputs", "routed", 1, "sequence"),
+    Saved("experts' gate, up, silu, product", "routed_mlp", 4, "sequence", only=("gated",)),
+    Saved("experts' gelu input, output", "routed_mlp", 2, "sequence", only=("gelu",)),
+    Saved("experts' outputs", "returned", 1, "sequence"),
 )
 
 _TP = TpTraffic(
@@ -107,8 +160,8 @@ ACCOUNTING = Accounting(
     elementwise_forward={"gelu": Elementwise(25, 5, 50, 50), "gated": Elementwise(25, 10, 50, 50)},
     elementwise_backward={"gelu": Elementwise(40, 6.6, 56, 56), "gated": Elementwise(40, 18, 56, 56)},
     recomputed={
-        "selective": {"gemm": 1.0, "elementwise": 1.0},
-        "full": {"gemm": 1.0, "attention": 1.0, "elementwise": 1.0},
+        "selective": {"gemm": 1.0, "elementwise": 1.0, "experts": 1.0},
+        "full": {"gemm": 1.0, "attention": 1.0, "elementwise": 1.0, "experts": 1.0},
     },
     logit_bytes=12.0,
     logit_bytes_fp32=12.0,
@@ -159,4 +212,5 @@ BUNDLED = Engine(
     schedules=("gpipe", "1f1b", "interleaved"),
     sequence_parallel=(1,),
     context_parallel=False,
+    expert_parallel=True,
 )

@@ -168,9 +168,9 @@ def _by_expert(received: Tensor, total: int) -> tuple[Tensor, Tensor]:
     expert = torch.arange(local, device=received.device).repeat(received.numel() // local)
     of_row = expert.repeat_interleave(received.flatten(), output_size=total)
     order = of_row.argsort(stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(total, device=order.device)
-    return order, inverse
+    inverse = torch.empty_like(order, dtype=torch.int32)
+    inverse[order] = torch.arange(total, dtype=torch.int32, device=order.device)
+    return order.int(), inverse
 
 
 # ---- placement ---------------------------------------------------------------------------------------------------

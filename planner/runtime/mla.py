@@ -99,8 +99,10 @@ class LatentAttention(nn.Module):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention with values of another width than keys: cuDNN takes them, the fused kernel of a CPU does not."""
+    """Causal attention with values of another width than keys: cuDNN takes them, the fused kernel of a CPU does not.
+
+    Values are copied out of the projection that they came from with the keys: attention keeps them until backward.
+    """
     width = v.shape[-1]
-    if not q.is_cuda and width != q.shape[-1]:
-        v = F.pad(v, (0, q.shape[-1] - width))
+    v = F.pad(v, (0, q.shape[-1] - width)) if width != q.shape[-1] and not q.is_cuda else v.contiguous()
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)[..., :width]
