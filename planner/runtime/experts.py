@@ -7,6 +7,7 @@ etp ranks slices of the same, and efsdp ranks the same parameters, over which Ze
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from planner.runtime.moe import Experts, Moe, sizes_of
+from planner.runtime.moe import Moe, sizes_of
 from planner.specs.layout import Layout
 
 
@@ -59,7 +60,7 @@ class _AllToAll(torch.autograd.Function):
         return _swap(rows, out_sizes, in_sizes, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _swap(grad, *ctx.way), None, None, None
 
 
@@ -85,7 +86,7 @@ class _Gather(torch.autograd.Function):
         return _gather(rows, sizes, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _reduce(grad, *ctx.way), None, None
 
 
@@ -98,7 +99,7 @@ class _Reduce(torch.autograd.Function):
         return _reduce(rows, sizes, own, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _gather(grad, *ctx.way), None, None, None
 
 
@@ -111,7 +112,7 @@ class _Permute(torch.autograd.Function):
         return rows.index_select(0, order)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad.index_select(0, *ctx.saved_tensors), None, None
 
 
@@ -146,7 +147,7 @@ class Exchange:
         if self.etp > 1:
             own = each[self.etp_rank]
             rows = _Reduce.apply(rows, each, own, self.etp_group)  # type: ignore[no-untyped-call]
-        return _AllToAll.apply(rows, leave, arrive, self.ep_group) if self.ep > 1 else rows  # type: ignore[no-untyped-call, no-any-return]
+        return _AllToAll.apply(rows, leave, arrive, self.ep_group) if self.ep > 1 else rows  # type: ignore[no-untyped-call]
 
     def _counts(self, counts: Tensor) -> tuple[Tensor, Tensor]:
         """(rows sent to each ep rank [ep], rows received [etp, ep, E / ep] for each local expert)."""
@@ -235,10 +236,10 @@ def _dimension(param: nn.Parameter, ranks: int) -> Shard | None:
     return next((Shard(i) for i, n in enumerate(local.shape) if n % ranks == 0), None)
 
 
-def gather_early(blocks: list[nn.Module]) -> None:
+def gather_early(blocks: Sequence[nn.Module]) -> None:
     """Let each layer's gather start its experts' too: routing makes the host wait, and would keep them from hiding."""
     for block in blocks:
-        own = [moe.experts for moe in mixtures(block) if isinstance(moe.experts, FSDPModule)]
+        own: list[FSDPModule] = [moe.experts for moe in mixtures(block) if isinstance(moe.experts, FSDPModule)]
         if own and isinstance(block, FSDPModule):
             block.set_modules_to_forward_prefetch(own)
 
@@ -249,5 +250,3 @@ def units(part: nn.Module) -> list[FSDPModule]:
         return [part]
     return [m for m in part.modules() if isinstance(m, FSDPModule)]
 
-
-__all__ = ["Exchange", "Experts", "build_mesh", "gather_early", "gradient_scale", "mixtures", "place", "units", "wrap"]

@@ -33,7 +33,7 @@ class _Logits(torch.autograd.Function):
         return x.float() @ weight.float().T
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         return (grad @ weight.float()).to(x.dtype), (grad.T @ x.float()).to(weight.dtype)
 
@@ -131,7 +131,7 @@ class _Spread(torch.autograd.Function):
         return _copied(x, routing.choice, *ctx.how)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         total = _picked(grad, *ctx.saved_tensors, *ctx.how).sum(1)
         return (total if ctx.scale == 1.0 else total.mul_(1.0 / ctx.scale)), None, None
 
@@ -146,7 +146,7 @@ class _Combine(torch.autograd.Function):
         return torch.bmm(scores[:, None, :].to(rows.dtype), _picked(rows, routing.row, *ctx.how)).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, scores, choice, row = ctx.saved_tensors
         d_scores = torch.bmm(_picked(rows, row, *ctx.how), grad[:, :, None]).squeeze(2).to(scores.dtype)
         weight = scores.flatten().index_select(0, choice.clamp_min(0)) * ctx.scale
@@ -170,15 +170,15 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.sizes = sizes
         out = x.new_empty(x.shape[0], weight.shape[1])
-        for w, a, b in zip(weight, x.split(sizes), out.split(sizes), strict=True):
+        for w, a, b in zip(weight, x.split(sizes), out.split(sizes), strict=True):  # type: ignore[no-untyped-call]
             torch.mm(a, w.T, out=b)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         dx, dw = torch.empty_like(x), torch.empty_like(weight)
-        each = zip(weight, x.split(ctx.sizes), grad.split(ctx.sizes), dx.split(ctx.sizes), dw, strict=True)
+        each = zip(weight, x.split(ctx.sizes), grad.split(ctx.sizes), dx.split(ctx.sizes), dw, strict=True)  # type: ignore[no-untyped-call]
         for w, a, g, da, d in each:
             torch.mm(g, w, out=da)
             torch.mm(g.T, a, out=d)  # zero for an expert without rows
