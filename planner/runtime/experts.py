@@ -249,4 +249,3 @@ def units(part: nn.Module) -> list[FSDPModule]:
     if isinstance(part, FSDPModule):
         return [part]
     return [m for m in part.modules() if isinstance(m, FSDPModule)]
-

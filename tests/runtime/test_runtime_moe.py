@@ -35,7 +35,9 @@ def by_hand(m: moe.Moe, x: torch.Tensor, kept: torch.Tensor | None = None) -> to
     e = m.experts
     every = []
     for i in range(m.spec.experts):
-        inner = F.silu(flat @ e.w1[i].T) * (flat @ e.w3[i].T) if e.w3 is not None else F.gelu(flat @ e.w1[i].T, approximate="tanh")
+        inner = (
+            F.silu(flat @ e.w1[i].T) * (flat @ e.w3[i].T) if e.w3 is not None else F.gelu(flat @ e.w1[i].T, approximate="tanh")
+        )
         every.append(inner @ e.w2[i].T)
     return (weights[:, :, None] * torch.stack(every, 1)).sum(1).view_as(x)
 
