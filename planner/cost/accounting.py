@@ -14,10 +14,27 @@ COMPUTE: Literal["compute"] = "compute"
 """Stands for the bytes of one element of the job's compute type."""
 Size = float | Literal["compute"]
 Width = Literal[
-    "hidden", "q", "kv", "v", "mlp", "heads", "one", "scores", "q_latent", "kv_latent", "routed", "routed_mlp", "experts"
+    "hidden",
+    "q",
+    "kv",
+    "v",
+    "mlp",
+    "heads",
+    "one",
+    "scores",
+    "q_latent",
+    "kv_latent",
+    "routed",
+    "routed_mlp",
+    "experts",
+    "returned",
+    "routes",
+    "arrivals",
 ]
-"""Widths of a token's row. `mlp` is the dense or shared width. Rows `routed` (h wide) and `routed_mlp` (expert width)
-come once for every expert that a token visits; `scores` is one head's row of attention scores, for all its heads."""
+"""Widths of a token's row. `mlp` is the dense or shared width; `scores` is one head's row of attention scores, for all heads.
+Rows come once for every expert that a token visits: `returned` (h wide), `routed` (the same, gathered where tensor
+parallelism splits experts: once for each of its ranks), `routed_mlp` (expert width). `routes` and `arrivals` are one element of
+each of the rows of `returned` and `routed`."""
 Split = Literal["sequence", "tensor", "none"]
 Part = Literal["params", "grads", "optimizer"]
 When = Literal["always", "accumulating", "single", "sharded", "copied"]

@@ -18,8 +18,16 @@ from planner.cost.accounting import (
 from planner.engines.base import Engine, Rule, exchange_divisible, kv_heads_divisible, microbatches_below_pp
 from planner.engines.fsdp2 import ZERO
 from planner.specs.features import features
+from planner.specs.layers import Attention
+
+
+def _odd_latent(a: Attention) -> bool:
+    return a.kind == "latent" and (a.qk_norm != "none" or a.output_gate or a.output_norm)
+
 
 BUILT = (
+    "routed experts",
+    "latent attention",
     "sliding-window or chunked attention",
     "norms over the whole query",
     "norms after the sublayers",
@@ -102,6 +110,37 @@ RULES: tuple[Rule, ...] = (
         "use another engine, such as --engine megatron",
         whole_job=True,
     ),
+    Rule(
+        "PLN591", "bundled: experts without biases",
+        lambda t, x: np.full(len(x), any(m.bias for m in t.model.routed_mlps)),
+        "{model} has biases inside its experts",
+        "the runtime's grouped products have none",
+        "use another engine, such as --engine megatron",
+        whole_job=True,
+    ),
+    Rule(
+        "PLN592", "bundled: plain latent attention",
+        lambda t, x: np.full(len(x), any(_odd_latent(a) for a in t.model.attentions)),
+        "{model} has gates, or norms over heads, in latent attention",
+        "the runtime norms the latents only (DeepSeek-V2, arXiv 2405.04434)",
+        "use another engine, such as --engine megatron",
+        whole_job=True,
+    ),
+    Rule(
+        "PLN594", "bundled: latent attention x cp",
+        lambda t, x: (x.cp > 1) & any(a.kind == "latent" for a in t.model.attentions),
+        "cp {cp} with latent attention",
+        "this version of the runtime does not split the sequence of latent attention",
+        "set cp: 1",
+        on="degrees",
+    ),
+    Rule(
+        "PLN595", "bundled: experts x offload or hybrid sharding",
+        lambda t, x: ((x.offload > 0) | (x.replicas > 1)) & bool(t.model.routed_mlps),
+        "routed experts with offload {offload} or hybrid sharding",
+        "experts are sharded over a mesh of their own, which has neither",
+        "set offload: none and leave out shard",
+    ),
 )  # fmt: skip
 
 SAVED = (
@@ -109,17 +148,37 @@ SAVED = (
     Saved("norm inputs", "hidden", 1, "sequence", kept=("selective", "full")),
     Saved("rstd", "one", 2, "sequence", size=4, only=("rmsnorm",)),
     Saved("mean, rstd", "one", 4, "sequence", size=4, only=("layernorm",)),
-    # With tp the gathered inputs of the first projections are saved, whole on every rank.
-    Saved("norm outputs", "hidden", 2, "none"),
+    # With tp the gathered inputs of the first projections are saved, whole on every rank: of latent attention they are the
+    # latents, and routed experts take a rank's own tokens.
+    Saved("norm output", "hidden", 1, "none", only=("softmax",)),
+    Saved("norm output, own tokens", "hidden", 1, "sequence", only=("latent",)),
+    Saved("norm output", "hidden", 1, "none", only=("dense",)),
+    Saved("norm output, own tokens", "hidden", 1, "sequence", only=("routed",)),
+    Saved("gathered norm output", "hidden", 1, "none", only=("routed", "shared", "gathered")),
     Saved("query", "q", 1, "tensor"),
-    Saved("key, value", "kv", 2, "tensor"),
+    Saved("key, value", "kv", 2, "tensor", only=("softmax",)),
+    Saved("key", "q", 1, "tensor", only=("latent",)),
+    Saved("value", "v", 1, "tensor", only=("latent",)),
+    Saved("latents", "q_latent", 1, "sequence", only=("latent",)),
+    Saved("normed latents", "q_latent", 1, "none", only=("latent",)),
+    Saved("latents", "kv_latent", 1, "sequence", only=("latent",)),
+    Saved("normed latents", "kv_latent", 1, "none", only=("latent",)),
     Saved("query, key before their norm", "q", 1, "tensor", only=("qk_norm",)),
     Saved("key before its norm", "kv", 1, "tensor", only=("qk_norm",)),
-    Saved("attention output", "q", 1, "tensor", kept=("none", "selective")),
+    Saved("attention output", "v", 1, "tensor", kept=("none", "selective")),
     Saved("attention output, own tokens of all heads", "q", 1, "tensor", only=("exchanged",)),
     Saved("log-sum-exp", "heads", 1, "tensor", size=4, kept=("none", "selective")),
     Saved("gate, up, silu, product", "mlp", 4, "tensor", only=("gated",)),
     Saved("gelu input, output", "mlp", 2, "tensor", only=("gelu",)),
+    Saved("ungated output", "hidden", 1, "sequence", only=("shared_gate",)),
+    # Scores in fp32, their experts in int64, and the row of each choice and the reverse in int32; and where rows are
+    # exchanged the order of what arrived and the reverse.
+    Saved("choices", "routes", 20, "sequence", size=1),
+    Saved("orders of exchanged rows", "arrivals", 8, "sequence", size=1, only=("exchanged_rows",)),
+    Saved("routed inputs", "routed", 1, "sequence"),
+    Saved("experts' gate, up, silu, product", "routed_mlp", 4, "sequence", only=("gated",)),
+    Saved("experts' gelu input, output", "routed_mlp", 2, "sequence", only=("gelu",)),
+    Saved("experts' outputs", "returned", 1, "sequence"),
 )
 
 _TP = TpTraffic(
@@ -138,8 +197,8 @@ ACCOUNTING = Accounting(
     elementwise_forward={"gelu": Elementwise(25, 5, 50, 50), "gated": Elementwise(25, 10, 50, 50)},
     elementwise_backward={"gelu": Elementwise(40, 6.6, 56, 56), "gated": Elementwise(40, 18, 56, 56)},
     recomputed={
-        "selective": {"gemm": 1.0, "elementwise": 1.0},
-        "full": {"gemm": 1.0, "attention": 1.0, "elementwise": 1.0},
+        "selective": {"gemm": 1.0, "elementwise": 1.0, "experts": 1.0},
+        "full": {"gemm": 1.0, "attention": 1.0, "elementwise": 1.0, "experts": 1.0},
     },
     logit_bytes=12.0,
     logit_bytes_fp32=12.0,
@@ -181,6 +240,7 @@ ACCOUNTING = Accounting(
         "optimizer_bytes": "28 measured for fused AdamW on H200; 12 counted for norm, clip and the sharded copy",
         "kernels_forward": "measured: 2.5 ms of host time a layer, forward and backward, eager torch 2.11 beside an H200, "
         "at the 5 us a launch of its profile; 10.7 ms with tp (DTensor dispatch), 4.6 ms with ZeRO 3",
+        "kernels_routed": "counted in a profile on H200 (torch 2.11): 98 launches more a layer, forward and backward",
         "dp_window": "assumed",
         "reserved_ratio": "1.005 measured with expandable segments on H200, up to 1.10 without: assumed between",
     },
@@ -197,4 +257,5 @@ BUNDLED = Engine(
     context_parallel=True,
     hybrid_sharding=True,
     offloads=("none", "optimizer"),
+    expert_parallel=True,
 )

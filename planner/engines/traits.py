@@ -185,6 +185,14 @@ _COMPILED_RULES = (
         "use 1f1b or interleaved, or leave out +compile",
         on="pipeline",
     ),
+    Rule(
+        "PLN596", "compile: dense layers",
+        lambda t, x: np.full(len(x), bool(t.model.routed_mlps)),
+        "{model} has routed experts, with compiled blocks",
+        "the sizes of their exchanges depend on the tokens: a compiled block would be cut apart and compiled anew",
+        "leave out +compile",
+        whole_job=True,
+    ),
 )  # fmt: skip
 
 

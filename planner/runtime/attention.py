@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from planner.runtime.context import Context
 from planner.runtime.norms import norm_of
+from planner.runtime.rotary import rotate
 from planner.specs.layers import Attention as Spec
 from planner.specs.model import LayerGroup, Model
 
@@ -21,23 +22,6 @@ SAVED_BY_SELECTIVE = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
 """Selective recompute keeps the outputs of these (attention out and log-sum-exp), and recomputes all else."""
-
-
-def rotary_tables(model: Model, width: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of the angles that turn `width` dimensions of a head, each [s, 1, width / 2] fp32, for `positions` [s] in
-    the sequence (Su 2021, arXiv 2104.09864)."""
-    half = width // 2
-    frequency = model.rope_theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
-    angle = torch.outer(positions.float(), frequency)
-    return angle.cos()[:, None, :], angle.sin()[:, None, :]
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate halves of the first dimensions of each head, as many as the tables are for; x [b, s, heads, d], fp32 inside."""
-    width = 2 * cos.shape[-1]
-    a, b = x[..., :width].float().chunk(2, dim=-1)
-    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
-    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
 
 
 def locality_mask(spec: Spec, seq_len: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
@@ -98,7 +82,7 @@ class Attention(nn.Module):
         if not self.whole_norms and self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.cos is not None and self.sin is not None:
-            q, k = _rotate(q, self.cos, self.sin), _rotate(k, self.cos, self.sin)
+            q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
         if self.context is not None:
             q, k, v = (self.context.whole_sequence(t) for t in (q, k, v))
         out = self._attend(q, k, v)

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from planner.errors import input_error
 from planner.planfile import Plan
+from planner.runtime import experts
 from planner.specs.layout import Layout
 
 
@@ -38,6 +39,8 @@ class World:
     dp_rank: int
     cp_rank: int
     tp_rank: int
+    experts: DeviceMesh | None = None
+    """Dimensions (pp, efsdp, ep, etp): the same ranks as the experts see them. None without routed experts."""
 
     @property
     def rank(self) -> int:
@@ -119,7 +122,9 @@ def build_world(plan: Plan, device: torch.device) -> World:
     data = _data_mesh(mesh, layout)
     copies = data.size() // layout.sharded
     states = data._unflatten(0, (copies, layout.sharded), ("copies", "shard")) if copies > 1 else data
-    return World(mesh, data, states, device, *shape, *(mesh.get_coordinate() or (0, 0, 0, 0)))
+    grid = experts.build_mesh(layout, device.type) if plan.model.routed_mlps else None
+    pp_rank, dp_rank, cp_rank, tp_rank = mesh.get_coordinate() or (0, 0, 0, 0)
+    return World(mesh, data, states, device, *shape, pp_rank, dp_rank, cp_rank, tp_rank, grid)
 
 
 def _data_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:

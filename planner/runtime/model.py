@@ -11,29 +11,21 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from planner.runtime.attention import SAVED_BY_SELECTIVE, Attention, locality_mask, rotary_tables
+from planner.runtime.activations import activate, activation_of
+from planner.runtime.attention import SAVED_BY_SELECTIVE, Attention, locality_mask
+from planner.runtime.mla import LatentAttention
+from planner.runtime.moe import Moe
 from planner.runtime.norms import norm_of
+from planner.runtime.rotary import rotary_tables
 from planner.specs.model import LayerGroup, Model
-
-CLAMP = 7.0
-"""Bound of `clamped_silu` (gpt-oss: gate and up are clamped, the gate's sigmoid is steeper, 1 is added to up)."""
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "clamped_silu": lambda x: x * torch.sigmoid(1.702 * x),
-}
 
 
 class Mlp(nn.Module):
@@ -41,19 +33,29 @@ class Mlp(nn.Module):
 
     def __init__(self, model: Model, group: LayerGroup):
         super().__init__()
-        spec = group.mlp
-        self.w1 = nn.Linear(model.hidden, spec.width, bias=spec.bias)
-        self.w2 = nn.Linear(spec.width, model.hidden, bias=spec.bias)
-        self.w3 = nn.Linear(model.hidden, spec.width, bias=spec.bias) if spec.kind == "gated" else None
-        self.name = spec.activation or ("silu" if spec.kind == "gated" else "gelu_tanh")
+        spec, width = group.mlp, group.mlp.dense_width
+        self.w1 = nn.Linear(model.hidden, width, bias=spec.bias)
+        self.w2 = nn.Linear(width, model.hidden, bias=spec.bias)
+        self.w3 = nn.Linear(model.hidden, width, bias=spec.bias) if spec.kind == "gated" else None
+        self.activation = activation_of(spec)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner, up = self.w1(x), None if self.w3 is None else self.w3(x)
-        if self.name == "clamped_silu":
-            inner, up = inner.clamp(max=CLAMP), None if up is None else up.clamp(-CLAMP, CLAMP) + 1.0
-        inner = ACTIVATIONS[self.name](inner)
-        out: Tensor = self.w2(inner if up is None else inner * up)
+        inner = activate(self.activation, self.w1(x), None if self.w3 is None else self.w3(x))
+        out: Tensor = self.w2(inner)
         return out
+
+
+def _attention(model: Model, group: LayerGroup) -> Attention | LatentAttention:
+    if group.attention.kind == "latent":
+        return LatentAttention(model, group)
+    return Attention(model, group)
+
+
+def _mlp(model: Model, group: LayerGroup) -> Mlp | Moe:
+    """A dense MLP, or routed experts beside the shared ones that are a dense MLP of their own."""
+    if not group.mlp.routed:
+        return Mlp(model, group)
+    return Moe(model.hidden, group.mlp, Mlp(model, group) if group.mlp.shared_width else None)
 
 
 KEEP_ATTENTION = functools.partial(create_selective_checkpoint_contexts, list(SAVED_BY_SELECTIVE))
@@ -71,10 +73,10 @@ class Block(nn.Module):
         self.recompute = "none"
         before, after = group.norms != "post", group.norms in ("post", "both")
         self.attn_norm = norm_of(model) if before else None
-        self.attn = Attention(model, group)
+        self.attn = _attention(model, group)
         self.attn_post_norm = norm_of(model) if after else None
         self.mlp_norm = norm_of(model) if before and group.norms != "shared" else None
-        self.mlp = Mlp(model, group)
+        self.mlp = _mlp(model, group)
         self.mlp_post_norm = norm_of(model) if after else None
         self.parallel, self.shared = group.parallel, group.norms == "shared"
 
@@ -170,8 +172,11 @@ def _set_buffers(part: Decoder, tokens: range, dtype: torch.dtype, device: torch
     tables = {n: rotary_tables(part.model, n, positions) for n in {block.attn.turned for block in part.blocks()} if n}
     masks: dict[tuple[int | None, int | None], Tensor | None] = {}
     for block in part.blocks():
-        attention, spec = block.attn, block.attn.spec
+        attention = block.attn
         attention.cos, attention.sin = tables.get(attention.turned, (None, None))
+        if isinstance(attention, LatentAttention):
+            continue
+        spec = attention.spec
         kind, whole = (spec.sliding_window, spec.chunk), len(tokens) * (attention.context.size if attention.context else 1)
         if kind not in masks:
             masks[kind] = locality_mask(spec, whole, dtype, device)
@@ -186,5 +191,5 @@ def _first_value(name: str, shape: torch.Size, seed: int, scale: float, device: 
         return torch.zeros(shape, device=device)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    std = scale if name.endswith(("wo.weight", "w2.weight")) else 0.02
+    std = scale if name.endswith(("wo.weight", "w2.weight", "experts.w2")) else 0.02
     return torch.empty(shape, device=device).normal_(0.0, std, generator=generator)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from planner.runtime.replicated import Replicated, whole
 from planner.specs.model import Model
 
 
@@ -48,19 +48,7 @@ class _RmsNormCpu(torch.autograd.Function):
         return dx.view_as(x), dw.to(weight.dtype), None
 
 
-def local(param: Tensor) -> Tensor:
-    """The local value of a parameter that every tensor parallel rank holds whole.
-
-    Each rank uses it on its own tokens or heads, so its gradient is a part of a sum over the tp group; the redistribute
-    makes that sum in backward.
-    """
-    if isinstance(param, DTensor):
-        whole = param.redistribute(placements=[Replicate()])
-        return whole.to_local(grad_placements=[Partial()])
-    return param
-
-
-class Norm(nn.Module):
+class Norm(Replicated):
     """RMSNorm or LayerNorm over the last dimension, in the compute type with fp32 statistics."""
 
     def __init__(self, width: int, kind: str, bias: bool, epsilon: float, weight: bool = True):
@@ -70,9 +58,9 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else local(self.weight)
+        weight = None if self.weight is None else whole(self.weight)
         if self.kind == "layernorm":
-            bias = None if self.bias is None else local(self.bias)
+            bias = None if self.bias is None else whole(self.bias)
             return F.layer_norm(x, self.shape, weight, bias, self.epsilon)
         if weight is None or x.is_cuda or torch.compiler.is_compiling():
             return F.rms_norm(x, self.shape, weight, self.epsilon)

@@ -39,14 +39,26 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def _by_mesh(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters with gradients, those of one mesh together."""
+    groups: dict[object, list[nn.Parameter]] = {}
+    for param in params:
+        if param.grad is not None:
+            groups.setdefault(param.grad.device_mesh if isinstance(param.grad, DTensor) else None, []).append(param)
+    return list(groups.values())
+
+
 def global_norm(params: list[nn.Parameter], world: World) -> Tensor:
     """Norm of all gradients of the grid, the same on every rank. Collective.
 
-    Each parameter counts once: DTensor norms cover dp and tp, one all-reduce adds the pipeline's stages.
+    Each parameter counts once: DTensor norms cover the ranks of their own mesh (experts have another one than the rest, and
+    one operation takes tensors of one mesh only), and one all-reduce adds the pipeline's stages.
     """
-    grads = [p.grad for p in params if p.grad is not None]
-    norm = get_total_norm(grads)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norms = []
+    for group in _by_mesh(params):
+        norm = get_total_norm([p.grad for p in group if p.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
     if world.pp > 1:
         squared = norm**2
         dist.all_reduce(squared, group=world.mesh["pp"].get_group())
@@ -56,7 +68,8 @@ def global_norm(params: list[nn.Parameter], world: World) -> Tensor:
 
 def clip_gradients(params: list[nn.Parameter], max_norm: float, norm: Tensor) -> None:
     """Scale gradients of global norm `norm` to at most `max_norm`."""
-    clip_grads_with_norm_(params, max_norm, norm)
+    for group in _by_mesh(params):
+        clip_grads_with_norm_(group, max_norm, norm)
 
 
 def full_gradients(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:

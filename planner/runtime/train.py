@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from planner import planfile
 from planner.errors import InputError, PlannerError
 from planner.planfile import Plan
-from planner.runtime import loss, metrics, optim, parallelize, pipeline, precision
+from planner.runtime import experts, loss, metrics, optim, parallelize, pipeline, precision
 from planner.runtime.data import Batches
 from planner.runtime.mesh import World, build_world, start_processes
 from planner.runtime.meter import Meter
@@ -82,9 +82,10 @@ class Trainer:
                 parallelize.apply_tp(part, mesh["tp"])
             if layout.cp > 1:
                 parallelize.apply_cp(part, mesh["cp"])
+            experts.place(part, self.world.experts, layout)
             if self.compiled:
                 parallelize.apply_compile(part, layout.tp)
-            parallelize.apply_zero(part, layout, self.plan.job, self.world.states)
+            parallelize.apply_zero(part, layout, self.plan.job, self.world.states, self.world.experts)
             home = torch.device("cpu") if layout.offload == "optimizer" else self.world.device
             initialise(part, tokens, self.options.seed, self.world.device, home, precision.DTYPES[self.plan.job.precision])
         return parts

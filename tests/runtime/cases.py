@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import moe_cases
 import plans
 
 from planner.planfile import Plan
@@ -15,6 +16,7 @@ MODELS: dict[str, Model] = {
     "tied": plans.gpt(tied_embeddings=True),
     "deep": plans.llama(layers=5),
     "long": plans.llama(layers=9),
+    **moe_cases.MODELS,
     "gemma": plans.gemma(),
     "olmo": plans.olmo(),
     "phi": plans.phi(),
@@ -108,12 +110,12 @@ def _eight() -> dict[str, tuple[str, dict[str, Any]]]:
     }
 
 
-CASES = {2: _two(), 4: _four(), 8: _eight()}
+CASES = {n: {**own, **moe_cases.CASES[n], **moe_cases.SLOW[n]} for n, own in ((2, _two()), (4, _four()), (8, _eight()))}
 
 
 def is_slow(name: str) -> bool:
     """Whether a case belongs to the slow tier: compiling takes half a minute a plan."""
-    return "compiled" in name
+    return "compiled" in name or any(name in group for group in moe_cases.SLOW.values())
 
 
 def build(processes: int, name: str) -> Plan:

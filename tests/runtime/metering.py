@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import moe_metering
 import plans
 import torch
 import torch.distributed as dist
@@ -62,7 +63,7 @@ def _cases() -> dict[int, dict[str, Plan]]:
     return found
 
 
-CASES = _cases()
+CASES = {n: {**own, **moe_metering.CASES[n]} for n, own in _cases().items()}
 
 
 def peak(plan: Plan) -> int:
