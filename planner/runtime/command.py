@@ -23,6 +23,10 @@ from planner.runtime.mesh import start_processes
 from planner.specs.training import Options, argparse_arguments
 
 
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What a process hears of a peer that is gone."""
+
+
 def arguments(words: list[str] | None = None) -> tuple[Path, Options]:
     """The plan's path and the options of a command line."""
     parser = argparse.ArgumentParser(prog="planner.runtime.train", description="Train a plan.", allow_abbrev=False)
@@ -76,12 +80,15 @@ def train(path: Path, options: Options) -> int:
         return error.exit_code
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        gone = next((text for text in GONE if text in first), "")
         text = f"[rank {rank}] {type(error).__name__}: {first}"
+        if gone:
+            text = f"[rank {rank}] lost another rank ({gone}): its own message, or torchrun's, says why"
         if log is not None:
             log.write(text)
         print(text, file=sys.stderr, flush=True)
-        if isinstance(error, dist.DistError) or "Connection closed by peer" in text or "Connection reset by peer" in text:
-            return 1  # another rank is gone, and its message is the one that counts
+        if gone:
+            return 1
         raise
     return 0
 
