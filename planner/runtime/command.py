@@ -22,7 +22,6 @@ from planner.runtime.loop import Run
 from planner.runtime.mesh import start_processes
 from planner.specs.training import Options, argparse_arguments
 
-
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """What a process hears of a peer that is gone."""
 

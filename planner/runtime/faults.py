@@ -40,10 +40,20 @@ class RunFailed(PlannerError):
         self.loud = loud
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and saved what it had."""
+ASKED, SIGNALLED = 1, 2
+"""How a run is asked to stop: by the stop file, by SIGTERM."""
 
-    exit_code = 128 + signal.SIGTERM
+
+class Stopped(Exception):
+    """The run was asked to stop, and saved what it had.
+
+    After SIGTERM the exit code is 143; torchrun counts that as a failure, and restarts the job if it was not what was
+    signalled. After the stop file it is 0: whoever wrote it does not want a restart.
+    """
+
+    def __init__(self, message: str, how: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal.SIGTERM if how == SIGNALLED else 0
 
 
 def restarts() -> int:
@@ -118,8 +128,11 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGTERM, self._before)
 
-    def __bool__(self) -> bool:
-        return self.signalled or (self.file is not None and self.file.exists())
+    def how(self) -> int:
+        """`SIGNALLED`, `ASKED`, or 0."""
+        if self.signalled:
+            return SIGNALLED
+        return ASKED if self.file is not None and self.file.exists() else 0
 
 
 # ---- hangs -------------------------------------------------------------------------------------------------------

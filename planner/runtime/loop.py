@@ -73,12 +73,12 @@ class Run:
             self.trainer.mark = watchdog.enter
             for step in range(first, self.options.steps):
                 with watchdog.step(step):
-                    stop = self._step(step, metered=self._is_metered(step, first), stop=bool(request))
+                    stop = self._step(step, metered=self._is_metered(step, first), stop=request.how())
                     watchdog.enter(step, 3)
                     self._save(stop)
                 profile.step()
                 if stop:
-                    raise faults.Stopped(f"asked to stop: {self.progress.step:,} of {self.options.steps:,} steps done")
+                    raise faults.Stopped(f"asked to stop: {self.progress.step:,} of {self.options.steps:,} steps done", stop)
             with watchdog.step(self.options.steps):
                 watchdog.enter(self.options.steps, 3)
                 self._finish()
@@ -86,8 +86,8 @@ class Run:
     def _is_metered(self, step: int, first: int) -> bool:
         return self.device.type == "cpu" and step == min(first + METERED_STEP, self.options.steps - 1)
 
-    def _step(self, step: int, metered: bool, stop: bool) -> bool:
-        """One step and its record; returns whether any rank was asked to stop."""
+    def _step(self, step: int, metered: bool, stop: int) -> int:
+        """One step and its record; returns how any rank was asked to stop."""
         start = time.perf_counter()
         around: AbstractContextManager[object] = self.meter if metered else nullcontext()
         with around:
@@ -127,14 +127,14 @@ class Run:
         self.trainer.mark(step, 4)
         return self.evaluation.loss()
 
-    def _save(self, stop: bool) -> None:
+    def _save(self, stop: int) -> None:
         """Save where it is due; when the run stops, wait until that is on disk. Raises RunFailed."""
         if self.checkpoints is None:
             return
         self.checkpoints.poll()
         every = self.options.save_every
         if stop or (every and self.progress.step % every == 0 and self.progress.step < self.options.steps):
-            self.checkpoints.save(self.progress, wait=stop)
+            self.checkpoints.save(self.progress, wait=bool(stop))
 
     def _finish(self) -> None:
         """The last checkpoint, the exported weights, the summary."""

@@ -66,15 +66,15 @@ def peak_memory(device: torch.device, metered_bytes: int | None) -> tuple[int | 
     return metered_bytes, None
 
 
-def agree(values: tuple[int | None, int | None], stop: bool, world: World) -> tuple[int | None, int | None, bool]:
-    """(allocated, reserved, stop): the largest of each over all ranks, and whether any of them was asked to stop.
+def agree(values: tuple[int | None, int | None], stop: int, world: World) -> tuple[int | None, int | None, int]:
+    """(allocated, reserved, stop): the largest of each over all ranks, and how any of them was asked to stop.
 
     Collective.
     """
-    data = torch.tensor([*(-1 if v is None else v for v in values), int(stop)], dtype=torch.int64, device=world.device)
+    data = torch.tensor([*(-1 if v is None else v for v in values), stop], dtype=torch.int64, device=world.device)
     dist.all_reduce(data, op=dist.ReduceOp.MAX)
     first, second, asked = data.tolist()
-    return (first if first >= 0 else None), (second if second >= 0 else None), bool(asked)
+    return (first if first >= 0 else None), (second if second >= 0 else None), int(asked)
 
 
 class Recorder:
