@@ -35,6 +35,7 @@ class Run:
         self.evaluation = Evaluation(self.trainer) if options.eval_data else None
         self.meter = Meter()
         self.peaks: tuple[int | None, int | None] = (None, None)
+        self.profile = Profile(self.out / "profile", self.trainer.world.rank, options.profile)
         self._introduce()
         self.progress = self._begin()
         built = sinks.build(plan, options) if self.trainer.world.rank == 0 else []
@@ -68,12 +69,12 @@ class Run:
         with (
             faults.StopRequest(self.out, rank) as request,
             faults.Watchdog(self.log.folder, rank, size, self.options.step_timeout) as watchdog,
-            Profile(self.out / "profile", rank, self.options.profile) as profile,
+            self.profile as profile,
         ):
             self.trainer.mark = watchdog.enter
             for step in range(first, self.options.steps):
                 with watchdog.step(step):
-                    stop = self._step(step, metered=self._is_metered(step, first), stop=request.how())
+                    stop = self._step(step, metered=self._is_metered(step, first), request=request)
                     watchdog.enter(step, 3)
                     self._save(stop)
                 profile.step()
@@ -86,7 +87,7 @@ class Run:
     def _is_metered(self, step: int, first: int) -> bool:
         return self.device.type == "cpu" and step == min(first + METERED_STEP, self.options.steps - 1)
 
-    def _step(self, step: int, metered: bool, stop: int) -> int:
+    def _step(self, step: int, metered: bool, request: faults.StopRequest) -> int:
         """One step and its record; returns how any rank was asked to stop."""
         start = time.perf_counter()
         around: AbstractContextManager[object] = self.meter if metered else nullcontext()
@@ -100,7 +101,7 @@ class Run:
             step=step + 1, samples=done.samples + job.global_batch, position=done.position + job.global_batch
         )
         self.peaks = metrics.peak_memory(self.device, self.meter.peak or None)
-        allocated, reserved, stop = metrics.agree(self.peaks, stop, self.trainer.world)
+        allocated, reserved, stop = metrics.agree(self.peaks, request.how(), self.trainer.world)
         record = metrics.StepRecord(
             step=step,
             loss=value,
@@ -111,6 +112,7 @@ class Run:
             peak_allocated_bytes=allocated,
             peak_reserved_bytes=reserved,
             metered=metered,
+            profiled=self.profile.slows,
             samples=self.progress.samples,
             tokens=self.progress.samples * job.seq_len,
             eval_loss=self._evaluate(step),

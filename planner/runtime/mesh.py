@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from planner.errors import input_error
@@ -81,7 +82,7 @@ def start_processes(plan: Plan, timeout_s: float = 600.0) -> torch.device:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            store=dist.PrefixStore(f"planner/attempt-{attempt}", store),
+            store=PrefixStore(f"planner/attempt-{attempt}", store),
             rank=rank,
             world_size=size,
             timeout=timeout,

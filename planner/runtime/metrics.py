@@ -43,6 +43,8 @@ class StepRecord:
     peak_reserved_bytes: int | None
     metered: bool
     """Whether the meter slowed this step down."""
+    profiled: bool = False
+    """Whether the profiler slowed this step down."""
     samples: int = 0
     """Sequences trained so far, this step's included."""
     tokens: int = 0
@@ -110,7 +112,9 @@ class Recorder:
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
         for sink in self.sinks:
-            sink.add(record.step, {k: v for k, v in values.items() if v is not None and k not in ("step", "metered")})
+            sink.add(
+                record.step, {k: v for k, v in values.items() if v is not None and k not in ("step", "metered", "profiled")}
+            )
         last = record.step == self.options.steps - 1
         if record.step % self.options.log_every == 0 or last or record.eval_loss is not None:
             self.say(progress_line(record))
@@ -172,15 +176,15 @@ def progress_line(record: StepRecord) -> str:
         line += f"  peak {gib(record.peak_allocated_bytes, 2)}"
     if record.eval_loss is not None:
         line += f"  eval loss {record.eval_loss:.4f}"
-    return line + ("  (metered)" if record.metered else "")
+    return line + ("  (metered)" if record.metered else "") + ("  (profiled)" if record.profiled else "")
 
 
 def typical_step_time(records: list[StepRecord]) -> float:
-    """Median seconds of a step without warm-up and metered steps; of what there is when nothing remains.
+    """Median seconds of a step without warm-up, metered and profiled steps; of what there is when nothing remains.
 
     The first steps of a process warm up, wherever its run was resumed.
     """
-    clean = [r for r in records if not r.metered]
+    clean = [r for r in records if not (r.metered or r.profiled)]
     settled = [r for r in clean if r.step >= records[0].step + WARMUP_STEPS]
     return statistics.median(r.step_time_s for r in settled or clean or records)
 

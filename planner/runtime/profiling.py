@@ -19,6 +19,7 @@ class Profile:
     def __init__(self, folder: Path, rank: int, wanted: bool):
         self.folder, self.rank = folder, rank
         self.profiler: Any = None
+        self.done = 0
         if wanted:
             activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
             self.profiler = profile(
@@ -32,8 +33,14 @@ class Profile:
         self.folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self.folder / f"rank-{self.rank}.json"))
 
+    @property
+    def slows(self) -> bool:
+        """Whether the profiler is at work in the present step."""
+        return self.profiler is not None and WAIT <= self.done < WAIT + WARM + ACTIVE
+
     def step(self) -> None:
         """A step is done."""
+        self.done += 1
         if self.profiler is not None:
             self.profiler.step()
 
