@@ -89,6 +89,8 @@ class Run:
 
     def _step(self, step: int, metered: bool, request: faults.StopRequest) -> int:
         """One step and its record; returns how any rank was asked to stop."""
+        if metered and self.checkpoints is not None:
+            self.checkpoints.wait()  # copies that wait to be written are not the plan's memory
         start = time.perf_counter()
         around: AbstractContextManager[object] = self.meter if metered else nullcontext()
         with around:

@@ -56,7 +56,8 @@ class Options(Spec):
         """Where checkpoints go, None when nothing is saved."""
         if self.checkpoint_dir:
             return Path(self.checkpoint_dir)
-        return Path(self.out) / "checkpoints" if self.save_every else None
+        named = self.resume not in ("auto", "none")
+        return Path(self.out) / "checkpoints" if self.save_every or named else None
 
 
 def help_of(name: str) -> str:

@@ -15,7 +15,9 @@ from planner.validation.predict import predict_file
 
 @pytest.fixture(scope="module")
 def plan():
-    return planner.plan("tiny", "local-cpu", gpus=4, seq_len=256, global_batch=16, precision="fp32", pin={"pp": 2}, alternatives=1)
+    return planner.plan(
+        "tiny", "local-cpu", gpus=4, seq_len=256, global_batch=16, precision="fp32", pin={"pp": 2}, alternatives=1
+    )
 
 
 def summary(plan, slower: float) -> dict:
