@@ -174,10 +174,10 @@ def test_tokenize(tokenizer: Path) -> None:
 def test_tokenize_errors(tokenizer: Path) -> None:
     lines = tokenizer / "a.jsonl"
     lines.write_text('{"text": "a b"}\n{"body": "c"}\n')
-    with pytest.raises(InputError, match=r"a.jsonl:2 is no document"):
+    with pytest.raises(InputError, match=r"a\.jsonl:2 is no document"):
         tokenize([lines], str(tokenizer), tokenizer / "out.bin")
     assert not (tokenizer / "out.bin").exists()
-    with pytest.raises(InputError, match="does not end in .bin"):
+    with pytest.raises(InputError, match=r"does not end in \.bin"):
         tokenize([lines], str(tokenizer), tokenizer / "out")
     with pytest.raises(InputError, match="is no token"):
         tokenize([lines], str(tokenizer), tokenizer / "out.bin", eos="</s>")
