@@ -26,6 +26,8 @@ def strike(trainer: Trainer) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif FAULT == "term":
         os.kill(os.getpid(), signal.SIGTERM)
+    elif FAULT == "stop":
+        (Path(trainer.options.out) / "stop").touch()
     elif FAULT == "hang":
         time.sleep(1000)
     elif FAULT == "freeze":

@@ -1,6 +1,6 @@
 """Save under one plan and resume under others, in one job: `python resuming.py N DIR NAME...`.
 
-Writes DIR/losses-N.json: {name: losses of the steps after the resume}. `save:NAME` saves after 3 steps and trains on.
+Writes DIR/losses-N.json: {name: losses of the steps after the resume, with an evaluation before the last}. `save:NAME` saves after 3 steps and trains on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.multiprocessing as mp
 
 from planner.planfile import Plan
 from planner.runtime.checkpoint import Checkpoints
+from planner.runtime.evaluate import Evaluation
 from planner.runtime.mesh import start_processes
 from planner.runtime.storage import Progress
 from planner.runtime.train import Trainer
@@ -60,6 +61,8 @@ def losses(name: str, directory: Path, save: bool) -> list[float]:
         first = progress.step
     found = []
     for step in range(first, STEPS):
+        if step == STEPS - 1:  # the next step must not use what an evaluation gathered
+            found.append(Evaluation(trainer).loss())
         found.append(trainer.train_step(step)[0])
         if save and step == SAVED - 1:  # training goes on while this is written: staging must have copied
             checkpoints.save(Progress(step=SAVED, samples=SAVED * 8, position=SAVED * 8))

@@ -178,7 +178,9 @@ def test_truncated_checkpoint_falls_back_and_changed_data_is_refused(tmp_path: P
 @pytest.mark.timeout(900)
 def test_stop_file_saves_and_another_plan_goes_on(tmp_path: Path, wanted: list[float]) -> None:
     job = Job(tmp_path)
-    assert job.run(fault=("term", 0, 2), restarts=0).returncode != 0
+    stopped = job.run(fault=("stop", 1, 2))
+    assert (stopped.returncode, "asked to stop: 3 of 8 steps done" in stopped.stderr) == (0, True)
+    assert not (job.out / "summary.json").exists()
     other = Job(tmp_path, plans.plan())
     wrong = launch(
         ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m",
