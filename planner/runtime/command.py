@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ from planner.specs.training import Options, argparse_arguments
 
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """What a process hears of a peer that is gone."""
+
+
+LINGER_S = 5.0
+"""A rank that leaves an error to another one to print stays so long: torchrun ends all when the first leaves."""
 
 
 def arguments(words: list[str] | None = None) -> tuple[Path, Options]:
@@ -76,6 +81,8 @@ def train(path: Path, options: Options) -> int:
             log.write(str(error))
         if _speaks(error):
             print(error, file=sys.stderr, flush=True)
+        else:
+            time.sleep(LINGER_S)
         return error.exit_code
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""

@@ -1,6 +1,7 @@
 """Save under one plan and resume under others, in one job: `python resuming.py N DIR NAME...`.
 
-Writes DIR/losses-N.json: {name: losses of the steps after the resume, with an evaluation before the last}. `save:NAME` saves after 3 steps and trains on.
+Writes DIR/losses-N.json: {name: losses of the steps after the resume, with an evaluation before the last}. `save:NAME`
+saves after 3 steps and trains on.
 """
 
 from __future__ import annotations
