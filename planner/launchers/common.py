@@ -6,8 +6,11 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import Field
+
 from planner.errors import InputError, Location, Problem, input_error
 from planner.planfile import Plan
+from planner.specs.training import Options, words
 
 PLAN_FILE = "plan.json"
 
@@ -21,15 +24,10 @@ class Emitted:
     executable: bool = False
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """Arguments of the runtime that are not part of the plan."""
+class RunSettings(Options):
+    """What launch files add to a plan: the runtime's options, and torchrun's."""
 
-    steps: int = 100
-    out: str = "runs/latest"
-    data: str | None = None
-    seed: int = 0
-    learning_rate: float = 3e-4
+    max_restarts: int = Field(default=0, ge=0, description="How often torchrun restarts a job that failed.")
 
 
 def environment(plan: Plan) -> dict[str, str]:
@@ -42,16 +40,14 @@ def environment(plan: Plan) -> dict[str, str]:
     return {"OMP_NUM_THREADS": "8", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
-def runtime_arguments(settings: RunSettings, plan_path: str = PLAN_FILE) -> list[str]:
+def runtime_arguments(settings: Options, plan_path: str = PLAN_FILE) -> list[str]:
     """The bundled runtime's module and its arguments."""
-    words = ["-m", "planner.runtime.train", plan_path, "--steps", str(settings.steps), "--out", settings.out]
-    words += ["--seed", str(settings.seed), "--lr", str(settings.learning_rate)]
-    return words + (["--data", settings.data] if settings.data else [])
+    return ["-m", "planner.runtime.train", plan_path, *words(settings)]
 
 
-def quoted(words: list[str]) -> str:
+def quoted(parts: list[str]) -> str:
     """Words as shell text."""
-    return " ".join(shlex.quote(w) for w in words)
+    return " ".join(shlex.quote(w) for w in parts)
 
 
 def processes_a_node(plan: Plan) -> int:

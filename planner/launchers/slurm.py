@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 
 from planner.errors import input_error
@@ -75,10 +76,16 @@ export MASTER_ADDR MASTER_PORT
 srun --kill-on-bad-exit=1 bash -c 'exec "${{PYTHON:-python3}}" -m torch.distributed.run \\
   --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \\
   --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "$@"' bash \\
-  --nproc-per-node {per_node} \\
+  --nproc-per-node {per_node} --max-restarts {settings.max_restarts} \\
   {quoted(runtime_arguments(settings))} "$@" &
 
-# Two minutes before the time limit Slurm sends USR1 to this shell: put the job back into the queue.
-trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
-wait %1
+# Two minutes before the time limit Slurm sends USR1 to this shell: let the run save and end, then queue the job again.
+out={shlex.quote(settings.out)}
+requeue() {{
+  mkdir -p "$out" && touch "$out/stop"
+  timeout 100 tail --pid="$!" -f /dev/null || true
+  scontrol requeue "$SLURM_JOB_ID"
+}}
+trap requeue USR1
+wait "$!"
 """

@@ -24,7 +24,7 @@ cd "$(dirname "${{BASH_SOURCE[0]}}")"
 {rendezvous.format(nodes=nodes)}
 exec "${{PYTHON:-python3}}" -m torch.distributed.run \\
   "${{rendezvous[@]}}" \\
-  --nproc-per-node {per_node} \\
+  --nproc-per-node {per_node} --max-restarts {settings.max_restarts} \\
   {quoted(runtime_arguments(settings))} "$@"
 """
     return [Emitted(PLAN_FILE, plan.to_json()), Emitted("launch.sh", script, executable=True)]

@@ -13,6 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from planner.errors import input_error
 from planner.planfile import Plan
@@ -88,13 +90,19 @@ def start_processes(plan: Plan, timeout_s: float = 600.0) -> torch.device:
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
+        timeout = timedelta(seconds=timeout_s)
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+        # With a static rendezvous (which keeps the order of nodes) torchrun's store lives through restarts: without a
+        # prefix of its own a restarted job reads the addresses of the dead one, and hangs or is refused.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         # Offloaded gradients are in host memory: their norm is summed there.
         backend = "cpu:gloo,cuda:nccl" if plan.layout.offload == "optimizer" else "nccl"
         dist.init_process_group(
             backend if cuda else "gloo",
+            store=PrefixStore(f"planner/attempt-{attempt}", store),
             rank=rank,
             world_size=size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timeout,
             device_id=device if cuda else None,
         )
     return device

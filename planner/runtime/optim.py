@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from planner.runtime.mesh import World
+from planner.specs.training import Options
 
 
 def build_optimizer(params: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
@@ -24,13 +25,22 @@ def build_optimizer(params: Iterable[nn.Parameter], lr: float) -> torch.optim.Ad
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first tenth (at most 100 steps), then a cosine to a tenth of the peak."""
-    warmup = max(1, min(100, steps // 10))
+DECAY_SHARE = 0.2
+"""Of all steps, the last ones in which `wsd` falls (Hu 2024, arXiv 2404.06395, uses a tenth to a fifth)."""
+
+
+def learning_rate(step: int, options: Options) -> float:
+    """The rate of a step: a linear warm-up, then the schedule down to `min_lr` times the peak."""
+    steps = options.steps
+    warmup = max(1, min(100, steps // 10)) if options.warmup_steps < 0 else options.warmup_steps
     if step < warmup:
-        return peak * (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+        return options.lr * (step + 1) / warmup
+    if options.lr_schedule == "constant":
+        return options.lr
+    begin = warmup if options.lr_schedule != "wsd" else max(warmup, steps - int(DECAY_SHARE * steps))
+    done = min(1.0, max(0, step - begin) / max(1, steps - begin))
+    left = (1 + math.cos(math.pi * done)) / 2 if options.lr_schedule == "cosine" else 1 - done
+    return options.lr * (options.min_lr + (1 - options.min_lr) * left)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -31,6 +31,17 @@ class LossScale:
         self.skipped = 0
         """Steps that were skipped so far."""
 
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of it, by name; nothing in other types than fp16."""
+        values = [self.value, float(self.good_steps), float(self.skipped)]
+        return {"loss_scale": torch.tensor(values, dtype=torch.float64)} if self.active else {}
+
+    def restore(self, saved: dict[str, Tensor]) -> None:
+        """Continue from `state()`; nothing where the checkpoint has none."""
+        if self.active and "loss_scale" in saved:
+            value, good, skipped = saved["loss_scale"].tolist()
+            self.value, self.good_steps, self.skipped = value, int(good), int(skipped)
+
     def unscale(self, params: list[nn.Parameter]) -> None:
         """Divide the gradients by the factor."""
         grads = [p.grad for p in params if p.grad is not None]

@@ -185,3 +185,14 @@ def test_run_looks_before_it_starts(tmp_path):
     for words in (["--data", "gone.bin"], ["--data", str(short)], ["--data", str(tmp_path)]):
         one_line_error(planner("run", "plan.json", *words, cwd=tmp_path), "PLN593")
     one_line_error(planner("run", "plan.json", "--out", "/proc/nowhere", cwd=tmp_path), "PLN113")
+
+
+def test_run_refuses_flags_that_cannot_work(tmp_path):
+    assert planner(*TINY, "-o", str(tmp_path / "plan.json")).returncode == 0
+    for words, code in (
+        (["--eval-every", "5"], "PLN623"),
+        (["--init-from", str(tmp_path)], "PLN621"),
+        (["--lr-schedule", "sine"], "PLN107"),
+        (["--max-norm", "0"], "PLN107"),
+    ):
+        one_line_error(planner("run", "plan.json", *words, cwd=tmp_path), code)

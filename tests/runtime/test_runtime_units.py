@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from pathlib import Path
+from typing import Any
 
 import cases
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 
 from planner.errors import InputError
 from planner.runtime import optim, pipeline
-from planner.runtime.data import FileTokens, SyntheticTokens
+from planner.runtime.data import SyntheticTokens
 from planner.runtime.mesh import check_world_size, start_processes
 from planner.runtime.meter import Meter
 from planner.runtime.norms import Norm
@@ -58,34 +58,36 @@ def test_rms_norm_equals_torch(dtype: torch.dtype) -> None:
     torch.testing.assert_close(norm.weight.grad, w.grad, **(close if dtype == torch.float32 else {"rtol": 3e-2, "atol": 1.0}))
 
 
-def test_synthetic_tokens_depend_on_seed_step_and_index_only() -> None:
-    tokens = SyntheticTokens(1000, 7)
-    first = tokens.sequence(3, 5, 100)
-    assert (first == SyntheticTokens(1000, 7).sequence(3, 5, 100)).all()
-    assert (first != tokens.sequence(3, 6, 100)).any()
-    assert (first != tokens.sequence(4, 5, 100)).any()
+def test_synthetic_tokens_depend_on_seed_and_sample_only() -> None:
+    tokens = SyntheticTokens(1000, 7, 99)
+    first = tokens.sequence(35)
+    assert len(first) == 100
+    assert (first == SyntheticTokens(1000, 7, 99).sequence(35)).all()
+    assert (first != tokens.sequence(36)).any()
+    assert (first != SyntheticTokens(1000, 8, 99).sequence(35)).any()
     assert first.min() >= 0
     assert first.max() < 64
 
 
-def test_token_file(tmp_path: Path) -> None:
-    path = tmp_path / "tokens.bin"
-    np.arange(500, dtype=np.uint16).tofile(path)
-    window = FileTokens(path, 500, 0).sequence(0, 0, 17)
-    assert (np.diff(window) == 1).all()
-    with pytest.raises(InputError, match="too short"):
-        FileTokens(path, 500, 0).sequence(0, 0, 501)
-    with pytest.raises(InputError, match="outside the vocabulary"):
-        FileTokens(path, 10, 0).sequence(0, 0, 400)
-    with pytest.raises(InputError, match="cannot read"):
-        FileTokens(tmp_path / "none.bin", 10, 0)
-
-
 def test_learning_rate_warms_up_then_falls() -> None:
-    rates = [optim.learning_rate(step, 100, 1.0) for step in range(100)]
+    rates = [optim.learning_rate(step, Options(steps=100, lr=1.0)) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_learning_rate_schedules() -> None:
+    def rates(kind: str, **changes: Any) -> list[float]:
+        options = Options(steps=100, lr=2.0, lr_schedule=kind, warmup_steps=10, **changes)
+        return [optim.learning_rate(step, options) for step in range(101)]
+
+    assert rates("constant")[9:] == [2.0] * 92
+    linear = np.diff(rates("linear", min_lr=0.0)[10:])
+    assert linear == pytest.approx([-2.0 / 90] * 90)
+    stable = rates("wsd", min_lr=0.5)
+    assert stable[10:81] == [2.0] * 71
+    assert stable[100] == pytest.approx(1.0)
+    assert optim.learning_rate(0, Options(lr=1.0, warmup_steps=0)) == 1.0
 
 
 def test_meter_counts_what_lives() -> None:
