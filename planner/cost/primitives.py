@@ -11,12 +11,12 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from planner.cost import adapters, frozen, memory, operators, risk
+from planner.cost import adapters, frozen, memory, operators, risk, schedules
 from planner.cost.accounting import Traffic
 from planner.cost.collectives import collective_seconds, neighbour_seconds
 from planner.cost.compute import overlapped, streaming_seconds
 from planner.cost.memory import ceil
-from planner.cost.task import GPIPE, Bools, Floats, Ints, LayoutArray, Task
+from planner.cost.task import GPIPE, INTERLEAVED_ZB, Bools, Floats, Ints, LayoutArray, Task
 from planner.specs.layout import SCHEDULES
 
 
@@ -27,6 +27,8 @@ class Primitives:
     # time of one layer and micro-batch
     forward: Ints
     backward: Ints
+    weight: Ints
+    """The part of `backward` for weights, where a schedule runs it apart; else 0."""
     recompute1: Ints
     """Extra time of one selectively recomputed layer."""
     recompute2: Ints
@@ -36,6 +38,8 @@ class Primitives:
     head: Ints
     p2p: Ints
     """Exposed send and receive of one micro-batch, forward and backward, all chunks."""
+    credit: Ints
+    """v-ths of ns that a split backward takes off (v m - 1) max R + sum R; see `step.pipeline_time`."""
     # once a step
     comm: Ints
     """Step-wise dp traffic of one layer."""
@@ -77,6 +81,8 @@ class Primitives:
     """... with selective recompute."""
     act2: Ints
     """... with full recompute."""
+    deferred: Ints
+    """Output gradients of one layer and micro-batch that wait for their weight gradients."""
     transient: Ints
     """Temporaries of one layer's backward, gathered copies included."""
     reduction: Ints
@@ -203,10 +209,13 @@ class PrimitiveTable:
         buffers = np.where(a.receive_all_microbatches, x.microbatches, a.receive_count)
         held = d.context.base + d.communicator.base * memory.communicators(x) + a.outside_bytes
         outside = ceil(self.task.constant("outside") * held)
-        waiting = np.where(x.schedule == GPIPE, x.microbatches - 1, 0) * self.waiting.take(share)
+        late = np.where(x.schedule == GPIPE, x.microbatches - 1, np.where(x.schedule == INTERLEAVED_ZB, x.pp - 1, 0))
+        waiting = late * self.waiting.take(share)
+        columns, p2p = {k: v.take(share) for k, v in self.columns.items()}, self._p2p(x, share)
         return Primitives(
-            **{k: v.take(share) for k, v in self.columns.items()},
-            p2p=self._p2p(x, share),
+            **columns,
+            p2p=p2p,
+            credit=self._credit(x, columns, p2p),
             hide=self._hide(x, share),
             constant=np.full(len(x), int(a.step_seconds * self.task.growth * 1e9), dtype=np.int64),
             waiting=waiting + np.where(many, self.output.take(share), 0),
@@ -216,6 +225,19 @@ class PrimitiveTable:
             capacity=capacity(self.task, outside),
             outside=outside,
         )
+
+    def _credit(self, x: LayoutArray, columns: dict[str, Ints], p2p: Ints) -> Ints:
+        """What a split backward saves: for each rank but one, its R less the bubble that it adds. Means over ranks.
+
+        Of embedding, head and sends a third, a third and a half count as forward; a third of the head as weight gradients.
+        """
+        n = self.task.model.n_layers
+        total = n * (columns["forward"] + columns["backward"]) + columns["embedding"] + columns["head"] + x.pp * p2p
+        forward = n * columns["forward"] + (columns["embedding"] + columns["head"]) // 3 + x.pp * p2p // 2
+        weights = n * columns["weight"] + columns["head"] // 3
+        added = schedules.bubble(x.schedule, forward, total - forward - weights, weights)
+        saved = (x.pp - 1) * np.maximum(total - added, 0) // x.pp
+        return np.where(schedules.splits_backward(x.schedule), saved, 0)
 
     def _hide(self, x: LayoutArray, share: Ints) -> Ints:
         """Step-wise traffic that one layer's compute hides.
@@ -272,9 +294,9 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
     acts = memory.activation_bytes(task, block)
     blocks = {
         "embedding": ns(seconds.embedding), "head": ns(seconds.head + seconds.head_tp),
-        "act0": acts.layer[0], "act1": acts.layer[1], "act2": acts.layer[2],
+        "act0": acts.layer[0], "act1": acts.layer[1], "act2": acts.layer[2], "deferred": acts.deferred,
     }  # fmt: skip
-    layer = _layer_ns(task, seconds, compute, traffic, spread)
+    layer = _layer_ns(task, shared, seconds, (compute, traffic), spread)
     again = [seconds.recompute[i] + seconds.tp_recompute[i] + seconds.ep_recompute[i] for i in range(2)]
     repeated = {f"recompute{i + 1}": ns(recompute_seconds(task, again[i][spread], compute[1], traffic)) for i in range(2)}
     columns = repeated | {k: v[spread] for k, v in blocks.items()} | layer | traffic.ns | states
@@ -332,6 +354,7 @@ def _combinations(layouts: LayoutArray, names: tuple[str, ...], accumulate: bool
         key = key * (int(column.max(initial=0)) + 1) + column
     if accumulate:
         key = (key * 2 + (layouts.microbatches > 1)) * 2 + (layouts.pp == 1)
+        key = key * 2 + schedules.splits_backward(layouts.schedule)
     _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
     return layouts.take(first), inverse.ravel()
 
@@ -359,9 +382,25 @@ def layer_compute(task: Task, layouts: LayoutArray, seconds: operators.LayerSeco
         (seconds.forward, seconds.host_forward, seconds.tp_forward, seconds.cp_forward),
         (seconds.backward, seconds.host_backward, seconds.tp_backward, seconds.cp_backward),
     )):  # fmt: skip
-        more = gather_host(task, layouts.zero, i)
+        more = gather_host(task, layouts.kept_zero, i)
         result.append(operators.bound_by_host(task, device[to_block], (tp + cp)[to_block], host[to_block] + more))
-    return result[0], result[1]
+    split = schedules.splits_backward(layouts.schedule)
+    return result[0], np.where(split, sum(split_compute(task, layouts, seconds, to_block)), result[1])
+
+
+def split_compute(task: Task, layouts: LayoutArray, seconds: operators.LayerSeconds, to_block: Ints) -> tuple[Floats, Floats]:
+    """(for inputs, for weights) compute of one layer's backward where they run apart, each with the host's floor.
+
+    What the second half repeats and accumulates by itself is `Accounting.split_bytes` for each weight.
+    """
+    a, params = task.accounting, memory.rank_params(task, layouts)
+    again = streaming_seconds(a.split_bytes * (params["layer"] + params["experts"]), task.hardware.device)
+    beside = (seconds.tp_backward + seconds.cp_backward)[to_block]
+    inputs = operators.bound_by_host(
+        task, (seconds.backward - seconds.weight)[to_block], beside, seconds.host_split[0][to_block]
+    )
+    weights = seconds.weight[to_block] + task.constant("elementwise") * again
+    return inputs, operators.bound_by_host(task, weights, np.zeros_like(weights), seconds.host_split[1][to_block])
 
 
 def gather_host(task: Task, zero: Ints, direction: int) -> Floats:
@@ -425,7 +464,7 @@ def _traffic_seconds(source: frozen.Source, layouts: LayoutArray) -> Iterator[tu
     """(collective, layouts that have it, its seconds by place) of the parameters under one rule, experts with their layer."""
     task = source.task
     for zero, rule in task.accounting.zero.items():
-        rows = np.nonzero(layouts.zero == zero)[0]
+        rows = np.nonzero(layouts.kept_zero == zero)[0]
         x = layouts.take(rows)
         for item in rule.traffic if len(rows) else ():
             n_bytes = task.accounting.size(item.size, task.job.compute_bytes)
@@ -456,12 +495,19 @@ def recompute_seconds(task: Task, again: Floats, backward: Floats, traffic: DpTr
 
 
 def _layer_ns(
-    task: Task, seconds: operators.LayerSeconds, compute: tuple[Floats, Floats], traffic: DpTraffic, to_block: Ints
+    task: Task,
+    layouts: LayoutArray,
+    seconds: operators.LayerSeconds,
+    priced: tuple[tuple[Floats, Floats], DpTraffic],
+    to_block: Ints,
 ) -> dict[str, Ints]:
+    compute, traffic = priced
+    split, (_, weights) = schedules.splits_backward(layouts.schedule), split_compute(task, layouts, seconds, to_block)
     forward = (seconds.tp_forward + seconds.cp_forward + seconds.ep_forward)[to_block]
     backward = (seconds.tp_backward + seconds.cp_backward + seconds.ep_backward)[to_block]
     return {
         "forward": _ns(task.growth * (compute[0] + forward + traffic.forward)),
+        "weight": np.where(split, np.floor(1e9 * task.growth * weights).astype(np.int64), 0),
         "backward": _ns(task.growth * (compute[1] + backward + traffic.backward)),
     }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from planner.cost.accounting import COMPUTE, EAGER_KERNELS, TP_CALL, Accounting, Elementwise, Held, Saved, Traffic, ZeroRule
 from planner.engines import sharding
+from planner.specs.layout import SCHEDULES, SPLIT_BACKWARD
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Trait:
     source: str
     zero_stages: tuple[int, ...] = ()
     """ZeRO stages that the engine has with it, where they are others."""
+    schedules: tuple[str, ...] = ()
+    """Schedules that torchtitan has besides with it."""
     lifts: tuple[str, ...] = ()
     """Codes of the engine's rules that no longer hold."""
 
@@ -185,7 +188,7 @@ TRAITS: dict[str, Trait] = {
         Trait(
             "no-overlap",
             "all communication exposed",
-            _set(tp_overlap=0.0, dp_window=0.0, dp_floor=1.0, pp_exposed={"gpipe": 1.0, "1f1b": 1.0, "interleaved": 1.0}),
+            _set(tp_overlap=0.0, dp_window=0.0, dp_floor=1.0, pp_exposed=dict.fromkeys(SCHEDULES, 1.0)),
             "the overlap options of Megatron-Core switched off",
         ),
         Trait("fp8-gather", "parameters gathered in fp8", _fp8_gather, "torchtitan's enable_fsdp_float8_all_gather"),
@@ -221,7 +224,13 @@ TRAITS: dict[str, Trait] = {
             _set(kernels_forward=2, kernels_backward=2, kernels_routed=(0, 0), kernels_expert=(0, 0)),
             "a replay is one launch",
         ),
-        Trait("eager", "layers not compiled", _eager, "ten to twenty launches more for norms, rotary and activations"),
+        Trait(
+            "eager",
+            "layers not compiled",
+            _eager,
+            "ten to twenty launches more for norms, rotary and activations",
+            schedules=SPLIT_BACKWARD,
+        ),
         Trait("compiled", "layers compiled", _set(kernels_forward=30, kernels_backward=45), "fused kernels: half the launches"),
         Trait(
             "pipe-buffers",
