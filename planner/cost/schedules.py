@@ -63,7 +63,7 @@ def bubble(schedule: Ints, forward: Ints, inputs: Ints, weights: Ints) -> Ints:
     """
     least, most = forward + inputs - weights, np.maximum(forward, inputs)
     one = np.maximum(least, most)
-    vee = np.maximum(np.maximum(2 * (inputs - weights), inputs), np.maximum(weights, forward))
+    vee = np.maximum(np.maximum(2 * (most - weights), most), weights)
     dual = np.maximum(one, 2 * inputs - weights)
     return np.where(schedule == ZBV, vee, np.where(schedule == DUALPIPEV, dual, one))
 

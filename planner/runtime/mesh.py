@@ -31,6 +31,8 @@ class World:
     pp_rank: int
     dp_rank: int
     tp_rank: int
+    loss_rank: int
+    """Pipeline rank of the head: the first one where stages make a V."""
 
     @property
     def rank(self) -> int:
@@ -49,8 +51,8 @@ class World:
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the head and computes the loss (in every schedule here)."""
-        return self.pp_rank == self.pp - 1
+        """Whether this rank holds the head and computes the loss."""
+        return self.pp_rank == self.loss_rank
 
 
 def uses_cuda(plan: Plan) -> bool:
@@ -103,4 +105,4 @@ def build_world(plan: Plan, device: torch.device) -> World:
     shape = (layout.pp, layout.dp, layout.tp)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "tp"))
     pp_rank, dp_rank, tp_rank = mesh.get_coordinate() or (0, 0, 0)
-    return World(mesh, device, *shape, pp_rank, dp_rank, tp_rank)
+    return World(mesh, device, *shape, pp_rank, dp_rank, tp_rank, layout.last_rank)

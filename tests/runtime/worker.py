@@ -44,7 +44,7 @@ def compare(processes: int, name: str, directory: Path) -> dict[str, Any]:
     """Largest differences of this rank, relative to the loss and to each gradient's norm."""
     start = time.perf_counter()
     plan = cases.build(processes, name)
-    expected, wanted = torch.load(directory / f"{cases.CASES[processes][name][0]}.pt")
+    expected, wanted = torch.load(directory / f"{cases.case(processes, name)[0]}.pt")
     trainer = Trainer(plan, start_processes(plan), OPTIONS)
     scalars, gradients = two_steps(trainer)
     # Some gradients are zero but for rounding (key biases): they count against a share of the whole norm.

@@ -34,7 +34,7 @@ FORMULAS = {
     "interleaved": "interleaved: ((v m - 1) max R + sum R) / v, less the slowest rank's own m R (Narayanan 2021, 2.2; "
     "planner.cost.step.combine)",
     "interleaved-zb": _SPLIT.format("interleaved zero bubble: F + I - W (arXiv 2401.10241, table 1)"),
-    "zbv": _SPLIT.format("ZB-V: max(2 (I - W), I, W, F)"),
+    "zbv": _SPLIT.format("ZB-V: max(2 (F - W), 2 (I - W), F, I, W)"),
     "dualpipev": _SPLIT.format("DualPipeV, its pairs one after the other: max(F + I - W, 2 I - W, F, I)"),
     "split": "two passes over the layer, each at least as long as the host launches it (planner.cost.primitives.split_compute)",
     "fixed": "fixed host time of a step (engine's accounting)",
