@@ -14,7 +14,7 @@ from planner.specs.layout import SCHEDULES
 
 @dataclass(frozen=True)
 class Action:
-    """One micro-batch through one chunk. `kind`: "F" forward, "B" backward; "I" and "W" its two halves, for inputs and weights."""
+    """One micro-batch through one chunk. `kind`: "F" forward, "B" backward; "I" and "W" its halves, for inputs and weights."""
 
     kind: str
     chunk: int

@@ -20,7 +20,7 @@ def splits_backward(schedule: Ints) -> Bools:
 
 
 def ends(schedule: Ints, pp: Ints | int, index: Ints) -> tuple[Ints, Ints]:
-    """(first, last): 1 where pipeline rank `index` holds the embedding, and where it holds the head. All arguments broadcast."""
+    """(first, last): 1 where pipeline rank `index` holds the embedding, and where it holds the head. All broadcast."""
     at_last = np.where(np.isin(schedule, V_CODES), 0, np.asarray(pp) - 1)
     first = np.broadcast_to(index == 0, np.broadcast(index, at_last).shape)
     return first.astype(np.int64), (index == at_last).astype(np.int64)

@@ -213,14 +213,14 @@ class StepCost:
         return self.excess <= 0
 
 
-def pipeline_time(factor: Ints | int, slowest: Ints, total: Ints, credit: Ints | int) -> Ints:
+def pipeline_time(factor: Ints | int, slowest: Ints | np.int64, total: Ints | np.int64, credit: Ints | int) -> Ints:
     """What a pipeline takes for all micro-batches, v-ths of ns: the search, the estimate and the proof share it.
 
     `factor` = v m - 1, `slowest` = max R, `total` = sum R: factor max R + sum R. Under a split backward `credit`
     (`Primitives.credit`) less, but never less than the slowest rank computes: exact for equal ranks; in simulations of 2,400
     random pipelines (unequal ranks, head, sends) at most 2 % below the action lists' makespan, 3 % above it on average.
     """
-    return np.maximum(factor * slowest + total - credit, (factor + 1) * slowest)
+    return np.asarray(np.maximum(factor * slowest + total - credit, (factor + 1) * slowest))
 
 
 def credited(p: Primitives, layouts: LayoutArray, time: Ints) -> int:

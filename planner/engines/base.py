@@ -269,7 +269,7 @@ COMMON_RULES: tuple[Rule, ...] = (
         "PLN583", "split backward x zero 3",
         lambda t, x: splits_backward(x.schedule) & (x.zero == 3),
         "schedule {schedule} with zero {zero}",
-        "torch computes weight gradients apart from parameters that zero 3 has freed by then: some stay empty, others are wrong",
+        "torch splits the backward over parameters that zero 3 has freed by then: some gradients are missing, others wrong",
         "set zero: 2 or less, or schedule: interleaved",
     ),
     Rule(

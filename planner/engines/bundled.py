@@ -102,7 +102,7 @@ DEFERRED = (
     Saved("of gate, up", "mlp", 2, "tensor", only=("gated",)),
     Saved("of up", "mlp", 1, "tensor", only=("gelu",)),
 )
-"""Gradients of what each matrix and norm puts out: torch keeps them, and all activations, until it computes weight gradients."""
+"""Gradients of what each matrix and norm puts out: kept, beside all activations, until weight gradients are computed."""
 
 _TP = TpTraffic(
     forward={"all_gather": 2, "reduce_scatter": 2},
@@ -153,7 +153,7 @@ ACCOUNTING = Accounting(
     reserved_ratio=1.03,
     origin={
         "saved": "measured: saved-tensor hooks on the runtime's block, CPU, torch 2.13",
-        "deferred": "measured: 25 to 26 rows of hidden for 8B and 1B layers between the two halves of a backward on H200 (torch 2.11)",
+        "deferred": "measured: exactly these bytes between the halves of a backward, layers of 8B and 1B on H200 (torch 2.11)",
         "kernels_split": "measured beside an H200 (torch 2.11), 4 layers of 1B and 8B and of width 256; with tp assumed",
         "split_bytes": "measured: 8B layers on an H200 (torch 2.11), halves against the whole backward",
         "zero": "measured: storage meter and collective counts on the runtime, gloo, torch 2.13, fp32 and bf16",

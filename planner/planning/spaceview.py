@@ -141,7 +141,7 @@ def _reasons(setting: Setting) -> dict[str, str]:
         "zero": f"stages that {engine.name} has",
         "micro_batch": f"powers of two up to {MAX_MICRO_BATCH}; a pin may name any size",
         "schedule": f"schedules that {engine.name} has; none where pp is 1",
-        "virtual_stages": f"with interleaved and interleaved-zb: 2 to {MAX_CHUNKS} chunks a rank, with zbv and dualpipev 2; all of equal size",
+        "virtual_stages": f"equal chunks a rank: 2 to {MAX_CHUNKS} with interleaved, interleaved-zb; 2 with zbv, dualpipev",
         "sequence_parallel": f"what {engine.name} allows; only with tp",
         "offload": f"what {engine.name} can keep in host memory",
         "order": f"rank orders of {engine.name}, where they differ: which axes are neighbours in the network",

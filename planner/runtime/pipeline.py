@@ -30,7 +30,6 @@ from planner.runtime.model import Decoder
 from planner.runtime.parallelize import DTYPES, effective_zero
 from planner.specs.layout import SPLIT_BACKWARD, stage_of
 
-
 CHUNKED = {
     "interleaved": ScheduleInterleaved1F1B,
     "interleaved-zb": ScheduleInterleavedZeroBubble,

@@ -96,9 +96,8 @@ class Group:
         index = np.arange(self.pp, dtype=np.int64).reshape((1, self.pp) + (1,) * (layers.ndim - 2))
         return in_flight_layers(x.schedule[extra], x.pp[extra], x.virtual_stages[extra], x.microbatches[extra], index, layers)
 
-
     def kept(self, p: Primitives, layers: Ints, mode: int) -> Ints:
-        """Bytes that micro-batches in flight keep of `layers` on each rank under a mode; as `weight`, for the primitives `p`."""
+        """Bytes that micro-batches in flight keep of `layers` on each rank under a mode; broadcasts like `weight`."""
         held = self.weight(layers) * p.saved(mode)
         if not np.any(self.waiting):
             return held

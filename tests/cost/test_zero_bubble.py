@@ -22,9 +22,8 @@ def shapes(schedule: str) -> list[tuple[int, int, int]]:
     """(pp, m, v) that the schedule can run, among small ones."""
     found = []
     for pp, m, v in itertools.product((2, 3, 4), (1, 2, 3, 4, 6, 7, 8, 12), (2, 3)):
-        if schedule == "interleaved-zb" and m % pp == 0:
-            found.append((pp, m, v))
-        elif schedule != "interleaved-zb" and v == 2 and m >= (2 * pp if schedule == "dualpipev" else 1):
+        runs = m % pp == 0 if schedule == "interleaved-zb" else v == 2 and m >= (2 * pp if schedule == "dualpipev" else 1)
+        if runs:
             found.append((pp, m, v))
     return found
 

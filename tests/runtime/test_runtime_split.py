@@ -92,15 +92,12 @@ def test_the_engine_refuses(processes: int, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_zero_3_still_computes_wrong_gradients(references: Path, tmp_path: Path) -> None:
-    """Each schedule fails (a parameter without gradient) or is wrong by far more than rounding."""
+    """Each schedule leaves parameters without gradient, or gradients whose norm is wrong by far more than rounding."""
     for model in cases.MODELS:
         (tmp_path / f"{model}.pt").symlink_to(references / f"{model}.pt")
     done = launch([str(HERE / "worker.py"), "4", str(tmp_path), *cases.REFUSED[4]], 280)
-    path = tmp_path / "results-4.json"
-    results: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path.exists() else {}
+    assert done.returncode == 0, done.stderr[-3000:]
+    results: dict[str, list[dict[str, Any]]] = json.loads((tmp_path / "results-4.json").read_text())
     for name in cases.REFUSED[4]:
-        ranks = results.get(name)
-        if ranks is None:
-            assert done.returncode != 0, name
-            continue
-        assert any("error" in rank or rank["gradient"] > 1e-3 for rank in ranks), name
+        for rank in results[name]:
+            assert "error" in rank or rank["missing"] or rank["norm"] > 1e-3, name

@@ -130,9 +130,9 @@ def test_the_last_target_is_infinite(seed):
 
 
 @pytest.mark.parametrize("engine", ["bundled", "torchtitan+eager"])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
 def test_zero_bubble_rows_equal_brute_force(seed, engine):
-    """Split backwards, both ends on the first rank, a head from light to heavier than all layers; memory from tight to loose."""
+    """Split backwards, both ends on the first rank, a head from light to heavier than all layers; tight and loose memory."""
     rng = np.random.default_rng(seed)
     layers, memory = int(rng.choice([6, 8, 10, 12])), float(rng.uniform(2.4, 7.0))
     vocab = int(rng.choice([1024, 32000, 262144]))

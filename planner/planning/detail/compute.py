@@ -125,7 +125,10 @@ def _host_line(lines: Lines, kind: Kind, direction: int, times: float, bound: st
 
 def _split_line(lines: Lines, kind: Kind, times: float, bound: str) -> None:
     """What running a layer's backward in two halves adds to the device's time of the whole."""
-    halves, whole = primitives.split_compute(kind.task, lines.c.x, kind.seconds, np.zeros(1, dtype=np.int64)), kind.seconds.backward
+    halves, whole = (
+        primitives.split_compute(kind.task, lines.c.x, kind.seconds, np.zeros(1, dtype=np.int64)),
+        kind.seconds.backward,
+    )
     inputs: Inputs = {
         "for inputs s": float(halves[0][0]), "for weights s": float(halves[1][0]), "whole on the device s": float(whole[0]),
     }  # fmt: skip

@@ -92,7 +92,9 @@ def _saved_lines(held: Held) -> None:
         for item in kind.task.accounting.deferred if late else ():
             each = float(memory.saved_bytes(kind.task, [item], "none", c.x, norms=False)[0])
             inputs = {"tokens": tokens, "bytes a token and layer": each, "layers x waiting": late}
-            held.add("activations", f"{kind.label}output gradients {item.name}", tokens * each * late, inputs, "engine.deferred")
+            held.add(
+                "activations", f"{kind.label}output gradients {item.name}", tokens * each * late, inputs, "engine.deferred"
+            )
 
 
 def _saved_tensors(c: Case, kind: Kind, weights: Sequence[float]) -> dict[str, tuple[float, Inputs]]:
