@@ -95,7 +95,8 @@ class Primitives:
     boundary: Ints
     """Stage output kept for each chunk-micro-batch in flight."""
     receive: Ints
-    """Receive buffers of one chunk and direction."""
+    """Receive buffers of one chunk and direction; under a split backward also what was sent, which torch's pipeline runtime
+    releases only when the step ends (seen by the storage meter)."""
     chunks: Ints
     """v."""
     fixed: Ints
@@ -220,7 +221,7 @@ class PrimitiveTable:
             constant=np.full(len(x), int(a.step_seconds * self.task.growth * 1e9), dtype=np.int64),
             waiting=waiting + np.where(many, self.output.take(share), 0),
             boundary=np.where(many & a.keeps_stage_output, ceil(a.boundary_copies * boundary), 0),
-            receive=np.where(many, boundary * buffers, 0),
+            receive=np.where(many, boundary * buffers * (1 + schedules.splits_backward(x.schedule)), 0),
             chunks=x.virtual_stages,
             capacity=capacity(self.task, outside),
             outside=outside,
