@@ -55,6 +55,15 @@ def put_off(schedule: Ints, pp: Ints, index: Ints) -> Ints:
     return np.asarray(waiting, dtype=np.int64)
 
 
+def kept_messages(schedule: Ints) -> Ints:
+    """Halves of the receive buffers' bytes that a step's messages keep: 2 for the buffers alone.
+
+    Under a split backward torch's pipeline runtime holds sent tensors, too, until the step ends: all of them in rounds of
+    chunks, half of them by the peak of a V (storage meter on the bundled runtime, 8 micro-batches).
+    """
+    return np.where(schedule == INTERLEAVED_ZB, 4, np.where(splits_backward(schedule), 3, 2))
+
+
 def bubble(schedule: Ints, forward: Ints, inputs: Ints, weights: Ints) -> Ints:
     """What one more pipeline rank adds to a step under a split backward, for the times of a rank (v chunks, one micro-batch).
 

@@ -36,7 +36,7 @@ FORMULAS = {
     "interleaved-zb": _SPLIT.format("interleaved zero bubble: F + I - W (arXiv 2401.10241, table 1)"),
     "zbv": _SPLIT.format("ZB-V: max(2 (F - W), 2 (I - W), F, I, W)"),
     "dualpipev": _SPLIT.format("DualPipeV, its pairs one after the other: max(F + I - W, 2 I - W, F, I)"),
-    "split": "two passes over the layer, each at least as long as the host launches it (planner.cost.primitives.split_compute)",
+    "split": "two passes over the layer, each at least as long as the host launches it (planner.cost.traffic.split_compute)",
     "fixed": "fixed host time of a step (engine's accounting)",
     "rounding": "whole nanoseconds, rounded up (planner.cost.step)",
 }
