@@ -44,8 +44,13 @@ def estimate(
     zero: Annotated[int, typer.Option(help="ZeRO stage, 0 to 3.")] = 0,
     shard: Annotated[int | None, typer.Option(help="Ranks that share one copy of the states; dp x cp when left out.")] = None,
     micro_batch: Annotated[int, typer.Option("--micro-batch", help="Sequences a rank processes at once.")] = 1,
-    schedule: Annotated[str | None, typer.Option(help="gpipe, 1f1b or interleaved; 1f1b when pp > 1 is left out.")] = None,
-    virtual_stages: Annotated[int, typer.Option("--virtual-stages", help="Chunks a rank, with interleaved.")] = 1,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="gpipe, 1f1b, interleaved, interleaved-zb, zbv or dualpipev; 1f1b if left out with pp > 1."),
+    ] = None,
+    virtual_stages: Annotated[
+        int, typer.Option("--virtual-stages", help="Chunks a rank, with interleaved and interleaved-zb.")
+    ] = 1,
     sequence_parallel: Annotated[bool | None, typer.Option(help="Split norms over tp; on with tp > 1 when left out.")] = None,
     offload: Annotated[str, typer.Option("--offload", help="What lives in host memory: none or optimizer.")] = "none",
     order: Annotated[

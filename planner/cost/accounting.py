@@ -45,6 +45,17 @@ EAGER_KERNELS = (175.0, 325.0)
 with the bundled runtime beside an H200 (torch 2.11). Other eager engines are taken to be alike."""
 
 
+SPLIT_KERNELS = (290.0, 480.0)
+"""Launches of the backward of one eager PyTorch layer for inputs, and of that for weights, when they run apart: 1.4 and 2.4 ms
+of host time measured with torch.distributed.pipelining's two functions beside an H200 (torch 2.11; the whole backward 1.5 ms).
+The latter walks the graph once for each matrix and norm."""
+
+
+SPLIT_BYTES = 20.0
+"""Bytes moved for each weight of a layer beyond the whole backward when weight gradients are computed apart: 1.0 ms of a 218M
+layer on an H200, the same with 4,096 and 8,192 tokens (torch 2.11)."""
+
+
 TP_CALL = 60e-6
 """Seconds that a tensor-parallel collective takes beyond its transfer where Python calls it between eager kernels: measured
 for small messages between two H200 (torch 2.11)."""
@@ -258,6 +269,12 @@ class Accounting:
     host's work for each expert's parameters as so many launches."""
     kernels_padded: float = 1.6
     """Factor on `kernels_expert` in narrow types: the rows of each expert are padded, cast and scaled apart."""
+    deferred: tuple[Saved, ...] = ()
+    """Output gradients that one layer keeps from its backward for inputs to that for weights, where these run apart."""
+    kernels_split: tuple[float, float] = SPLIT_KERNELS
+    """Kernels of these two, in place of `kernels_backward`."""
+    split_bytes: float = SPLIT_BYTES
+    """Bytes that they move for each weight beyond the whole backward."""
     padding_bytes: float = 0.0
     """Bytes moved for each element of a routed row, forward and again backward, where rows of narrow products are padded
     before the experts and cut after them in passes of their own."""

@@ -15,8 +15,8 @@ import numpy as np
 from planner.cost.primitives import Blend, Primitives
 from planner.cost.task import Ints
 
-_TIMES = ("forward", "backward", "recompute1", "recompute2", "comm", "hide", "floor", "update")
-_MEANS = (*_TIMES, "state", "updating", "act0", "act1", "act2")
+_TIMES = ("forward", "backward", "weight", "recompute1", "recompute2", "comm", "hide", "floor", "update")
+_MEANS = (*_TIMES, "state", "updating", "act0", "act1", "act2", "deferred")
 _PEAKS = (
     "fixed", "transient", "reduction", "head_transient", "head_reduction", "last_reduction", "last_layer", "carried",
 )  # fmt: skip
@@ -72,7 +72,8 @@ class Stack:
 
     def least_layers(self, modes: Sequence[int]) -> Ints:
         """Least time of one layer of each kind and micro-batch under any of the recompute modes, shape (kinds, ...)."""
-        forward, backward, selective, full = (self.means[:, _MEANS.index(name)] for name in _TIMES[:4])
+        names = ("forward", "backward", "recompute1", "recompute2")
+        forward, backward, selective, full = (self.means[:, _MEANS.index(name)] for name in names)
         again = [(0 * selective, selective, full)[mode] for mode in modes]
         return np.asarray(forward + backward + np.minimum.reduce(again))
 

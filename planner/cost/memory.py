@@ -37,6 +37,8 @@ class ActivationBytes:
     """Logits, loss and the head's inputs at their peak."""
     waiting: Ints
     """What the loss of a micro-batch keeps that waits for its backward."""
+    deferred: Ints
+    """Output gradients of one layer that wait for its weight gradients."""
     output: Ints
     """Logits that a pipeline's last rank keeps as its stage's output."""
 
@@ -64,6 +66,7 @@ def activation_bytes(task: Task, combos: LayoutArray) -> ActivationBytes:
         ceil(tokens * e * model.hidden / split),
         ceil(tokens * (logit * vocabulary + e * head_rows * model.hidden)),
         ceil(tokens * a.logits_wait * e / 2.0 * vocabulary),
+        ceil(tokens * saved_bytes(task, a.deferred, "none", combos, norms=False)),
         ceil(tokens * a.pipeline_logits * e * vocabulary),
     )
 
@@ -81,8 +84,8 @@ def adapter_bytes(task: Task, mode: str, combos: LayoutArray) -> Floats:
     return adapters.saved_bytes(task, mode, combos, mlp.top_k * slots(mlp, combos.ep) if mlp.routed else 0.0)
 
 
-def saved_bytes(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArray) -> Floats:
-    """Bytes that one layer saves for a token under a recompute mode, of the tensors `saved`."""
+def saved_bytes(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArray, norms: bool = True) -> Floats:
+    """Bytes that one layer saves for a token under a recompute mode, of the tensors `saved`; and of norms beyond two."""
     model = task.model
     attention, mlp = model.layer.attention, model.layer.mlp
     routed = mlp.top_k * slots(mlp, combos.ep) if mlp.routed else 0.0
@@ -127,7 +130,7 @@ def saved_bytes(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArr
         "not_gathered": ~(sequence & (tp > 1)),
     }
     # Beyond the two norms that `saved` counts, each keeps its input; a block that shares one norm keeps one row less.
-    more = (model.layer.n_norms - 2) * model.hidden * task.job.compute_bytes if mode != "full" else 0.0
+    more = (model.layer.n_norms - 2) * model.hidden * task.job.compute_bytes if norms and mode != "full" else 0.0
     total = more / divisors["sequence"]
     for item in saved:
         if mode not in item.kept:
@@ -164,7 +167,7 @@ _MOMENTS = ("resident", "carried", "unit", "unit_reduction", "head", "head_reduc
 
 def state_bytes(task: Task, layouts: LayoutArray, shard: Ints) -> StateBytes:
     """State sizes a parameter for each layout, under the engine's rule of its ZeRO stage, over `shard` ranks."""
-    zero, microbatches = layouts.zero, layouts.microbatches
+    zero, microbatches = layouts.kept_zero, layouts.microbatches
     here = layouts.offload == 0
     a, e = task.accounting, task.job.compute_bytes
     present = {

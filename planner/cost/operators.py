@@ -53,6 +53,10 @@ class LayerSeconds:
     head: Floats
     """Output head and loss, forward and backward."""
     head_tp: Floats
+    weight: Floats
+    """The part of `backward` that computes weight gradients."""
+    host_split: tuple[Floats, Floats]
+    """Time that the host needs to launch the backward for inputs, and that for weights, when they run apart."""
 
     def again(self, k: int) -> Floats:
         """All that selective (0) or full (1) recompute repeats: compute and exposed traffic."""
@@ -95,7 +99,14 @@ def layer_seconds(task: Task, combos: LayoutArray) -> LayerSeconds:
         sum(parts_f.values(), zero), sum(parts_b.values(), zero), host_f, host_b,
         (again[0], again[1]), tp_f, tp_b, tp_r, cp_f, cp_b, (cp_r, cp_r), ep_f, ep_b, (ep_r[0], ep_r[1]),
         streaming_seconds(moved, task.hardware.device) + _front_seconds(task, s), head, head_tp,
+        _weight_seconds(task, s), (_host(task, s, 1, 0), _host(task, s, 1, 1)),
     )  # fmt: skip
+
+
+def _weight_seconds(task: Task, s: Shapes) -> Floats:
+    """Device time of one layer's weight gradients."""
+    products = [p for p in layer_products(task, s, 1) if p.name.endswith(WEIGHT_GRADIENT)]
+    return sustained(task) * sum((product_seconds(task, p) for p in products), np.zeros_like(s.tp))
 
 
 def _front_seconds(task: Task, s: Shapes) -> Floats:
@@ -147,10 +158,14 @@ def bound_by_host(task: Task, seconds: Floats, beside: Floats, host: Floats) -> 
     return np.maximum(seconds, host - beside)
 
 
-def _host(task: Task, s: Shapes, direction: int) -> Floats:
-    """Host time of one layer, forward (0) or backward (1)."""
+def _host(task: Task, s: Shapes, direction: int, half: int | None = None) -> Floats:
+    """Host time of one layer, forward (0) or backward (1), or of a half of a split backward: for inputs (0), for weights (1).
+
+    Either half is taken to dispatch distributed tensors, route and pad like the whole.
+    """
     a = task.accounting
-    kernels = (a.kernels_forward, a.kernels_backward)[direction] + np.where(s.tp > 1, a.kernels_tp[direction], 0.0)
+    own = (a.kernels_forward, a.kernels_backward)[direction] if half is None else a.kernels_split[half]
+    kernels = own + np.where(s.tp > 1, a.kernels_tp[direction], 0.0)
     mlp = task.model.layer.mlp
     if mlp.routed:
         each = a.kernels_expert[direction] * (1.0 if task.job.linears == "same" else a.kernels_padded)
@@ -221,7 +236,7 @@ def head_products(task: Task, s: Shapes) -> list[Product]:
 def _gradients(p: Product, wgrad: float = 1.0) -> tuple[Product, Product]:
     """The products of backward: one for inputs, and one for weights, `wgrad` times slower than its size tells."""
     inputs = p._replace(name=f"{p.name}: input gradient", n=p.k, k=p.n)
-    return inputs, p._replace(name=f"{p.name}: weight gradient", m=p.k, k=p.m, times=wgrad)
+    return inputs, p._replace(name=f"{p.name}{WEIGHT_GRADIENT}", m=p.k, k=p.m, times=wgrad)
 
 
 def _attention_products(task: Task, s: Shapes) -> list[Product]:
@@ -289,6 +304,10 @@ def _expert_products(task: Task, s: Shapes) -> list[Product]:
         Product("experts", f"experts' {_up(task)}", m, (mlp.matrices - 1.0) * inner, h, groups),
         Product("experts", "experts' down", m, h, inner, groups),
     ]
+
+
+WEIGHT_GRADIENT = ": weight gradient"
+"""What names of products of weight gradients end with."""
 
 
 def product_seconds(task: Task, p: Product) -> Floats:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from planner.cost import memory, operators, p2p, risk
+from planner.cost import memory, operators, p2p, risk, schedules
 from planner.cost.rounding import ceil, nanoseconds
 from planner.cost.states import held_bytes
-from planner.cost.task import GPIPE, Bools, Floats, Ints, LayoutArray, Task
-from planner.cost.traffic import DpTraffic, dp_traffic, idle_seconds, layer_compute, recompute_seconds
+from planner.cost.task import GPIPE, INTERLEAVED_ZB, Bools, Floats, Ints, LayoutArray, Task
+from planner.cost.traffic import DpTraffic, dp_traffic, idle_seconds, layer_compute, recompute_seconds, split_compute
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Primitives:
     # time of one layer and micro-batch
     forward: Ints
     backward: Ints
+    weight: Ints
+    """The part of `backward` for weights, where a schedule runs it apart; else 0."""
     recompute1: Ints
     """Extra time of one selectively recomputed layer."""
     recompute2: Ints
@@ -33,6 +35,8 @@ class Primitives:
     head: Ints
     p2p: Ints
     """Exposed send and receive of one micro-batch, forward and backward, all chunks."""
+    credit: Ints
+    """v-ths of ns that a split backward takes off (v m - 1) max R + sum R; see `step.pipeline_time`."""
     # once a step
     comm: Ints
     """Step-wise dp traffic of one layer."""
@@ -74,6 +78,8 @@ class Primitives:
     """... with selective recompute."""
     act2: Ints
     """... with full recompute."""
+    deferred: Ints
+    """Output gradients of one layer and micro-batch that wait for their weight gradients."""
     transient: Ints
     """Temporaries of one layer's backward, gathered copies included."""
     reduction: Ints
@@ -86,7 +92,7 @@ class Primitives:
     boundary: Ints
     """Stage output kept for each chunk-micro-batch in flight."""
     receive: Ints
-    """Receive buffers of one chunk and direction."""
+    """Receive buffers of one chunk and direction; under a split backward also what was sent (`schedules.kept_messages`)."""
     chunks: Ints
     """v."""
     fixed: Ints
@@ -201,19 +207,36 @@ class PrimitiveTable:
         buffers = np.where(a.receive_all_microbatches, x.microbatches, a.receive_count)
         held = d.context.base + d.communicator.base * memory.communicators(x) + a.outside_bytes
         outside = ceil(self.task.constant("outside") * held)
-        waiting = np.where(x.schedule == GPIPE, x.microbatches - 1, 0) * self.waiting.take(share)
+        late = np.where(x.schedule == GPIPE, x.microbatches - 1, np.where(x.schedule == INTERLEAVED_ZB, x.pp - 1, 0))
+        waiting = late * self.waiting.take(share)
+        columns = {k: v.take(share) for k, v in self.columns.items()}
+        sends = p2p.exposed(self.task, x, [hop.take(share) for hop in self.hops])
         return Primitives(
-            **{k: v.take(share) for k, v in self.columns.items()},
-            p2p=p2p.exposed(self.task, x, [hop.take(share) for hop in self.hops]),
+            **columns,
+            p2p=sends,
+            credit=self._credit(x, columns, sends),
             hide=self._hide(x, share),
             constant=np.full(len(x), int(a.step_seconds * self.task.growth * 1e9), dtype=np.int64),
             waiting=waiting + np.where(many, self.output.take(share), 0),
             boundary=np.where(many & a.keeps_stage_output, ceil(a.boundary_copies * boundary), 0),
-            receive=np.where(many, boundary * buffers, 0),
+            receive=np.where(many, boundary * buffers * schedules.kept_messages(x.schedule) // 2, 0),
             chunks=x.virtual_stages,
             capacity=capacity(self.task, outside),
             outside=outside,
         )
+
+    def _credit(self, x: LayoutArray, columns: dict[str, Ints], sends: Ints) -> Ints:
+        """What a split backward saves: for each rank but one, its R less the bubble that it adds. Means over ranks.
+
+        Of embedding, head and sends a third, a third and a half count as forward; a third of the head as weight gradients.
+        """
+        n = self.task.model.n_layers
+        total = n * (columns["forward"] + columns["backward"]) + columns["embedding"] + columns["head"] + x.pp * sends
+        forward = n * columns["forward"] + (columns["embedding"] + columns["head"]) // 3 + x.pp * sends // 2
+        weights = n * columns["weight"] + columns["head"] // 3
+        added = schedules.bubble(x.schedule, forward, total - forward - weights, weights)
+        saved = (x.pp - 1) * np.maximum(total - added, 0) // x.pp
+        return np.where(schedules.splits_backward(x.schedule), saved, 0)
 
     def _hide(self, x: LayoutArray, share: Ints) -> Ints:
         """Step-wise traffic that one layer's compute hides.
@@ -260,9 +283,9 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
     acts = memory.activation_bytes(task, block)
     blocks = {
         "embedding": ns(seconds.embedding), "head": ns(seconds.head + seconds.head_tp),
-        "act0": acts.layer[0], "act1": acts.layer[1], "act2": acts.layer[2],
+        "act0": acts.layer[0], "act1": acts.layer[1], "act2": acts.layer[2], "deferred": acts.deferred,
     }  # fmt: skip
-    layer = _layer_ns(task, seconds, compute, traffic, spread)
+    layer = _layer_ns(task, shared, seconds, (compute, traffic), spread)
     again = [seconds.again(i) for i in range(2)]
     repeated = {f"recompute{i + 1}": ns(recompute_seconds(task, again[i][spread], compute[1], traffic)) for i in range(2)}
     columns = repeated | {k: v[spread] for k, v in blocks.items()} | layer | traffic.ns | held
@@ -308,16 +331,24 @@ def _combinations(layouts: LayoutArray, names: tuple[str, ...], accumulate: bool
         key = key * (int(column.max(initial=0)) + 1) + column
     if accumulate:
         key = (key * 2 + (layouts.microbatches > 1)) * 2 + (layouts.pp == 1)
+        key = key * 2 + schedules.splits_backward(layouts.schedule)
     _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
     return layouts.take(first), inverse.ravel()
 
 
 def _layer_ns(
-    task: Task, seconds: operators.LayerSeconds, compute: tuple[Floats, Floats], traffic: DpTraffic, to_block: Ints
+    task: Task,
+    layouts: LayoutArray,
+    seconds: operators.LayerSeconds,
+    priced: tuple[tuple[Floats, Floats], DpTraffic],
+    to_block: Ints,
 ) -> dict[str, Ints]:
+    compute, traffic = priced
+    split, (_, weights) = schedules.splits_backward(layouts.schedule), split_compute(task, layouts, seconds, to_block)
     forward = (seconds.tp_forward + seconds.cp_forward + seconds.ep_forward)[to_block]
     backward = (seconds.tp_backward + seconds.cp_backward + seconds.ep_backward)[to_block]
     return {
         "forward": nanoseconds(task.growth * (compute[0] + forward + traffic.forward)),
+        "weight": np.where(split, np.floor(1e9 * task.growth * weights).astype(np.int64), 0),
         "backward": nanoseconds(task.growth * (compute[1] + backward + traffic.backward)),
     }

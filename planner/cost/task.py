@@ -17,15 +17,17 @@ from planner.specs.calibration import Calibration
 from planner.specs.hardware import HardwareProfile
 from planner.specs.job import Job
 from planner.specs.layers import FrontEnd
-from planner.specs.layout import OFFLOADS, RANK_ORDERS, SCHEDULES, Layout, Stage
+from planner.specs.layout import OFFLOADS, RANK_ORDERS, SCHEDULES, SPLIT_BACKWARD, V_SHAPED, Layout, Stage
 from planner.specs.model import Model
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-NONE, GPIPE, ONE_F_ONE_B, INTERLEAVED = range(len(SCHEDULES))
+NONE, GPIPE, ONE_F_ONE_B, INTERLEAVED, INTERLEAVED_ZB, ZBV, DUALPIPEV = range(len(SCHEDULES))
 """Codes of the schedules, in the order of their names."""
+SPLIT_CODES = tuple(SCHEDULES.index(name) for name in SPLIT_BACKWARD)
+V_CODES = tuple(SCHEDULES.index(name) for name in V_SHAPED)
 
 
 NARROW_SHARE = {"fp8": 0.91, "fp4": 0.80}
@@ -175,6 +177,12 @@ class LayoutArray:
         return self.data // self.shard
 
     @property
+    def kept_zero(self) -> Ints:
+        """ZeRO stage as it runs: torch's pipeline stages reduce gradients after the last micro-batch only, so that stage 2 is 1
+        under the schedules that leave the reduction to them."""
+        return np.where(np.isin(self.schedule, SPLIT_CODES) & (self.zero == 2), 1, self.zero)
+
+    @property
     def apart(self) -> Ints:
         """How far data-parallel neighbours stand apart beyond tp and cp: a pipeline between them, or nothing."""
         return np.where(self.order == 1, self.pp, 1)
@@ -226,7 +234,8 @@ class StageArray:
     """Pipeline ranks of many layouts, flattened: `count` equal neighbouring ranks an entry, the first one at `index`.
 
     Only ranks that differ in nothing but their place may share an entry; since fewer micro-batches are in flight on
-    later ranks, the first of a run needs the most memory.
+    later ranks, the first of a run needs the most memory. Output gradients that wait under a split backward are counted as
+    on the last one.
     """
 
     row: Ints

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.cost import frozen, operators
+from planner.cost import frozen, memory, operators, schedules
 from planner.cost.accounting import Traffic
 from planner.cost.collectives import collective_seconds
 from planner.cost.compute import overlapped, streaming_seconds
@@ -41,9 +41,25 @@ def layer_compute(task: Task, layouts: LayoutArray, seconds: operators.LayerSeco
         (seconds.forward, seconds.host_forward, seconds.tp_forward, seconds.cp_forward),
         (seconds.backward, seconds.host_backward, seconds.tp_backward, seconds.cp_backward),
     )):  # fmt: skip
-        more = gather_host(task, layouts.zero, i)
+        more = gather_host(task, layouts.kept_zero, i)
         result.append(operators.bound_by_host(task, device[to_block], (tp + cp)[to_block], host[to_block] + more))
-    return result[0], result[1]
+    split = schedules.splits_backward(layouts.schedule)
+    return result[0], np.where(split, sum(split_compute(task, layouts, seconds, to_block)), result[1])
+
+
+def split_compute(task: Task, layouts: LayoutArray, seconds: operators.LayerSeconds, to_block: Ints) -> tuple[Floats, Floats]:
+    """(for inputs, for weights) compute of one layer's backward where they run apart, each with the host's floor.
+
+    What the second half repeats and accumulates by itself is `Accounting.split_bytes` for each weight.
+    """
+    a, params = task.accounting, memory.rank_params(task, layouts)
+    again = streaming_seconds(a.split_bytes * (params["layer"] + params["experts"]), task.hardware.device)
+    beside = (seconds.tp_backward + seconds.cp_backward)[to_block]
+    early = (seconds.backward - seconds.weight)[to_block]
+    late = seconds.weight[to_block] + task.constant("elementwise") * again
+    host = [each[to_block] for each in seconds.host_split]
+    inputs = operators.bound_by_host(task, early, beside, host[0])
+    return inputs, operators.bound_by_host(task, late, np.zeros_like(late), host[1])
 
 
 def gather_host(task: Task, zero: Ints, direction: int) -> Floats:
@@ -118,7 +134,7 @@ def _traffic_seconds(source: frozen.Source, layouts: LayoutArray) -> Iterator[tu
     """(collective, layouts that have it, its seconds by place) of the parameters under one rule, experts with their layer."""
     task = source.task
     for zero, rule in task.accounting.zero.items():
-        rows = np.nonzero(layouts.zero == zero)[0]
+        rows = np.nonzero(layouts.kept_zero == zero)[0]
         x = layouts.take(rows)
         for item in rule.traffic if len(rows) else ():
             if item.over == "replicas" and not np.any(x.replicas > 1):

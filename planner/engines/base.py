@@ -14,10 +14,25 @@ from typing import Any, Literal
 import numpy as np
 
 from planner.cost.accounting import Accounting
-from planner.cost.task import GPIPE, INTERLEAVED, NONE, ONE_F_ONE_B, Bools, Ints, LayoutArray, Subject, Task
+from planner.cost.schedules import splits_backward
+from planner.cost.task import (
+    DUALPIPEV,
+    GPIPE,
+    INTERLEAVED,
+    INTERLEAVED_ZB,
+    NONE,
+    ONE_F_ONE_B,
+    V_CODES,
+    ZBV,
+    Bools,
+    Ints,
+    LayoutArray,
+    Subject,
+    Task,
+)
 from planner.errors import Problem
 from planner.specs.features import features
-from planner.specs.layout import OFFLOADS, RANK_ORDERS, SCHEDULES, Layout
+from planner.specs.layout import OFFLOADS, RANK_ORDERS, SCHEDULES, SPLIT_BACKWARD, Layout
 from planner.specs.model import Model
 
 Predicate = Callable[[Subject | Task, LayoutArray], Bools]
@@ -81,12 +96,14 @@ class Engine:
     """What it can keep in host memory."""
     rank_orders: tuple[str, ...] = ("tp-cp-dp-pp",)
     """Orders in which it can place the axes."""
+    schedules_note: str = ""
+    """Why it does not run the schedules that split the backward."""
     hybrid_sharding: bool = False
     """Whether a group of the data-parallel ranks can share states, with copies in the other groups."""
 
     @property
     def _choices(self) -> tuple[Rule, ...]:
-        """Rules that follow from what it offers: offload, rank orders, hybrid sharding."""
+        """Rules that follow from what it offers: offload, schedules, rank orders, hybrid sharding."""
         offloads, orders = ([names.index(n) for n in own] for names, own in
                             ((OFFLOADS, self.offloads), (RANK_ORDERS, self.rank_orders)))  # fmt: skip
         return (
@@ -96,6 +113,14 @@ class Engine:
                 "offload {offload}",
                 f"{self.title} keeps in host memory: {', '.join(self.offloads)}; a CPU has no other",
                 "set offload: none, or use another engine",
+            ),
+            Rule(
+                "PLN580", f"{self.name}: split backward",
+                lambda t, x: splits_backward(x.schedule) & ~np.isin(x.schedule, schedule_codes(self)),
+                "schedule {schedule}",
+                f"{self.title} runs: {', '.join(self.schedules) or 'no pipeline'}{self.schedules_note}",
+                "use another schedule or engine",
+                on="pipeline",
             ),
             Rule(
                 "PLN227", f"{self.name}: rank order",
@@ -138,6 +163,12 @@ def _on_cpu(task: Subject | Task) -> bool:
 
 def _all(layouts: LayoutArray, value: bool) -> Bools:
     return np.full(len(layouts), value)
+
+
+def _chunks_do_not_fit(task: Subject | Task, x: LayoutArray) -> Bools:
+    """Whether a schedule has another number of chunks a rank."""
+    v, many, vee = x.virtual_stages, np.isin(x.schedule, (INTERLEAVED, INTERLEAVED_ZB)), np.isin(x.schedule, V_CODES)
+    return np.asarray(np.where(vee, v != 2, many != (v > 1)))
 
 
 def _order_matters(task: Subject | Task, x: LayoutArray) -> Bools:
@@ -205,10 +236,10 @@ COMMON_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "PLN207", "virtual stages fit schedule",
-        lambda t, x: (x.schedule == INTERLEAVED) != (x.virtual_stages > 1),
+        _chunks_do_not_fit,
         "schedule {schedule} with {virtual_stages} virtual stage(s)",
-        "only interleaved has virtual stages, and it has at least 2",
-        "set virtual_stages: 1, or schedule: interleaved with 2 or more",
+        "interleaved and interleaved-zb have 2 or more, zbv and dualpipev exactly 2, the others 1",
+        "set virtual_stages: 1, or a schedule that has {virtual_stages}",
         on="pipeline",
     ),
     Rule(
@@ -229,10 +260,39 @@ COMMON_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "PLN209", "interleaved: micro-batches % pp",
-        lambda t, x: (x.schedule == INTERLEAVED) & ~_divides(x.microbatches, x.pp),
-        "interleaved runs {microbatches} micro-batches on pp {pp}",
+        lambda t, x: np.isin(x.schedule, (INTERLEAVED, INTERLEAVED_ZB)) & ~_divides(x.microbatches, x.pp),
+        "{schedule} runs {microbatches} micro-batches on pp {pp}",
         "it passes micro-batches through chunks in groups of pp",
         "make global_batch / (dp x micro_batch) a multiple of {pp}",
+    ),
+    Rule(
+        "PLN581", "zbv: micro-batches >= 2 pp - 1",
+        lambda t, x: (x.schedule == ZBV) & (x.microbatches < 2 * x.pp - 1),
+        "{schedule} runs {microbatches} micro-batches on pp {pp}",
+        "it is laid out for 2 pp - 1 of them, and drops the rest of its slots below",
+        "lower dp, micro_batch or pp, or use interleaved",
+    ),
+    Rule(
+        "PLN582", "dualpipev: micro-batches >= 2 pp",
+        lambda t, x: (x.schedule == DUALPIPEV) & (x.microbatches < 2 * x.pp),
+        "{schedule} runs {microbatches} micro-batches on pp {pp}",
+        "it needs as many micro-batches as stages, two a rank",
+        "lower dp, micro_batch or pp, or use interleaved",
+    ),
+    Rule(
+        "PLN583", "split backward x zero 3",
+        lambda t, x: splits_backward(x.schedule) & (x.zero == 3),
+        "schedule {schedule} with zero {zero}",
+        "torch splits the backward over parameters that zero 3 has freed by then: some gradients are missing, others wrong",
+        "set zero: 2 or less, or schedule: interleaved",
+    ),
+    Rule(
+        "PLN585", "split backward: layers of one kind",
+        lambda t, x: splits_backward(x.schedule) & (not t.model.homogeneous),
+        "schedule {schedule} on {model}, which mixes kinds of layers",
+        "the closed form of its step is exact for equal chunks only, and was tested on them",
+        "use interleaved or 1f1b",
+        on="pipeline",
     ),
     Rule(
         "PLN210", "zero needs dp",
@@ -446,6 +506,12 @@ def stage_problems(model: Model, layout: Layout) -> list[Problem]:
             v > 1 and any(max(s.counts) not in (0, s.layers) for s in layout.stages), "PLN224",
             "a stage with chunks is recomputed in part",
             "with virtual stages a stage is recomputed as a whole", "use none, selective or full",
+        ),
+        (
+            layout.schedule in SPLIT_BACKWARD and any(max(s.counts) for s in layout.stages), "PLN584",
+            f"recompute with schedule {layout.schedule}",
+            "torch repeats a layer for its input gradients, and again for each matrix and norm that gets its weight gradient "
+            "(full), or raises an error (selective)", "set recompute: none, or schedule: interleaved",
         ),
     )  # fmt: skip
     return [Problem(code, what, why, fix, field="stages") for broken, code, what, why, fix in checks if broken]

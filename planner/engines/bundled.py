@@ -15,10 +15,12 @@ from planner.cost.accounting import (
     Saved,
     TpTraffic,
 )
+from planner.cost.schedules import splits_backward
 from planner.engines.base import Engine, Rule, exchange_divisible, kv_heads_divisible, microbatches_below_pp
 from planner.engines.fsdp2 import ZERO
 from planner.specs.features import features
 from planner.specs.layers import Attention
+from planner.specs.layout import SCHEDULES, SPLIT_BACKWARD
 
 
 def _odd_latent(a: Attention) -> bool:
@@ -135,6 +137,14 @@ RULES: tuple[Rule, ...] = (
         on="degrees",
     ),
     Rule(
+        "PLN597", "bundled: experts x split backward",
+        lambda t, x: splits_backward(x.schedule) & bool(t.model.routed_mlps),
+        "schedule {schedule} with routed experts",
+        "their exchanges have one backward, which cannot be split into inputs and weights",
+        "use 1f1b or interleaved",
+        on="pipeline",
+    ),
+    Rule(
         "PLN595", "bundled: experts x offload or hybrid sharding",
         lambda t, x: ((x.offload > 0) | (x.replicas > 1)) & bool(t.model.routed_mlps),
         "routed experts with offload {offload} or hybrid sharding",
@@ -181,6 +191,18 @@ SAVED = (
     Saved("experts' outputs", "returned", 1, "sequence"),
 )
 
+DEFERRED = (
+    Saved("of norms", "hidden", 2, "sequence"),
+    Saved("of attention and MLP outputs", "hidden", 2, "none"),
+    Saved("of queries", "q", 1, "tensor"),
+    Saved("of keys, values", "kv", 2, "tensor"),
+    Saved("of normed queries", "q", 1, "tensor", only=("qk_norm",)),
+    Saved("of normed keys", "kv", 1, "tensor", only=("qk_norm",)),
+    Saved("of gate, up", "mlp", 2, "tensor", only=("gated",)),
+    Saved("of up", "mlp", 1, "tensor", only=("gelu",)),
+)
+"""Gradients of what each matrix and norm puts out: kept, beside all activations, until weight gradients are computed."""
+
 _TP = TpTraffic(
     forward={"all_gather": 2, "reduce_scatter": 2},
     backward={"all_gather": 2, "reduce_scatter": 2},
@@ -190,6 +212,7 @@ _TP = TpTraffic(
 ACCOUNTING = Accounting(
     name="bundled",
     saved=SAVED,
+    deferred=DEFERRED,
     zero=ZERO,
     tp_sequence=_TP,
     tp_plain=_TP,
@@ -215,7 +238,7 @@ ACCOUNTING = Accounting(
     receive_all_microbatches=True,
     receive_count=0,
     keeps_stage_output=True,
-    pp_exposed={"gpipe": 1.0, "1f1b": 1.0, "interleaved": 1.0},
+    pp_exposed=dict.fromkeys(SCHEDULES, 1.0),
     tp_overlap=0.0,
     dp_window=0.9,
     dp_floor=0.1,
@@ -234,6 +257,9 @@ ACCOUNTING = Accounting(
         "windows": "windows and chunks are masks of plain SDPA: all scores are computed, and one mask [s, s] is kept a kind",
         "context": "counted on the runtime: four all-to-alls a layer forward, four backward, four in recompute",
         "saved": "measured: saved-tensor hooks on the runtime's block, CPU, torch 2.13",
+        "deferred": "measured: exactly these bytes between the halves of a backward, layers of 8B and 1B on H200 (torch 2.11)",
+        "kernels_split": "measured beside an H200 (torch 2.11), 4 layers of 1B and 8B and of width 256; with tp assumed",
+        "split_bytes": "measured: 8B layers on an H200 (torch 2.11), halves against the whole backward",
         "zero": "measured: storage meter and collective counts on the runtime, gloo, torch 2.13, fp32 and bf16",
         "elementwise_forward": "counted from the eager graph; norms as measured on H200 (1.4 to 2.2 times their bytes)",
         "logit_bytes": "measured: fp32 log-softmax kept, two fp32 temporaries in its backward; a third over split logits",
@@ -252,7 +278,7 @@ BUNDLED = Engine(
     rules=RULES,
     accounting=ACCOUNTING,
     zero_stages=(0, 1, 2, 3),
-    schedules=("gpipe", "1f1b", "interleaved"),
+    schedules=("gpipe", "1f1b", "interleaved", *SPLIT_BACKWARD),
     sequence_parallel=(1,),
     context_parallel=True,
     hybrid_sharding=True,

@@ -38,7 +38,11 @@ def engine_named(name: str) -> Engine:
     lifted = {code for t in traits for code in TRAITS[t].lifts}
     stages = next((TRAITS[t].zero_stages for t in traits if TRAITS[t].zero_stages), engine.zero_stages)
     rules = tuple(r for r in engine.rules if r.code not in lifted) + tuple(r for t in traits for r in TRAITS[t].adds)
-    return replace(engine, name=name, accounting=accounting, rules=rules, zero_stages=stages)
+    more = [s for t in traits for s in TRAITS[t].schedules if base == TORCHTITAN.name]
+    schedules, note = (*engine.schedules, *more), "" if more else engine.schedules_note
+    return replace(
+        engine, name=name, accounting=accounting, rules=rules, zero_stages=stages, schedules=schedules, schedules_note=note
+    )
 
 
 @cache

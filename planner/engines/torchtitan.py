@@ -73,6 +73,15 @@ SAVED = (
     Saved("experts' gate or up", "routed_mlp", 1, "sequence", kept=("selective",)),
 )
 
+DEFERRED = (
+    *bundled.DEFERRED,
+    Saved("of latent queries", "q_latent", 1, "none", only=("latent",)),
+    Saved("of latent keys, values", "kv_latent", 1, "none", only=("latent",)),
+    Saved("of experts' outputs", "routed", 1, "sequence"),
+    Saved("of experts' gate, up", "routed_mlp", 2, "sequence"),
+    Saved("of the router", "experts", 1, "sequence", size=4),
+)
+
 # Sharded gradients appear after the allocated peak, but stay in the allocator's pool: its reserved figure holds them.
 _POOLED = Held("grads", 4, shard=True, when="single")
 _ZERO = {k: replace(rule, backward=(*rule.backward, _POOLED)) if k >= 2 else rule for k, rule in ZERO.items()}
@@ -81,6 +90,7 @@ ACCOUNTING = replace(
     bundled.ACCOUNTING,
     name="torchtitan",
     saved=SAVED,
+    deferred=DEFERRED,
     zero=_ZERO,
     tp_sequence=TpTraffic(
         forward={"all_gather": 2, "reduce_scatter": 2},
@@ -110,6 +120,7 @@ ACCOUNTING = replace(
     mask_elements=0.0,
     origin={
         "pipeline_zero": "torchtitan's reshard_after_forward: default keeps parameters gathered under a pipeline",
+        "deferred": "counted like those of the bundled runtime's layers",
         "saved": "62 KiB a token and 8B layer under per-operator selective recompute, counted on the bundled runtime's block",
         "zero": "FSDP2 as in the bundled runtime",
         "attention_rate": "FlashAttention 2 through SDPA on Hopper: 0.34 of the peak against 0.55 of cuDNN",
@@ -125,6 +136,7 @@ TORCHTITAN = Engine(
     accounting=ACCOUNTING,
     zero_stages=(2, 3),
     schedules=("gpipe", "1f1b", "interleaved"),
+    schedules_note="; torch cannot split the backward of compiled layers: engine torchtitan+eager runs the zero-bubble ones",
     sequence_parallel=(1,),
     context_parallel=True,
     expert_parallel=True,

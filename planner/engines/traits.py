@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from planner.cost.accounting import COMPUTE, EAGER_KERNELS, TP_CALL, Accounting, Elementwise, Held, Saved, Traffic, ZeroRule
-from planner.cost.task import Bools, LayoutArray, Subject, Task
+from planner.cost.schedules import splits_backward
 from planner.engines import megatron, sharding
 from planner.engines.base import Rule
-from planner.specs.layout import SCHEDULES
+from planner.specs.layout import SCHEDULES, SPLIT_BACKWARD
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Trait:
     source: str
     zero_stages: tuple[int, ...] = ()
     """ZeRO stages that the engine has with it, where they are others."""
+    schedules: tuple[str, ...] = ()
+    """Schedules that torchtitan has besides with it."""
     lifts: tuple[str, ...] = ()
     """Codes of the engine's rules that no longer hold."""
     adds: tuple[Rule, ...] = ()
@@ -168,18 +170,10 @@ def _compiled_blocks(a: Accounting) -> Accounting:
     )
 
 
-SPLIT_BACKWARD = ("interleaved-zb", "zbv", "dualpipev")
-"""Schedules that run the backward of inputs and of weights apart."""
-
-
-def _runs_split_backward(task: Subject | Task, layouts: LayoutArray) -> Bools:
-    return np.isin(layouts.schedule, [code for code, name in enumerate(SCHEDULES) if name in SPLIT_BACKWARD])
-
-
 _COMPILED_RULES = (
     Rule(
         "PLN516", "compile: whole backwards",
-        _runs_split_backward,
+        lambda t, x: splits_backward(x.schedule),
         "schedule {schedule} with compiled blocks",
         "a compiled backward frees what it saved, and cannot run again for the weights (torch: donated buffers)",
         "use 1f1b or interleaved, or leave out +compile",
@@ -238,7 +232,7 @@ TRAITS: dict[str, Trait] = {
         Trait(
             "no-overlap",
             "all communication exposed",
-            _set(tp_overlap=0.0, dp_window=0.0, dp_floor=1.0, pp_exposed={"gpipe": 1.0, "1f1b": 1.0, "interleaved": 1.0}),
+            _set(tp_overlap=0.0, dp_window=0.0, dp_floor=1.0, pp_exposed=dict.fromkeys(SCHEDULES, 1.0)),
             "the overlap options of Megatron-Core switched off",
         ),
         Trait("fp8-gather", "parameters gathered in fp8", _fp8_gather, "torchtitan's enable_fsdp_float8_all_gather"),
@@ -274,7 +268,13 @@ TRAITS: dict[str, Trait] = {
             _set(kernels_forward=2, kernels_backward=2, kernels_routed=(0, 0), kernels_expert=(0, 0)),
             "a replay is one launch",
         ),
-        Trait("eager", "layers not compiled", _eager, "ten to twenty launches more for norms, rotary and activations"),
+        Trait(
+            "eager",
+            "layers not compiled",
+            _eager,
+            "ten to twenty launches more for norms, rotary and activations",
+            schedules=SPLIT_BACKWARD,
+        ),
         Trait(
             "compile",
             "blocks and loss under torch.compile",

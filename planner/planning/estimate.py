@@ -99,7 +99,7 @@ def _breakdown(c: _Priced, seconds: float) -> Breakdown:
     time, once = c.cost.time, c.cost.once
     s = int(np.argmax(time))
     n, n1, n2 = (int(a[s]) for a in (c.stages.layers, c.stages.selective, c.stages.full))
-    last = s == c.layout.pp - 1
+    last = s == c.layout.last_rank
     m, v = int(c.x.microbatches[0]), c.layout.virtual_stages
     one = {k: c.mean([float(getattr(kind.parts, k)[0]) for kind in c.kinds], s) for k in ("compute", "tp", "cp", "ep", "zero")}
     again_tp, again_cp = (
@@ -113,7 +113,7 @@ def _breakdown(c: _Priced, seconds: float) -> Breakdown:
     head_tp = float(c.base.parts.head_tp[0]) if last else 0.0
     d = int(np.argmax(once))
     update = int(c.stages.layers[d]) * int(c.q.update[d])
-    update += (int(c.p.update_first[0]) if d == 0 else 0) + (int(c.p.update_last[0]) if d == c.layout.pp - 1 else 0)
+    update += (int(c.p.update_first[0]) if d == 0 else 0) + (int(c.p.update_last[0]) if d == c.layout.last_rank else 0)
     parts = {
         "compute": m * (n * one["compute"] + ends / 1e9 - head_tp),
         "recompute": m * (again - again_tp - again_cp),
@@ -122,7 +122,7 @@ def _breakdown(c: _Priced, seconds: float) -> Breakdown:
         "ep_comm": m * n * one["ep"],
         "zero_comm": m * n * one["zero"],
         "pp_comm": m * int(c.q.p2p[s]) / 1e9,
-        "bubble": (int(time.sum()) - int(time[s])) / v / 1e9,
+        "bubble": (int(time.sum()) - int(time[s]) - step.credited(c.p, c.x, time)) / v / 1e9,
         "dp_comm": (int(once[d]) - update) / 1e9,
         "optimizer": update / 1e9,
     }
@@ -187,7 +187,7 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
     updating = int(c.cost.update_bytes[s]) > int(c.cost.backward_bytes[s])
     allocated = int(c.cost.allocated[s])
     states = _states(c, s, updating)
-    first, last = int(s == 0), int(s == c.layout.pp - 1)
+    first, last = int(s == 0), int(s == c.layout.last_rank)
     a = np.array
     q = c.q.take(a([s]))
     receive = int(step.receive_bytes(q, a([first]), a([last]))[0])
@@ -234,11 +234,11 @@ def _states_of(c: _Priced, source: int, s: int, updating: bool) -> dict[str, int
     shared, routed = (memory.state_bytes(task, x, shard) for shard in (x.shard, x.expert_shard))
     held, experts = (shared.update, routed.update) if updating else (shared.backward, routed.backward)
     layers = [int(n) for n in c.counts[s]]
-    if s == c.layout.pp - 1:
+    if s == c.layout.last_rank:
         layers[c.task.model.text_kind] += c.task.model.mtp
     count = sum(n * float(counts["layer"][0]) for n, counts in zip(layers, each, strict=True))
     count += float(places["first"][0]) if s == 0 else 0.0
-    count += float(places["last"][0]) if s == c.layout.pp - 1 else 0.0
+    count += float(places["last"][0]) if s == c.layout.last_rank else 0.0
     owned = sum(n * float(counts["experts"][0]) for n, counts in zip(layers, each, strict=True))
     return {part: int(held[part][0] * count + experts[part][0] * owned) for part in memory.PARTS}
 
@@ -246,7 +246,7 @@ def _states_of(c: _Priced, source: int, s: int, updating: bool) -> dict[str, int
 def _transient(c: _Priced, s: int, updating: bool) -> int:
     if updating:
         return 0
-    first, last = np.array([int(s == 0)]), np.array([int(s == c.layout.pp - 1)])
+    first, last = np.array([int(s == 0)]), np.array([int(s == c.layout.last_rank)])
     return int(step.stage_transient(c.q.take(np.array([s])), first, last, _strongest(c, s))[0])
 
 
@@ -259,7 +259,7 @@ def _cause(c: _Priced, s: int, flight: int, updating: bool) -> str:
     """The peak's moment in words."""
     if updating:
         return "end of backward and optimizer update"
-    last, mode = s == c.layout.pp - 1, _strongest(c, s)
+    last, mode = s == c.layout.last_rank, _strongest(c, s)
     elsewhere = np.zeros(1, dtype=np.int64)
     q = c.q.take(np.array([s]))
     layer = int(step.stage_transient(q, elsewhere, elsewhere, mode)[0])

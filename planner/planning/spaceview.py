@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.cost.schedules import splits_backward
 from planner.cost.task import LayoutArray
 from planner.engines.base import job_problems
 from planner.errors import InputError
@@ -140,7 +141,7 @@ def _reasons(setting: Setting) -> dict[str, str]:
         "zero": f"stages that {engine.name} has",
         "micro_batch": f"powers of two up to {MAX_MICRO_BATCH}; a pin may name any size",
         "schedule": f"schedules that {engine.name} has; none where pp is 1",
-        "virtual_stages": f"with interleaved: 2 to {MAX_CHUNKS} chunks a rank, all of equal size",
+        "virtual_stages": f"equal chunks a rank: 2 to {MAX_CHUNKS} with interleaved, interleaved-zb; 2 with zbv, dualpipev",
         "sequence_parallel": f"what {engine.name} allows; only with tp",
         "offload": f"what {engine.name} can keep in host memory",
         "order": f"rank orders of {engine.name}, where they differ: which axes are neighbours in the network",
@@ -152,11 +153,13 @@ def explicit_layouts(x: LayoutArray, model: Model, modes: Sequence[int]) -> int:
     """How many layouts rows stand for: splits of L layers over pp ranks, times recompute counts of every rank. Exact.
 
     Without chunks a rank of n layers has C(n + k - 1, k - 1) mixes of k modes, so that splits and mixes together are the
-    coefficient of z^L in (1 / (1 - z)^k - 1)^pp. With v chunks a rank has k choices, and L / v positions are split.
+    coefficient of z^L in (1 / (1 - z)^k - 1)^pp. With v chunks a rank has k choices, and L / v positions are split;
+    a split backward leaves it one.
     """
-    pairs, counts = np.unique(np.stack([x.pp, x.virtual_stages]), axis=1, return_counts=True)
-    many: Callable[[int, int], int] = lru_cache(maxsize=None)(lambda pp, v: _inside(model.n_layers, pp, v, len(modes)))
-    return sum(int(c) * many(int(pp), int(v)) for pp, v, c in zip(pairs[0], pairs[1], counts, strict=True))
+    choices = np.where(splits_backward(x.schedule), 1, len(modes))
+    found, counts = np.unique(np.stack([x.pp, x.virtual_stages, choices]), axis=1, return_counts=True)
+    many: Callable[[int, int, int], int] = lru_cache(maxsize=None)(lambda pp, v, k: _inside(model.n_layers, pp, v, k))
+    return sum(int(c) * many(*(int(n) for n in row)) for row, c in zip(found.T, counts, strict=True))
 
 
 def _inside(layers: int, pp: int, v: int, modes: int) -> int:

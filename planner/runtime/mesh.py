@@ -41,6 +41,8 @@ class World:
     dp_rank: int
     cp_rank: int
     tp_rank: int
+    loss_rank: int
+    """Pipeline rank of the head: the first one where stages make a V."""
     experts: DeviceMesh | None = None
     """Dimensions (pp, efsdp, ep, etp): the same ranks as the experts see them. None without routed experts."""
 
@@ -66,8 +68,8 @@ class World:
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the head and computes the loss (in every schedule here)."""
-        return self.pp_rank == self.pp - 1
+        """Whether this rank holds the head and computes the loss."""
+        return self.pp_rank == self.loss_rank
 
 
 def uses_cuda(plan: Plan) -> bool:
@@ -132,7 +134,7 @@ def build_world(plan: Plan, device: torch.device) -> World:
     states = data._unflatten(0, (copies, layout.sharded), ("copies", "shard")) if copies > 1 else data
     grid = experts.build_mesh(layout, device.type) if plan.model.routed_mlps else None
     pp_rank, dp_rank, cp_rank, tp_rank = mesh.get_coordinate() or (0, 0, 0, 0)
-    return World(mesh, data, states, device, *shape, pp_rank, dp_rank, cp_rank, tp_rank, grid)
+    return World(mesh, data, states, device, *shape, pp_rank, dp_rank, cp_rank, tp_rank, layout.last_rank, grid)
 
 
 def _data_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:

@@ -11,15 +11,16 @@ Every bound is admissible because it only drops constraints:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from planner.cost import step
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
-from planner.cost.schedules import in_flight, in_flight_layers
+from planner.cost.schedules import ends, in_flight, in_flight_layers, put_off, splits_backward
 from planner.cost.task import Bools, Ints, LayoutArray
+from planner.specs.layout import SCHEDULES
 
 BIG = np.int64(1) << 60
 """Stands for infinity; two of them never meet in a sum."""
@@ -45,6 +46,8 @@ class Group:
     last: Ints
     flight: Ints
     """In-flight chunk-micro-batches, shape (rows, pp)."""
+    waiting: Ints
+    """Those among them that wait for their weight gradients, shape (rows, pp)."""
     stack: Stack | None = None
     """Primitives by kind of layers, where the model mixes several; `p` is then that of its last layers."""
     blended: Primitives | None = None
@@ -93,6 +96,19 @@ class Group:
         index = np.arange(self.pp, dtype=np.int64).reshape((1, self.pp) + (1,) * (layers.ndim - 2))
         return in_flight_layers(x.schedule[extra], x.pp[extra], x.virtual_stages[extra], x.microbatches[extra], index, layers)
 
+    def kept(self, p: Primitives, layers: Ints, mode: int) -> Ints:
+        """Bytes that micro-batches in flight keep of `layers` on each rank under a mode; broadcasts like `weight`."""
+        held = self.weight(layers) * p.saved(mode)
+        if not np.any(self.waiting):
+            return held
+        extra = (slice(None), slice(None)) + (None,) * (layers.ndim - 2)
+        return held + self.waiting[extra] * (layers // self.chunks) * p.deferred
+
+    @property
+    def chunks(self) -> int:
+        """v of rows under a split backward, which share it."""
+        return int(self.layouts.virtual_stages[0])
+
 
 def room(p: Primitives, first: Ints, last: Ints, flight: Ints, mode: int) -> Ints:
     """Bytes left for layers when the strongest recompute mode is `mode`; all arguments broadcast."""
@@ -101,14 +117,16 @@ def room(p: Primitives, first: Ints, last: Ints, flight: Ints, mode: int) -> Int
 
 
 def group_of(p: Primitives, layouts: LayoutArray, n_layers: int, modes: tuple[int, ...]) -> Group:
-    """A group from rows that share pp."""
+    """A group from rows that share pp, and a schedule where one of them splits its backward: that recomputes nothing."""
     pp = int(layouts.pp[0])
+    modes = (0,) if splits_backward(layouts.schedule[:1])[0] else modes
     index = np.arange(pp, dtype=np.int64)[None, :]
     columns = Primitives(**{f.name: getattr(p, f.name)[:, None] for f in fields(p)})
     x = layouts
     flight = in_flight(x.schedule[:, None], x.pp[:, None], x.virtual_stages[:, None], x.microbatches[:, None], index)
-    first, last = (index == 0).astype(np.int64), (index == pp - 1).astype(np.int64)
-    return Group(columns, layouts, pp, n_layers, modes, first, last, flight)
+    waiting = put_off(x.schedule[:, None], x.pp[:, None], index)
+    first, last = ends(x.schedule[:1, None], pp, index)
+    return Group(columns, layouts, pp, n_layers, modes, first, last, flight, waiting)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -135,7 +153,7 @@ def _most_by_bisection(g: Group, room: Ints, mode: int) -> Ints:
     low, high = np.zeros_like(room), np.full_like(room, g.n_layers)
     while np.any(low < high):
         middle = (low + high + 1) // 2
-        fits = middle * g.p.state + g.weight(middle) * g.act(mode) <= room
+        fits = middle * g.p.state + g.kept(g.p, middle, mode) <= room
         low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
     return low
 
@@ -214,16 +232,21 @@ def target_bound(g: Group, target: int) -> Ints:
         stop = start + max(1, _TABLE_ENTRIES // (g.pp * width))
         stop = min(stop, start + int(np.searchsorted(reach[order[start:]], least + width, side="right")))
         chunk = order[start : max(stop, start + 1)]
-        result[chunk] = _table_bound(_rows_of(g, chunk), target, int(reach[chunk].max()))
+        result[chunk] = _table_bound(rows_of(g, chunk), target, int(reach[chunk].max()))
         start += len(chunk)
     return result
 
 
 def same_pipeline(x: LayoutArray, rows: Ints, mixes: bool = False) -> list[Ints]:
-    """Rows in chunks that share pp and whether they have virtual stages (`mixes`: how many): what a `Group` needs."""
-    v = x.virtual_stages[rows] if mixes else (x.virtual_stages[rows] > 1).astype(np.int64)
-    most = int(v.max(initial=0)) + 1
-    key = x.pp[rows] * most + v
+    """Rows in chunks that share pp and whether they have virtual stages (`mixes`: how many): what a `Group` needs.
+
+    Those that split their backward share their schedule and v besides.
+    """
+    split = splits_backward(x.schedule[rows])
+    v = x.virtual_stages[rows] if mixes else np.where(split, x.virtual_stages[rows], x.virtual_stages[rows] > 1)
+    kind = v * len(SCHEDULES) + np.where(split, x.schedule[rows], 0)
+    most = int(kind.max(initial=0)) + 1
+    key = x.pp[rows] * most + kind
     chunks = []
     for value in np.unique(key):
         same = rows[key == value]
@@ -232,8 +255,9 @@ def same_pipeline(x: LayoutArray, rows: Ints, mixes: bool = False) -> list[Ints]
     return chunks
 
 
-def _rows_of(g: Group, rows: Ints) -> Group:
-    return Group(g.p.take(rows), g.layouts.take(rows), g.pp, g.n_layers, g.modes, g.first, g.last, g.flight[rows])
+def rows_of(g: Group, rows: Ints) -> Group:
+    """Some rows of a group, without what is kept by kind of layers."""
+    return replace(g, p=g.p.take(rows), layouts=g.layouts.take(rows), flight=g.flight[rows], waiting=g.waiting[rows])
 
 
 def _allowed_bottleneck(g: Group, target: int) -> Ints:
@@ -244,7 +268,7 @@ def _allowed_bottleneck(g: Group, target: int) -> Ints:
 def allowed_bottleneck(g: Group, target: int, once: Ints, total: Ints) -> Ints:
     """The same from lower bounds on max d and on sum R."""
     x = g.layouts
-    budget = (target - 1 - g.p.constant[:, 0] - once) * x.virtual_stages - total
+    budget = (target - 1 - g.p.constant[:, 0] - once) * x.virtual_stages - total + g.p.credit[:, 0]
     factor = x.virtual_stages * x.microbatches - 1
     return np.where(budget < 0, -1, np.where(factor > 0, budget // np.maximum(factor, 1), BIG // 2))
 
@@ -270,7 +294,7 @@ def _table_bound(g: Group, target: int, reach: int) -> Ints:
     result = np.full(len(g.layouts), target, dtype=np.int64)
     if not len(found):
         return result
-    sub, again, time = _rows_of(g, found), again[found], time[found]
+    sub, again, time = rows_of(g, found), again[found], time[found]
     once = np.maximum(_least_once(sub), _smallest_once(sub, time, layers))
     base = sub.extra_time().sum(axis=1) + g.n_layers * (sub.p.forward + sub.p.backward)[:, 0]
     first = to_step(sub, slowest[found], np.maximum(base, _base_total(sub)), once)
@@ -278,7 +302,7 @@ def _table_bound(g: Group, target: int, reach: int) -> Ints:
     tight = np.nonzero(first < target)[0]
     extra = _smallest_sum(np.where(time[tight] < BIG, again[tight], BIG), least, g.n_layers)
     within = extra < BIG
-    close = _rows_of(sub, tight)
+    close = rows_of(sub, tight)
     value = to_step(close, slowest[found][tight], base[tight] + np.where(within, extra, 0), once[tight])
     result[found[tight]] = np.where(within, np.minimum(value, target), target)
     return result
@@ -295,12 +319,12 @@ def least_recompute(g: Group, layers: Ints) -> Ints:
     held = layers * p.state
     best = np.full(shape, BIG, dtype=np.int64)
     if np.any(g.layouts.virtual_stages > 1):
-        weight = g.weight(np.broadcast_to(layers, shape))
+        everywhere = np.broadcast_to(layers, shape)
         first, last = g.first[:, :, None], g.last[:, :, None]
         none = np.zeros_like(layers)
         linear = step.stage_time(p, first, last, layers, none, none)
         for mode in g.modes:
-            fits = held + weight * p.saved(mode) <= g.deep_room(mode)
+            fits = held + g.kept(p, everywhere, mode) <= g.deep_room(mode)
             time = step.stage_time(p, first, last, layers, layers if mode == 1 else none, layers if mode == 2 else none)
             best = np.where(fits, np.minimum(best, time - linear), best)
         return best

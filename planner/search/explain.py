@@ -9,6 +9,7 @@ import numpy as np
 
 from planner import stopping
 from planner.cost import step
+from planner.cost.schedules import splits_backward
 from planner.cost.task import MAX_DEVICES, Ints, LayoutArray, Task
 from planner.engines.base import Engine
 from planner.search import bounds, mixed
@@ -35,6 +36,7 @@ def nearest_layout(task: Task, space: Space, rows: Rows) -> Nearest | None:
     best: tuple[int, int, int] | None = None
     for mode in space.modes if len(x) else ():
         excess = _even_excess(task, x, mode)
+        excess = np.where(splits_backward(x.schedule) & (mode > 0), np.iinfo(np.int64).max, excess)  # nothing is recomputed
         row = int(np.argmin(excess))
         if best is None or int(excess[row]) < best[0]:
             best = (int(excess[row]), row, mode)

@@ -13,6 +13,7 @@ import numpy as np
 from planner.cost import step
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
+from planner.cost.schedules import splits_backward
 from planner.cost.task import Ints, LayoutArray, StageArray, Task, even_runs
 from planner.specs.layout import RECOMPUTE_MODES, Layout, even_stages
 
@@ -43,7 +44,7 @@ def best_even(
     ascending `bound` (ns), which ends the scan: a row whose bound is not below the best value found cannot be better.
     """
     best: tuple[int, int, int] | None = None
-    usable = order[_divides(task, x)[order]]
+    usable, split = order[_divides(task, x)[order]], splits_backward(x.schedule)
     for start in range(0, len(usable), _PIECE):
         rows = usable[start : start + _PIECE]
         if best is not None and int(bound[rows[0]]) >= best[0]:
@@ -51,9 +52,10 @@ def best_even(
         for mode in modes:
             p, stack = priced
             cost = _cost(task, x.take(rows), p.take(rows), None if stack is None else stack.take(rows), mode)
-            times = np.where(cost.fits, cost.step, np.iinfo(np.int64).max)
+            allowed = cost.fits & ~(split[rows] & (mode > 0))
+            times = np.where(allowed, cost.step, np.iinfo(np.int64).max)
             at = int(np.argmin(times))
-            if bool(cost.fits[at]) and (best is None or int(times[at]) < best[0]):
+            if bool(allowed[at]) and (best is None or int(times[at]) < best[0]):
                 best = int(times[at]), int(rows[at]), mode
     if best is None:
         return None

@@ -32,7 +32,7 @@ def blended(g: Group, counts: Ints) -> Group:
 def rows_of(g: Group, rows: Ints) -> Group:
     """Some rows of a group."""
     assert g.stack is not None
-    return replace(g, p=g.p.take(rows), layouts=g.layouts.take(rows), flight=g.flight[rows], stack=g.stack.take(rows))
+    return replace(bounds.rows_of(g, rows), stack=g.stack.take(rows))
 
 
 def _table(task: Task, g: Group, reach: int) -> tuple[Group, Windows]:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from planner import stopping
-from planner.cost.task import INTERLEAVED, NONE, LayoutArray, Task
+from planner.cost.task import INTERLEAVED, INTERLEAVED_ZB, NONE, SPLIT_CODES, V_CODES, LayoutArray, Task
 from planner.engines.base import Engine, Rule, schedule_codes
 from planner.errors import input_error
 from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES
@@ -82,8 +82,8 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
     divisors = _divisors(task.gpus)
     layers = task.model.n_layers
     chunks = range(2, min(MAX_CHUNKS, layers) + 1)
-    plain = [(code, 1) for code in schedule_codes(engine) if code != INTERLEAVED]
-    schedules = [(NONE, 1), *plain, *((INTERLEAVED, v) for v in chunks if INTERLEAVED in schedule_codes(engine))]
+    codes_run = sorted(schedule_codes(engine), key=lambda code: code in (INTERLEAVED, INTERLEAVED_ZB))
+    schedules = [(NONE, 1), *((code, v) for code in codes_run for v in _chunk_choices(code, chunks))]
     values: dict[str, tuple[int, ...]] = {
         "tp": tuple(d for d in divisors if d <= fast),
         "cp": tuple(d for d in divisors if d & (d - 1) == 0 and d <= 64) if engine.context_parallel else (1,),
@@ -123,9 +123,16 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
         else:
             chosen = _integers(axis, wanted)
             values[axis] = _kept(flag, values[axis], tuple(v for v in values[axis] if v in chosen))
+    if 0 not in modes:  # a split backward recomputes nothing (a rule)
+        schedules = [s for s in schedules if s[0] not in SPLIT_CODES]
     return Space(
         **values, schedules=tuple(schedules), sequence_parallel=sequence, modes=modes, any_etp="etp" in pins, **named,
     )  # fmt: skip
+
+
+def _chunk_choices(code: int, chunks: Sequence[int]) -> Sequence[int]:
+    """Chunks that a rank may hold under a schedule, of those in the declared range."""
+    return chunks if code in (INTERLEAVED, INTERLEAVED_ZB) else [v for v in (2,) if v in chunks] if code in V_CODES else (1,)
 
 
 def _expert_degrees(task: Task, engine: Engine) -> tuple[int, ...]:
@@ -208,12 +215,12 @@ def with_pins(space: Space, pins: Mapping[str, Sequence[object]], flag: str = "-
 def _pinned_schedules(space: Space, codes: Sequence[int] | None, chunks: Sequence[int] | None) -> tuple[tuple[int, int], ...]:
     """(schedule, virtual stages) of a space under pins of one of them or both."""
     if codes is None:
-        plain = [c for c, v in space.schedules if v == 1]
-        return tuple((c, v) for v in chunks or () for c in ([INTERLEAVED] if v > 1 else plain))
+        own = dict.fromkeys([*(c for c, _ in space.schedules), INTERLEAVED])
+        return tuple((c, v) for v in chunks or () for c in own if v in _chunk_choices(c, [w for w in chunks or () if w > 1]))
     if chunks is not None:
         return tuple((c, v) for c in codes for v in chunks)
-    declared = tuple(v for c, v in space.schedules if c == INTERLEAVED) or (2,)
-    return tuple((c, v) for c in codes for v in (declared if c == INTERLEAVED else (1,)))
+    declared = tuple(dict.fromkeys(v for _, v in space.schedules if v > 1)) or (2,)
+    return tuple((c, v) for c in codes for v in _chunk_choices(c, declared))
 
 
 def _restrictions(pins: Mapping[str, Sequence[object]], forbid: Sequence[str]) -> list[tuple[str, str, Sequence[object]]]:

@@ -50,6 +50,8 @@ class Tables:
     """A = v m - 1."""
     chunks: int
     """v: layers for each position of the sequence."""
+    credit: int = 0
+    """What a split backward takes off the pipeline's time (`step.pipeline_time`)."""
 
     @property
     def positions(self) -> int:
@@ -99,7 +101,12 @@ class Tables:
         columns = self.columns(split)
         time = [int(self.time[s, c]) for s, c in enumerate(columns)]
         once = [int(self.once[s, c]) for s, c in enumerate(columns)]
-        return self.factor * max(time) + sum(time) + self.chunks * max(once)
+        return self.objective(max(time), sum(time), max(once))
+
+    def objective(self, slowest: int, total: int, once: int) -> int:
+        """The objective from max R, sum R and max D; it falls with none of them."""
+        pipeline = max(self.factor * slowest + total - self.credit, (self.factor + 1) * slowest)
+        return pipeline + self.chunks * once
 
 
 def tables(g: Group, reach: int | None = None, task: Task | None = None) -> Tables:
@@ -133,7 +140,7 @@ def _priced(g: Group, layers: Ints, at: Ints, allowed: Bools) -> Tables:
     time = np.where(fits & allowed, time, BIG)
     once = np.broadcast_to(step.stage_once(one, first, last, columns), time.shape)
     factor = v * int(g.layouts.microbatches[0]) - 1
-    return Tables(time, once, selective, full, layers, at, g.n_layers, factor, v)
+    return Tables(time, once, selective, full, layers, at, g.n_layers, factor, v, int(g.p.credit[0, 0]))
 
 
 def _flat(p: Primitives) -> Primitives:
@@ -144,12 +151,12 @@ def _flat(p: Primitives) -> Primitives:
 def _uniform(g: Group, p: Primitives, layers: Ints) -> tuple[Bools, Ints, Ints]:
     """(fits, selective, full) of the cheapest uniform mode that fits, shape (pp, n)."""
     shape = (g.pp, layers.shape[1])
-    weight = g.weight(np.broadcast_to(layers[None], (1, *shape)))[0]
+    everywhere = np.broadcast_to(layers[None], (1, *shape))
     best = np.full(shape, BIG, dtype=np.int64)
     counts = [np.zeros(shape, dtype=np.int64) for _ in range(3)]
     for mode in g.modes:
         again = np.broadcast_to(layers * p.again(mode), shape)
-        fits = layers * p.state + weight * p.saved(mode) <= g.deep_room(mode)[0]
+        fits = layers * p.state + g.kept(g.deep, everywhere, mode)[0] <= g.deep_room(mode)[0]
         better = fits & (again < best)
         best = np.where(better, again, best)
         for other in (1, 2):
@@ -222,7 +229,7 @@ def best_split(t: Tables, below: int, check: Callable[[], None] = lambda: None) 
         mask = allowed & (t.once <= limit) & (t.time <= cap)
         start = _least_maximum(t, t.time, mask) if cap >= floor_time else None
         for threshold in [] if start is None else np.unique(t.time[mask & (t.time >= start)]).tolist():
-            if t.factor * threshold + least.sum + t.chunks * floor_once >= best:
+            if t.objective(threshold, least.sum, floor_once) >= best:
                 break
             check()
             found = _least_sum(t, mask & (t.time <= threshold))
@@ -243,7 +250,7 @@ class _Least:
 
     def cap(self, best: int, limit: int) -> int:
         """The largest bottleneck of a plan under `best` whose max D is at least `limit`."""
-        room = best - 1 - self.sum - self.t.chunks * limit
+        room = best - 1 - self.sum + self.t.credit - self.t.chunks * limit
         return room // self.t.factor if self.t.factor else (int(BIG) if room >= 0 else -1)
 
     def next_limit(self, best: int, limit: int, floor_time: int) -> int | None:
@@ -344,6 +351,10 @@ def cp_sat(t: Tables, below: int, canonical: bool = False) -> Verdict:
     else:
         _join(model, x, rows, starts, sizes)
     total = t.factor * slowest + sum(c * b for c, b in zip(time, x, strict=True)) + t.chunks * largest
+    if t.credit:  # the larger of two terms
+        first, total = total - t.credit, model.new_int_var(0, max(below - 1, 0), "T")
+        model.add(total >= first)
+        model.add(total >= (t.factor + 1) * slowest + t.chunks * largest)
     model.add(total <= below - 1)
     if canonical:
         scale = len(kept) * t.n_layers + 1
@@ -411,7 +422,7 @@ def _arcs(t: Tables, below: int) -> list[Ints]:
     keep = []
     for s in range(pp):
         total = rest + np.where(fits[s], over[s] - least[s], 0)
-        found = np.nonzero(fits[s] & (bottleneck[s] + total < below))[0]
+        found = np.nonzero(fits[s] & (bottleneck[s] + total - t.credit < below))[0]
         keep.append(np.stack([np.zeros_like(found), t.layers[found] // t.chunks, found], axis=1))
     return keep
 
@@ -428,7 +439,8 @@ def _arcs_between(t: Tables, fits: Bools, once: Ints, below: int) -> list[Ints]:
             through = np.minimum(sums[0][s, starts] + sums[1][s + 1, ends], BIG) + t.time[s, entry]
             peak = np.maximum(np.maximum(peaks[0][s, starts], peaks[1][s + 1, ends]), t.time[s, entry])
             reached = (through < BIG) & (peak < BIG)
-            usable = np.nonzero(reached & (t.factor * np.where(reached, peak, 0) + once[s, entry] + through < below))[0]
+            least = t.factor * np.where(reached, peak, 0) + once[s, entry] + through - t.credit
+            usable = np.nonzero(reached & (least < below))[0]
             found.append(np.stack([usable, np.full_like(usable, n), entry[usable]], axis=1))
         keep.append(np.concatenate(found))
     return keep

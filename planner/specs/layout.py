@@ -14,9 +14,16 @@ from planner.specs.base import Spec
 from planner.specs.job import Job
 from planner.specs.policy import Policy
 
-Schedule = Literal["none", "gpipe", "1f1b", "interleaved"]
-SCHEDULES: tuple[str, ...] = ("none", "gpipe", "1f1b", "interleaved")
-"""Names in the order of their codes. `none` is gradient accumulation without a pipeline (pp = 1)."""
+Schedule = Literal["none", "gpipe", "1f1b", "interleaved", "interleaved-zb", "zbv", "dualpipev"]
+SCHEDULES: tuple[str, ...] = ("none", "gpipe", "1f1b", "interleaved", "interleaved-zb", "zbv", "dualpipev")
+"""Names in the order of their codes. `none` is gradient accumulation without a pipeline (pp = 1); the last three are torch's
+InterleavedZeroBubble, ZBVZeroBubble (both arXiv 2401.10241) and DualPipeV (arXiv 2412.19437)."""
+CHUNKED: tuple[str, ...] = ("interleaved", "interleaved-zb")
+"""Schedules with two chunks or more on every rank, chunk c of rank s being stage c pp + s."""
+V_SHAPED: tuple[str, ...] = ("zbv", "dualpipev")
+"""Schedules with two chunks on every rank, rank s holding stages s and 2 pp - 1 - s: the first rank has both ends."""
+SPLIT_BACKWARD: tuple[str, ...] = ("interleaved-zb", "zbv", "dualpipev")
+"""Schedules that run the backward for inputs and the one for weights apart, to fill bubbles with the latter."""
 OFFLOADS: tuple[str, ...] = ("none", "optimizer")
 """In the order of their codes."""
 RankOrder = Literal["tp-cp-dp-pp", "tp-cp-pp-dp"]
@@ -102,7 +109,7 @@ class Layout(Spec):
     schedule: Schedule = "none"
     """Pipeline schedule; `none` exactly when pp is 1."""
     virtual_stages: Positive = 1
-    """Chunks a pipeline rank holds; above 1 exactly with `interleaved`."""
+    """Chunks a pipeline rank holds: 2 or more with `interleaved` and `interleaved-zb`, 2 with `zbv` and `dualpipev`, else 1."""
     sequence_parallel: bool = False
     """Norms and residuals split over the sequence inside the tp group (Korthikanti 2022)."""
     offload: Literal["none", "optimizer"] = "none"
@@ -130,6 +137,36 @@ class Layout(Spec):
     def chunks(self) -> list[list[int]]:
         """Layers of each chunk, as [pipeline rank][chunk]: see `chunk_layers`."""
         return [chunk_layers(stage.layers, self.virtual_stages) for stage in self.stages]
+
+    @property
+    def chunk_ranges(self) -> list[list[range]]:
+        """The model's layers that each chunk holds, as [pipeline rank][chunk]: the stages' layers join in stage order."""
+        counts, starts, at = self.chunks, {}, 0
+        for rank, chunk in stage_places(self.schedule, self.pp, self.virtual_stages):
+            starts[rank, chunk] = at
+            at += counts[rank][chunk]
+        return [[range(starts[r, c], starts[r, c] + n) for c, n in enumerate(held)] for r, held in enumerate(counts)]
+
+    @property
+    def last_rank(self) -> int:
+        """The pipeline rank that holds the model's last layers, the head and the loss."""
+        return last_rank(self.schedule, self.pp)
+
+
+def stage_of(schedule: str, pp: int, rank: int, chunk: int) -> int:
+    """The stage of the model (0 first) that a chunk of a pipeline rank is."""
+    return 2 * pp - 1 - rank if schedule in V_SHAPED and chunk else chunk * pp + rank
+
+
+def stage_places(schedule: str, pp: int, virtual_stages: int) -> list[tuple[int, int]]:
+    """(pipeline rank, chunk) of each stage, in stage order: the inverse of `stage_of`."""
+    places = [(rank, chunk) for rank in range(pp) for chunk in range(virtual_stages)]
+    return sorted(places, key=lambda place: stage_of(schedule, pp, *place))
+
+
+def last_rank(schedule: str, pp: int) -> int:
+    """The pipeline rank of the model's last stage."""
+    return 0 if schedule in V_SHAPED else pp - 1
 
 
 def chunk_layers(layers: int, virtual_stages: int) -> list[int]:

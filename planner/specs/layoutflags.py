@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from planner.errors import input_error
-from planner.specs.layout import Layout, even_stages
+from planner.specs.layout import V_SHAPED, Layout, even_stages
 from planner.specs.model import Model
 
 
@@ -31,6 +31,8 @@ def complete_layout(named: dict[str, Any], model: Model, gpus: int) -> Layout:
         raise input_error("PLN107", "degrees are at least 1", f"tp {tp}, cp {cp}, pp {pp}", "")
     values.setdefault("dp", max(gpus // (tp * cp * pp), 1))
     values.setdefault("sequence_parallel", tp > 1)
+    if values.get("schedule") in V_SHAPED:
+        values.setdefault("virtual_stages", 2)
     chunks = int(values.get("virtual_stages", 1))
     values.setdefault("schedule", "none" if pp == 1 else "interleaved" if chunks > 1 else "1f1b")
     if "stages" not in values:

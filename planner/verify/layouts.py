@@ -26,6 +26,10 @@ class Evaluated:
     embedding_ns: int
     head_ns: int
     p2p_ns: int
+    weights: Ints
+    """The part of R that layers spend on weight gradients, where the schedule runs them apart, ns."""
+    credit: int
+    """What that takes off the pipeline's time, v-ths of ns."""
     once_ns: int
     """max D, ns."""
     constant_ns: int
@@ -57,6 +61,8 @@ def evaluate(task: Task, layout: Layout) -> Evaluated:
         int(p.embedding[0]),
         int(p.head[0]),
         int(ranks.p2p[0]),
+        np.asarray(stages.layers * ranks.weight),
+        int(p.credit[0]),
         int(cost.once.max()),
         int(p.constant[0]),
         cost.allocated,

@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from planner.cost.task import INTERLEAVED, LayoutArray, Task
+from planner.cost.task import INTERLEAVED, INTERLEAVED_ZB, V_CODES, LayoutArray, Task
 from planner.engines.base import Engine, schedule_codes
 from planner.planfile import Declared, Inputs
-from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES
+from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES, SPLIT_BACKWARD
 
 _SHORT = {"mbs": "micro_batch", "sp": "sequence_parallel", "vpp": "virtual_stages", "v": "virtual_stages"}
 _WORLD = "world = tp cp pp dp"
@@ -30,8 +30,11 @@ def documented_axes(task: Task, engine: Engine, inputs: Inputs) -> Declared:
     width = math.gcd(*(m.width for m in task.model.routed_mlps))
     codes = schedule_codes(engine)
     schedules = {"none": [1]} | {SCHEDULES[c]: [1] for c in codes}
-    if INTERLEAVED in codes:
-        schedules[SCHEDULES[INTERLEAVED]] = list(range(2, min(16, n) + 1))
+    for c in codes:
+        if c in (INTERLEAVED, INTERLEAVED_ZB):
+            schedules[SCHEDULES[c]] = list(range(2, min(16, n) + 1))
+        elif c in V_CODES:
+            schedules[SCHEDULES[c]] = [2] if n >= 2 else []
     declared = Declared(
         tp=[d for d in degrees if d <= fast],
         cp=[d for d in degrees if d in (1, 2, 4, 8, 16, 32, 64)] if engine.context_parallel else [1],
@@ -50,6 +53,9 @@ def documented_axes(task: Task, engine: Engine, inputs: Inputs) -> Declared:
     )
     for axis, wanted, pinned in _limits(inputs):
         declared = declared.model_copy(update=_limited(declared, axis, wanted, pinned, degrees))
+    if "none" not in declared.recompute:  # nothing is recomputed under a split backward
+        left = {s: chunks for s, chunks in declared.schedules.items() if s not in SPLIT_BACKWARD}
+        declared = declared.model_copy(update={"schedules": left})
     return declared
 
 

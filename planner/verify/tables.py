@@ -4,6 +4,7 @@ Arrays have the shape (rows, ranks, runs). A rank's memory with n layers, n1 of 
 
     n state + K ((n - n1 - n2) act0 + n1 act1 + n2 act2) + what its place needs + temporaries(strongest mode in use)
 
+(under a split backward n1 = n2 = 0, and output gradients that wait for weight gradients count besides)
 while micro-batches run, and must leave room for the optimizer besides; the cost model's own functions give the last two.
 """
 
@@ -17,8 +18,9 @@ import numpy as np
 from planner.cost import primitives, step
 from planner.cost.blending import blend
 from planner.cost.primitives import Primitives
-from planner.cost.schedules import in_flight
+from planner.cost.schedules import in_flight, put_off, splits_backward
 from planner.cost.task import Bools, Ints, LayoutArray, Task
+from planner.specs.layout import SCHEDULES, last_rank
 from planner.verify.windows import Runs, runs
 
 NEVER = np.int64(1) << 60
@@ -50,10 +52,11 @@ def price(task: Task, layouts: LayoutArray) -> Priced:
 
 
 def batches(x: LayoutArray, rows: Ints) -> Iterator[Ints]:
-    """Rows that share the pipeline degree and the number of chunks: what a table needs."""
+    """Rows that share the pipeline degree, the number of chunks and where the stages sit: what a table needs."""
     if not len(rows):
         return
     key = x.pp[rows] * (int(x.virtual_stages.max()) + 1) + x.virtual_stages[rows]
+    key = key * len(SCHEDULES) + np.where(splits_backward(x.schedule[rows]), x.schedule[rows], 0)
     for value in np.unique(key):
         yield rows[key == value]
 
@@ -74,6 +77,10 @@ class Ranks:
     """Micro-batches of a step, shape (rows,)."""
     constant: Ints
     """ns, shape (rows,)."""
+    waiting: Ints
+    """Micro-batches (of a chunk each) whose weight gradients wait."""
+    credit: Ints
+    """What splitting the backward takes off, v-ths of ns, shape (rows,)."""
 
     @property
     def layers(self) -> Ints:
@@ -99,9 +106,12 @@ def ranks_of(batch: Priced, modes: tuple[int, ...], longest: int) -> Ranks:
     p = deep[0] if len(deep) == 1 else blend(deep, w.counts[None, None], model.text_kind)
     index = np.arange(pp, dtype=np.int64)[None, :]
     flight = in_flight(x.schedule[:, None], x.pp[:, None], x.virtual_stages[:, None], x.microbatches[:, None], index)
-    first, last = ((index == place).astype(np.int64)[:, :, None] for place in (0, pp - 1))
-    constant = batch.kinds[model.text_kind if len(deep) > 1 else 0].constant
-    return Ranks(p, w, modes, first, last, flight[:, :, None], v, x.microbatches, constant)
+    split, ends = bool(splits_backward(x.schedule[:1])[0]), (0, last_rank(SCHEDULES[int(x.schedule[0])], pp))
+    first, last = ((index == place).astype(np.int64)[:, :, None] for place in ends)
+    waiting = put_off(x.schedule[:, None], x.pp[:, None], index)[:, :, None]
+    base = batch.kinds[model.text_kind if len(deep) > 1 else 0]
+    modes = (0,) if split else modes
+    return Ranks(p, w, modes, first, last, flight[:, :, None], v, x.microbatches, base.constant, waiting, base.credit)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -118,6 +128,11 @@ def _weight(r: Ranks) -> Ints:
     return r.flight * (r.layers // r.chunks)
 
 
+def _late(r: Ranks) -> Ints:
+    """Bytes of the output gradients that wait for weight gradients."""
+    return r.waiting * (r.layers // r.chunks) * r.p.deferred
+
+
 def fits(r: Ranks) -> Bools:
     """Whether a rank can hold a run under any recompute that the modes allow. Exact.
 
@@ -126,7 +141,7 @@ def fits(r: Ranks) -> Bools:
     found = np.zeros(r.shape(), dtype=bool)
     for mode in r.modes:
         if r.chunks > 1:
-            saved = _weight(r) * r.p.saved(mode)
+            saved = _weight(r) * r.p.saved(mode) + _late(r)
         else:
             weaker = np.minimum.reduce([r.p.saved(other) for other in r.modes if other <= mode])
             saved = r.flight * (r.p.saved(mode) + (r.layers - 1) * weaker)
@@ -165,7 +180,7 @@ def recompute_time(r: Ranks) -> Ints:
     rooms = [_room(r, mode) for mode in range(3)]
     if r.chunks > 1:
         for mode in r.modes:
-            within = _weight(r) * r.p.saved(mode) <= rooms[mode]
+            within = _weight(r) * r.p.saved(mode) + _late(r) <= rooms[mode]
             best = np.where(within, np.minimum(best, r.layers * r.p.again(mode)), best)
         return np.where(beside, best, NEVER)
     most = int(r.layers.max()) if 2 in r.modes else 0

@@ -9,7 +9,7 @@ from planner.engines.base import layout_problems
 from planner.engines.registry import ENGINES, engine_named
 from planner.errors import InputError
 from planner.search.space import declared_space, enumerate_rows
-from planner.specs.layout import Layout, Stage, even_stages
+from planner.specs.layout import SCHEDULES, Layout, Stage, even_stages
 
 
 def layout(layers: int = 8, **named) -> Layout:
@@ -35,6 +35,19 @@ def codes(engine: str, gpus: int, model=None, **named) -> set[str]:
     ("bundled", 2, {"pp": 2, "virtual_stages": 2}, {"PLN207"}),
     ("bundled", 2, {"pp": 2, "schedule": "interleaved", "virtual_stages": 8}, {"PLN208", "PLN223"}),
     ("bundled", 4, {"pp": 4, "micro_batch": 16, "schedule": "interleaved", "virtual_stages": 2}, {"PLN209"}),
+    ("bundled", 2, {"pp": 2, "schedule": "zbv"}, {"PLN207"}),
+    ("bundled", 2, {"pp": 2, "schedule": "dualpipev", "virtual_stages": 4}, {"PLN207", "PLN223"} - {"PLN223"}),
+    ("bundled", 2, {"pp": 2, "schedule": "interleaved-zb", "virtual_stages": 4}, set()),
+    ("bundled", 2, {"pp": 2, "schedule": "zbv", "virtual_stages": 2, "micro_batch": 8}, set()),
+    ("bundled", 4, {"pp": 4, "micro_batch": 16, "schedule": "interleaved-zb", "virtual_stages": 2}, {"PLN209"}),
+    ("bundled", 4, {"pp": 4, "micro_batch": 8, "schedule": "zbv", "virtual_stages": 2}, {"PLN581"}),
+    ("bundled", 4, {"pp": 4, "micro_batch": 8, "schedule": "dualpipev", "virtual_stages": 2}, {"PLN582"}),
+    ("bundled", 4, {"pp": 2, "dp": 2, "zero": 3, "schedule": "zbv", "virtual_stages": 2}, {"PLN583"}),
+    ("bundled", 4, {"pp": 2, "dp": 2, "zero": 2, "schedule": "dualpipev", "virtual_stages": 2}, set()),
+    ("megatron", 4, {"pp": 4, "schedule": "zbv", "virtual_stages": 2}, {"PLN580"}),
+    ("torchtitan", 4, {"pp": 4, "schedule": "zbv", "virtual_stages": 2}, {"PLN580"}),
+    ("torchtitan+eager", 4, {"pp": 4, "schedule": "zbv", "virtual_stages": 2}, set()),
+    ("megatron+eager", 4, {"pp": 4, "schedule": "zbv", "virtual_stages": 2}, {"PLN580"}),
     ("bundled", 1, {"zero": 1}, {"PLN210"}),
     ("bundled", 1, {"sequence_parallel": True}, {"PLN211"}),
     ("megatron", 2, {"cp": 2, "ep": 2}, {"PLN214"}),
@@ -72,6 +85,8 @@ def test_stages_must_match_the_model():
     assert codes("bundled", 2, pp=2, stages=[{"layers": 4}, {"layers": 3}]) == {"PLN222"}
     mixed = [{"layers": 4, "recompute": "full:1"}, {"layers": 4}]
     assert codes("bundled", 2, pp=2, schedule="interleaved", virtual_stages=2, stages=mixed) == {"PLN224"}
+    whole = [{"layers": 4, "recompute": "full"}, {"layers": 4}]
+    assert codes("bundled", 2, pp=2, schedule="zbv", virtual_stages=2, stages=whole) == {"PLN584"}
     with pytest.raises(ValueError, match="counts more layers"):
         Stage(layers=2, recompute="full:3")
 
@@ -85,7 +100,7 @@ def test_every_row_of_the_space_obeys_every_rule(engine):
     for row in range(0, len(x), 7):
         names = ("tp", "cp", "pp", "dp", "zero", "micro_batch", "virtual_stages")
         values = {n: int(getattr(x, n)[row]) for n in names}
-        schedule = ("none", "gpipe", "1f1b", "interleaved")[int(x.schedule[row])]
+        schedule = SCHEDULES[int(x.schedule[row])]
         one = layout(**values, schedule=schedule, sequence_parallel=bool(x.sequence_parallel[row]))
         assert {p.code for p in layout_problems(t, e, one)} <= {"PLN223"}
 

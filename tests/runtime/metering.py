@@ -22,6 +22,7 @@ from planner.planfile import Plan
 from planner.runtime.mesh import start_processes
 from planner.runtime.meter import Meter
 from planner.runtime.train import Options, Trainer
+from planner.specs.layout import SPLIT_BACKWARD
 
 LLAMA = plans.llama(4, 128, 1024, width=352)
 GPT = plans.gpt(4, 128, 1024, max_positions=128)
@@ -52,6 +53,11 @@ def _cases() -> dict[int, dict[str, Plan]]:
             add(2, f"pp2-{schedule}-{precision}", precision=precision, pp=2, schedule=schedule)
         interleaved: dict[str, Any] = {"schedule": "interleaved", "virtual_stages": 2}
         add(2, f"pp2-interleaved-{precision}", precision=precision, pp=2, **interleaved)
+        for schedule in SPLIT_BACKWARD:
+            split: dict[str, Any] = {"schedule": schedule, "virtual_stages": 2, "precision": precision, "pp": 2}
+            add(2, f"pp2-{schedule}-{precision}", micro_batch=1, **split)
+            for zero in (0, 2):
+                add(4, f"pp2-dp2-{schedule}-zero{zero}-{precision}", dp=2, zero=zero, **split)
         for zero in range(4):
             add(4, f"pp2-dp2-zero{zero}-{precision}", precision=precision, pp=2, dp=2, zero=zero, recompute="full")
         add(4, f"tp2-dp2-zero3-{precision}", precision=precision, tp=2, dp=2, zero=3, micro_batch=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import cases
@@ -31,8 +32,21 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stages_are_numbered_chunk_major() -> None:
-    ranges = pipeline.layer_ranges([[2, 1], [2, 2]])
-    assert ranges == [range(2), range(2, 4), range(4, 5), range(5, 7)]
+    layout = plans.plan(plans.llama(7), pp=2, schedule="interleaved", virtual_stages=2, layers=[3, 4]).layout
+    assert layout.chunk_ranges == [[range(2), range(4, 5)], [range(2, 4), range(5, 7)]]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_stages_of_a_v_go_down_and_up_again(rank: int) -> None:
+    """The first rank holds both ends of the model, and computes the loss."""
+    made = plans.plan(plans.llama(8), pp=2, schedule="zbv", virtual_stages=2)
+    world: Any = SimpleNamespace(pp_rank=rank)
+    parts = pipeline.build_parts(made, world)
+    held = {stage: list(part.layers) for stage, part in parts.items()}
+    assert held == ({0: ["0", "1"], 3: ["6", "7"]}, {1: ["2", "3"], 2: ["4", "5"]})[rank]
+    assert [part.tok is not None for part in parts.values()] == [rank == 0, False]
+    assert [part.head is not None for part in parts.values()] == [False, rank == 0]
+    assert made.layout.last_rank == 0
 
 
 def test_wrong_number_of_processes_is_one_clear_message() -> None:

@@ -13,7 +13,7 @@ from planner.cost.primitives import Blend
 from planner.cost.task import LayoutArray, StageArray, Task
 from planner.engines.base import Engine
 from planner.search.space import Space, enumerate_rows
-from planner.specs.layout import Stage
+from planner.specs.layout import SPLIT_BACKWARD, Stage
 
 
 def splits(layers: int, stages: int, least: int) -> Iterator[tuple[int, ...]]:
@@ -44,6 +44,7 @@ def row_values(task: Task, x: LayoutArray, row: int, modes: tuple[int, ...]) -> 
     """The least step time (ns) of an outer row over all its feasible layouts, None when none fits."""
     one = x.take(np.array([row]))
     p = primitives.price(task if task.model.homogeneous else task.only(task.model.text_kind), one)
+    modes = (0,) if one.layout(0, [Stage(layers=1)]).schedule in SPLIT_BACKWARD else modes
     pp, v, n_layers = int(one.pp[0]), int(one.virtual_stages[0]), task.model.n_layers
     best: int | None = None
     for split in splits(n_layers, pp, v):

@@ -11,6 +11,7 @@ from planner.engines.registry import engine_named
 from planner.search import bounds
 from planner.search.solve import search
 from planner.search.space import declared_space, enumerate_rows
+from planner.specs.layout import SCHEDULES, SPLIT_BACKWARD
 from search.brute import all_rows
 from search.instances import adapter_instance, instance, mixed_instance, mixture_instance
 
@@ -126,6 +127,33 @@ def test_the_last_target_is_infinite(seed):
     rows = enumerate_rows(task, engine, space)
     assert outcome.counts.by_rule == rows.by_rule
     assert outcome.counts.open == 0
+
+
+@pytest.mark.parametrize("engine", ["bundled", "torchtitan+eager"])
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
+def test_zero_bubble_rows_equal_brute_force(seed, engine):
+    """Split backwards, both ends on the first rank, a head from light to heavier than all layers; tight and loose memory."""
+    rng = np.random.default_rng(seed)
+    layers, memory = int(rng.choice([6, 8, 10, 12])), float(rng.uniform(2.4, 7.0))
+    vocab = int(rng.choice([1024, 32000, 262144]))
+    model = llama(layers, 1024, 8, 4, 2048, vocab=vocab)
+    t, e = task(model, 4, 1024, 24, engine, profile(memory=f"{memory} GiB", node_size=4)), engine_named(engine)
+    pins = {"schedule": list(SPLIT_BACKWARD), "pp": [2, 3, 4], "tp": [1], "micro_batch": [1, 2]}
+    space = declared_space(t, e, pins, [])
+    x, values = all_rows(t, e, space)
+    assert set(x.schedule.tolist()) == {SCHEDULES.index(name) for name in SPLIT_BACKWARD}
+    outcome, finite = search(t, e, space, k=3), [v for v in values if v is not None]
+    assert [c.step_ns for c in outcome.candidates[:1]] == ([min(finite)] if finite else [])
+    assert outcome.counts.by_memory == values.count(None)
+    assert outcome.counts.open == 0
+    p = primitives.price(t, x)
+    for rows in bounds.same_pipeline(x, np.arange(len(x))):
+        group = bounds.group_of(p.take(rows), x.take(rows), layers, space.modes)
+        exact = np.array([bounds.BIG if values[r] is None else values[r] for r in rows])
+        assert np.array_equal(bounds.memory_feasible(group), exact < bounds.BIG)
+        assert np.all(bounds.simple_bound(group) <= exact)
+        for target in (int(min(finite, default=1) * f) for f in (1.0001, 1.02, 1.3, 4.0)):
+            assert np.all(bounds.target_bound(group, target) <= np.minimum(exact, target))
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -86,7 +86,7 @@ class Case:
 
     def ends(self, rank: int) -> tuple[bool, bool]:
         """Whether a rank is the first one, the last one."""
-        return rank == 0, rank == self.layout.pp - 1
+        return rank == 0, rank == self.layout.last_rank
 
     def at(self, rank: int) -> tuple[Primitives, Ints, Ints]:
         """(primitives, whether first, whether last) of one rank, as the functions of `step` take them."""
@@ -103,7 +103,7 @@ def case_of(task: Task, plan: Plan) -> Case:
     counts = step.layers_by_kind(task, plan.layout)
     blended = blend(priced, counts, task.model.text_kind) if mixed else None
     cost = step.stage_cost(kinds[task.model.text_kind].p, x, stages, blended)
-    held, book = step.held(x.take(stages.row), stages), Book(task, plan.layout.zero)
+    held, book = step.held(x.take(stages.row), stages), Book(task, int(x.kept_zero[0]))
     return Case(task, plan, x, stages, tuple(kinds), counts, blended or priced[0], cost, held, book)
 
 

@@ -89,6 +89,13 @@ def _saved_lines(held: Held) -> None:
         for name, (n_bytes, inputs) in _saved_tensors(c, kind, [w * count / n for w in weights]).items():
             inputs["in flight at most"] = int(c.held.flight[s])
             held.add("activations", f"{kind.label}saved: {name}", n_bytes, inputs, "engine.saved")
+        late, tokens = int(c.held.deferred[s]) * count / n, float(kind.shapes.tokens[0])
+        for item in kind.task.accounting.deferred if late else ():
+            each = float(memory.saved_bytes(kind.task, [item], "none", c.x, norms=False)[0])
+            inputs = {"tokens": tokens, "bytes a token and layer": each, "layers x waiting": late}
+            held.add(
+                "activations", f"{kind.label}output gradients {item.name}", tokens * each * late, inputs, "engine.deferred"
+            )
 
 
 def _saved_tensors(c: Case, kind: Kind, weights: Sequence[float]) -> dict[str, tuple[float, Inputs]]:
