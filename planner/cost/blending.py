@@ -24,6 +24,7 @@ _MODES = range(3)
 _SHARED = ("boundary", "receive", "p2p")
 _ENDS = tuple(f.name for f in fields(Primitives) if f.name not in (*_MEANS, *_PEAKS, *_SHARED))
 _HIDE = _MEANS.index("hide")
+_SENDS = (*_ENDS, *_SHARED).index("p2p")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,17 @@ class Stack:
         ends = self.ends.copy()
         ends[_ENDS.index("capacity")] = capacity
         return replace(self, ends=ends)
+
+    def with_sends(self, sends: Ints) -> Stack:
+        """The stack with another exposed time of sends."""
+        ends = self.ends.copy()
+        ends[_SENDS] = sends
+        return replace(self, ends=ends)
+
+    @property
+    def sends(self) -> Ints:
+        """Exposed time of sends, ns."""
+        return np.asarray(self.ends[_SENDS])
 
     def deep(self, axes: int) -> Stack:
         """The stack with `axes` more axes of length one at the end."""

@@ -159,4 +159,5 @@ BUNDLED = Engine(
     schedules=("gpipe", "1f1b", "interleaved"),
     sequence_parallel=(1,),
     context_parallel=False,
+    device_types="one program on every rank, NCCL or Gloo between them: any devices of one backend, stages of any depth",
 )

@@ -6,11 +6,11 @@ The rules about what divides what are not here: `engines` holds them as data, fo
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from planner.specs.base import Spec
+from planner.specs.base import Sparse, Spec
 from planner.specs.job import Job
 from planner.specs.policy import Policy
 
@@ -22,6 +22,8 @@ OFFLOADS: tuple[str, ...] = ("none", "optimizer")
 RankOrder = Literal["tp-cp-dp-pp", "tp-cp-pp-dp"]
 RANK_ORDERS: tuple[str, ...] = ("tp-cp-dp-pp", "tp-cp-pp-dp")
 """In the order of their codes: pipeline stages apart, or beside each other with data-parallel replicas apart."""
+TYPE_ORDERS: tuple[str, ...] = ("as-named", "reversed")
+"""In the order of their codes: which of two device types holds the first pipeline stages, the first named or the second."""
 RECOMPUTE_MODES: tuple[str, ...] = ("none", "selective", "full")
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 
@@ -77,8 +79,10 @@ class Stage(Spec):
         return parse_recompute(self.recompute, self.layers)
 
 
-class Layout(Spec):
+class Layout(Sparse):
     """How the job is spread: degrees, ZeRO stage, micro-batch, schedule, and what each pipeline rank holds."""
+
+    unwritten: ClassVar[tuple[str, ...]] = ("type_order",)
 
     tp: Positive = 1
     """Tensor parallel degree."""
@@ -106,6 +110,8 @@ class Layout(Spec):
     """What lives in host memory: optimizer states and fp32 masters, updated there (ZeRO-Offload, arXiv 2101.06840)."""
     order: RankOrder = "tp-cp-dp-pp"
     """Axes from the innermost outwards: which groups of ranks are neighbours."""
+    type_order: Literal["as-named", "reversed"] = "as-named"
+    """On two device types: whether the first stages are on the type that is named first, or on the other one."""
     stages: list[Stage] = Field(min_length=1)
     """One entry a pipeline rank, first rank first."""
 
