@@ -64,6 +64,13 @@ def memory_feasible(task: Task, g: Group) -> Bools:
     return result
 
 
+def excess(g: Group, layers: Ints, mode: int) -> Ints:
+    """Bytes beyond what each row may hold when its ranks hold `layers` (pp,) layers of one kind, all under one mode."""
+    backward = layers * g.p.state + g.flight * layers * g.p.saved(mode) - g.room(mode)
+    update = step.stage_update_bytes(g.p, g.first, g.last, layers) - g.p.capacity
+    return np.asarray(np.maximum(backward, update).max(axis=1))
+
+
 def _windows(task: Task, reach: int) -> Windows:
     return windows(task.model.kind_of_layer, 1, max(reach, 1))
 

@@ -147,13 +147,22 @@ def even_stages(layers: int, pp: int, recompute: str = "none") -> list[Stage]:
     return [Stage(layers=base + (1 if s in heavy else 0), recompute=recompute) for s in range(pp)]
 
 
+class Share(Spec):
+    """The nodes of one device type, in a cluster of two."""
+
+    profile: str
+    """Name of a shipped profile, or the path of a profile, relative to the file."""
+    nodes: int = Field(gt=0, lt=2**31)
+
+
 class Configuration(Spec):
     """A layout with everything needed to judge it: the file that `planner check` and `planner estimate` read."""
 
     model: str
     """Name of a shipped model, or the path of a model file, relative to this file."""
-    hardware: str
-    """Name of a shipped profile, or the path of a profile, relative to this file."""
+    hardware: str | list[Share]
+    """Name of a shipped profile, or the path of a profile, relative to this file; a list of two profiles with their nodes where
+    the cluster has two device types (then without `nodes` and `gpus`)."""
     nodes: int | None = Field(default=None, gt=0, lt=2**31)
     gpus: int | None = Field(default=None, gt=0, lt=2**31)
     engine: str = "bundled"

@@ -54,7 +54,7 @@ def pieces(e: Evaluated) -> tuple[list[list[int]], list[list[int]]]:
         forward[s][place] += v * (end // 3)
         whole[s][place] += v * end
     if pp > 1:
-        forward = [[t + e.p2p_ns // 2 for t in row] for row in forward]
+        forward = [[t + int(send) // 2 for t in row] for row, send in zip(forward, e.p2p_ns, strict=True)]
     return forward, [[w - f for w, f in zip(a, b, strict=True)] for a, b in zip(whole, forward, strict=True)]
 
 
