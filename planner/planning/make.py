@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner import stopping
-from planner.cost.task import DeviceType, Task
-from planner.engines.base import Engine, job_problems, layout_problems
+from planner.cost.task import DeviceType
+from planner.engines.base import job_problems, layout_problems
 from planner.errors import InfeasibleError, InputError, Problem, input_error
 from planner.planfile import TWO_TYPES_VERSION, Alternative, Certificate, Choice, Estimate, LowestMemory, Memory, Plan
 from planner.planning import choice
@@ -194,16 +194,13 @@ def explain_infeasible(setting: Setting, space: Space, request: Request, certifi
     from planner.search import explain
 
     task, engine = setting.task, setting.engine
-    if task.types:
-        fix = _more_memory(task, engine, space)
-        return NothingFits([why_nothing_fits(setting, space, fix)], certificate, None)
     asked, whole = Asked.of(request.pins, request.forbid), request.nodes is not None
     changes: list[Change] = []
     smallest, fix = None, "the search for what would help was stopped"
     try:
         changes = nearest_changes(task, engine, asked, whole, SHOWN_CHANGES)
         smallest = next((c.gpus for c in changes if c.gpus), None)
-        if smallest is None:
+        if smallest is None and not task.types:
             unit = task.hardware.node_size if whole else 1
             smallest = explain.smallest_cluster(task, engine, lambda t: asked.space(t, engine), unit)
         fix = _fix(changes)
@@ -213,18 +210,6 @@ def explain_infeasible(setting: Setting, space: Space, request: Request, certifi
         problem = why_nothing_fits(setting, space, fix)
     nodes = None if smallest is None else -(-smallest // task.hardware.node_size)
     return NothingFits([problem], certificate, nodes, changes[:SHOWN_CHANGES])
-
-
-def _more_memory(task: Task, engine: Engine, space: Space) -> str:
-    """How much more memory every device of two types would need."""
-    from planner.search.extra import least_extra_memory
-
-    try:
-        extra = least_extra_memory(task, engine, space)
-    except (TimeoutError, KeyboardInterrupt):
-        extra = None
-    grow = "" if extra is None else f"something fits with {gib(extra)} more on every device; "
-    return f"{grow}use more nodes of either type, loosen pins, or change batch, sequence or limits"
 
 
 def why_nothing_fits(setting: Setting, space: Space, fix: str) -> Problem:
