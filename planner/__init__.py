@@ -79,8 +79,9 @@ def plan(
     """The proven best plan for a job on a cluster.
 
     `model` and `hardware` are names of shipped files, paths, or spec objects; `seq_len` in tokens, `global_batch` in
-    sequences. Two device types are (profile, nodes) pairs, as in [("h100-sxm", 4), ("a100-80gb-sxm", 4)], without `nodes`. `pin` restricts axes, as in {"tp": 8} or {"zero": [1, 2]}. Raises InputError, or InfeasibleError with the
-    binding constraint when nothing fits. `alternatives` counts the plans to prove, the best one included; a near tie among
+    sequences. Two device types are (profile, nodes) pairs, as in [("h100-sxm", 4), ("a100-80gb-sxm", 4)], without `nodes`.
+    `pin` restricts axes, as in {"tp": 8} or {"zero": [1, 2]}. Raises InputError, or InfeasibleError with the binding constraint
+    when nothing fits. `alternatives` counts the plans to prove, the best one included; a near tie among
     them that is simpler or leaves more memory is preferred to the fastest (`Plan.choice` says so). Memory is limited by
     `max_memory_fraction` of what the device offers, and by `max_oom_probability` where it is given. `adapter` trains low-rank
     adapters beside a frozen base, as in {"rank": 16, "base": "nf4"} (`planner.specs.adapter.Adapter`).
@@ -320,7 +321,9 @@ def _shares(hardware: Any) -> tuple[tuple[Any, int], ...]:
         shares = tuple((profile, nodes) for profile, nodes in hardware)
     except (TypeError, ValueError):
         fix = 'give a name, a path, a spec object, or two types: [("h100-sxm", 4), ("a100-80gb-sxm", 4)]'
-        raise input_error("PLN107", f"hardware {hardware!r}: not a profile, nor (profile, nodes) of each type", "", fix) from None
+        raise input_error(
+            "PLN107", f"hardware {hardware!r}: not a profile, nor (profile, nodes) of each type", "", fix
+        ) from None
     for profile, nodes in shares:
         if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1:
             raise input_error("PLN157", f"hardware {profile}: {nodes!r} nodes", "each type has a whole number of them", "")

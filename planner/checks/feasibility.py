@@ -127,8 +127,10 @@ def _at_its_key(configuration: Configuration, document: files.Document, problem:
     keys = {"PLN501": "engine", "PLN131": "nodes", "PLN133": "job"}
     named = configuration.hardware
     profiles = [named] if isinstance(named, str) else [share.profile for share in named]
-    about_hardware = "profile" in problem.what or problem.code.startswith("PLN15") or (
-        missing and problem.location.file.endswith(tuple(name.lstrip("./") for name in profiles))
+    about_hardware = (
+        "profile" in problem.what
+        or problem.code.startswith("PLN15")
+        or (missing and problem.location.file.endswith(tuple(name.lstrip("./") for name in profiles)))
     )
     key = keys.get(problem.code, "hardware" if about_hardware else "model")
     return problem.at(files.with_positions(document).location((key,)))
@@ -154,10 +156,7 @@ def _memory_findings(estimate: Estimate, document: files.Document, policy: Polic
         limit = estimate.memory.limit_gib if stage.limit_gib is None else stage.limit_gib
         source = limit_text(estimate.memory, policy) if stage.hardware is None else f"that of {stage.hardware}"
         what = f"stage {stage.stage} needs {stage.total:.1f} GiB, limit {limit:.1f} GiB"
-        why = (
-            f"{', '.join(f'{name} {size:.1f}' for name, size in largest)} GiB; {stage.cause}; "
-            f"the limit is {source}"
-        )
+        why = f"{', '.join(f'{name} {size:.1f}' for name, size in largest)} GiB; {stage.cause}; the limit is {source}"
         fix = f"free {-stage.headroom:.1f} GiB: {_remedy(largest[0][0])}"
         place = located.location(("layout", "stages", stage.stage))
         found.append(Problem("PLN301", what, why, fix, place, field="stages"))

@@ -29,7 +29,9 @@ ModelArgument = Annotated[
 Hardware = Annotated[
     list[str],
     typer.Option(
-        "--hardware", "--hw", help="A hardware profile: a file, or the name of a shipped one. Two device types: NAME:NODES, twice."
+        "--hardware",
+        "--hw",
+        help="A hardware profile: a file, or the name of a shipped one. Two device types: NAME:NODES, twice.",
     ),
 ]
 Nodes = Annotated[int | None, typer.Option("--nodes", help="Nodes of the cluster.")]

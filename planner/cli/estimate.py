@@ -159,7 +159,9 @@ _BESIDE_FILES = ("source", "output", "output_format", "detail", "tokens", "price
 def _no_flags(source: str, flags: dict[str, Any]) -> None:
     """A plan or configuration says everything itself. Raises InputError when a flag contradicts."""
     defaults = inspect.signature(estimate).parameters
-    given = [k for k, v in flags.items() if k in defaults and k not in _BESIDE_FILES and (v or None) != (defaults[k].default or None)]
+    given = [
+        k for k, v in flags.items() if k in defaults and k not in _BESIDE_FILES and (v or None) != (defaults[k].default or None)
+    ]
     if given:
         names = ", ".join("--" + k.replace("_", "-") for k in given)
         raise input_error(

@@ -61,6 +61,12 @@ class Stack:
         """The rows (the first axis of the primitives) at `rows`."""
         return Stack(self.means.take(rows, axis=2), self.peaks.take(rows, axis=2), self.ends.take(rows, axis=1))
 
+    def of_rank(self, rank: int) -> Stack:
+        """The stack of one pipeline rank, where they differ (`devicetypes`): their axis follows the rows."""
+        if self.means.ndim < 4:
+            return self
+        return Stack(self.means[..., rank], self.peaks[..., rank], self.ends[..., rank])
+
     def with_capacity(self, capacity: Ints) -> Stack:
         """The stack on devices that may hold other bytes."""
         ends = self.ends.copy()

@@ -111,7 +111,9 @@ def _breakdown(c: _Priced, seconds: float) -> Breakdown:
     n, n1, n2 = (int(a[s]) for a in (c.stages.layers, c.stages.selective, c.stages.full))
     last = s == c.layout.pp - 1
     m, v = int(c.x.microbatches[0]), c.layout.virtual_stages
-    one = {k: c.mean([float(getattr(kind.parts, k)[0]) for kind in c.kinds(s)], s) for k in ("compute", "tp", "cp", "ep", "zero")}
+    one = {
+        k: c.mean([float(getattr(kind.parts, k)[0]) for kind in c.kinds(s)], s) for k in ("compute", "tp", "cp", "ep", "zero")
+    }
     again_tp = [k * c.mean([float(x.parts.recompute_tp[i][0]) for x in c.kinds(s)], s) for i, k in enumerate((n1, n2))]
     again = (n1 * int(c.q.recompute1[s]) + n2 * int(c.q.recompute2[s])) / 1e9
     ends = (int(c.q.embedding[s]) if s == 0 else 0) + (int(c.q.head[s]) if last else 0)
@@ -152,7 +154,7 @@ LimitName = Literal["max_memory_fraction", "max_oom_probability"]
 
 
 def _limit(c: _Priced, s: int) -> tuple[float, LimitName]:
-    """GiB that the device of rank s may hold, and which limit says so; one of what is allocated counts with what lies around."""
+    """GiB that rank s's device may hold, and which limit says so; one of what is allocated counts with what lies around it."""
     limit = c.task_of(s).limit / GIB
     allocated = risk.allocated_limit(c.task_of(s))
     if allocated is None:
@@ -206,7 +208,6 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
     transient = allocated - sum(states.values()) - buffers - activations
     ratio = c.task_of(s).reserved_ratio
     total = _held(c, s, allocated) / GIB
-    own = {"hardware": c.task_of(s).hardware.name, "limit_gib": limit} if c.task.types else {}
     return StageMemory(
         stage=s,
         **{k: v / GIB for k, v in states.items()},
@@ -219,7 +220,8 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
         total=total,
         headroom=limit - total,
         cause=_cause(c, s, flight, updating),
-        **own,  # type: ignore[arg-type]
+        hardware=c.task_of(s).hardware.name if c.task.types else None,
+        limit_gib=limit if c.task.types else None,
     )
 
 

@@ -87,7 +87,8 @@ def prepare(request: Request) -> Setting:
     contents = planfile.content_digests(model, hardware, request.job, *machine.profiles[1:])
     pins = {SHORT.get(name, name): _ordered(values) for name, values in request.pins.items()}
     inputs = Inputs(
-        model=model_name, **dict(zip(names, machine.names, strict=False)), digests=digests, contents=contents, pins=dict(sorted(pins.items())),
+        model=model_name, **dict(zip(names, machine.names, strict=False)), digests=digests, contents=contents,
+        pins=dict(sorted(pins.items())),
         forbidden=sorted({SHORT.get(name, name) for name in request.forbid}),
     )  # fmt: skip
     return Setting(task, engine, cluster, inputs, policy, request.budget)
@@ -159,7 +160,9 @@ def _cluster(task: Task, machine: _Machine) -> Cluster:
     """The machine as a plan records it. Raises InputError when a profile lacks the job's precision."""
     first = machine.profiles[0]
     types = [
-        ClusterType(hardware=t.hardware.name, nodes=nodes, gpus=t.gpus, device=t.hardware.device.name, peak_flops=task.on(i).peak)
+        ClusterType(
+            hardware=t.hardware.name, nodes=nodes, gpus=t.gpus, device=t.hardware.device.name, peak_flops=task.on(i).peak
+        )
         for i, (t, nodes) in enumerate(zip(task.types, machine.nodes, strict=False))
     ]
     return Cluster(

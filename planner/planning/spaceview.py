@@ -89,8 +89,8 @@ def space_view(request: Request) -> SpaceView:
         gone = tuple(v for v in before[name] if v not in values)
         axes.append(Axis(name, values, reasons.get(name, ""), " ".join(flags.get(name, ())), gone))
     return SpaceView(
-        task.model.name, " + ".join(h.name for h in task.profiles), engine.name, task.gpus, tuple(axes), rows.enumerated, rows.rejected,
-        len(rows.layouts), explicit_layouts(rows.layouts, task.model, space.modes),
+        task.model.name, " + ".join(h.name for h in task.profiles), engine.name, task.gpus, tuple(axes), rows.enumerated,
+        rows.rejected, len(rows.layouts), explicit_layouts(rows.layouts, task.model, space.modes),
     )  # fmt: skip
 
 

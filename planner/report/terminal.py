@@ -161,7 +161,9 @@ def _memory_table(plan: Plan) -> Table:
     for ranks, stage in _folded(m.stages):
         style = "bold" if stage.stage == m.peak_stage else ""
         values = [*(getattr(stage, p) for p in _PARTS), stage.allocated, stage.total, stage.headroom]
-        table.add_row(ranks, *([stage.hardware or ""] if typed else []), *(f"{v * scale:.1f}" for v in values), stage.cause, style=style)
+        table.add_row(
+            ranks, *([stage.hardware or ""] if typed else []), *(f"{v * scale:.1f}" for v in values), stage.cause, style=style
+        )
     return table
 
 

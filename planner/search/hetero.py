@@ -1,8 +1,9 @@
-"""Rows on two device types: their groups, the memory test, and lower bounds.
+"""Rows on two device types: their groups and lower bounds.
 
 What `solve` does is the same for one type and two: an exact table of every rank and window (`stages.tables`), split by
 dynamic programming and by CP-SAT. A group of such rows has primitives by rank (`cost.devicetypes`), shape (rows, pp), where
-a group on one type has one column; only what assumes that a layer costs the same on every rank is here.
+a group on one type has one column; only what assumes that a layer costs the same on every rank is here, and the memory tests
+do not.
 
 Bounds, all by dropping constraints (rows may mix kinds of layers; with one kind the weights below are all equal):
 
@@ -23,7 +24,7 @@ import numpy as np
 from planner.cost import devicetypes, step
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
-from planner.cost.task import Bools, Ints, LayoutArray, Task
+from planner.cost.task import Ints, LayoutArray, Task
 from planner.search import bounds, mixed
 from planner.search.bounds import BIG, Group
 from planner.search.windows import Windows, windows
@@ -47,21 +48,6 @@ def group_of(task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, 
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
-
-
-def memory_feasible(task: Task, g: Group) -> Bools:
-    """Which rows have any split and recompute that fits. Exact, but for what means of mixed layers round up (`mixed`)."""
-    if g.stack is None:
-        return bounds.memory_feasible(g)
-    result = np.zeros(len(g.layouts), dtype=bool)
-    w = _windows(task, g.n_layers - g.pp + 1)
-    size = max(1, _ENTRIES // (g.pp * len(w.counts)))
-    for start in range(0, len(result), size):
-        piece = np.arange(start, min(start + size, len(result)))
-        part = mixed.blended(mixed.rows_of(g, piece), w.counts[None, None])
-        held = np.where(mixed.fitting(part, w.layers[None, None, :]), np.int64(0), BIG)
-        result[piece] = mixed.least_maximum(held, w) < BIG
-    return result
 
 
 def excess(g: Group, layers: Ints, mode: int) -> Ints:

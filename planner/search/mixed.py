@@ -98,7 +98,7 @@ def memory_feasible(task: Task, g: Group) -> Bools:
     at, alive = np.zeros(rows, dtype=np.int64), np.arange(rows)
     size = np.full(rows, w.positions // g.pp, dtype=np.int64)
     for s in range(g.pp):
-        size = _longest(held, s, w, at[alive], size)
+        size = _longest(replace(held, stack=held.stack.of_rank(s)), s, w, at[alive], size)
         found = size > 0
         at[alive] += size
         if not found.all():

@@ -22,7 +22,7 @@ from planner.engines.base import Engine
 from planner.search import bounds, hetero, incumbent, mixed, stages
 from planner.search.bounds import BIG, Group
 from planner.search.space import Rows, Space, enumerate_rows
-from planner.specs.layout import RECOMPUTE_MODES, Layout, Stage, even_stages, format_recompute
+from planner.specs.layout import Layout, Stage, format_recompute
 
 GROWTH = (1.02, 1.02, 1.03, 1.04, 1.05, 1.06, 1.08, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0, 4.0, 16.0, 256.0)
 """Factors between targets; after the last the target is infinite."""
@@ -226,8 +226,6 @@ def group_of(task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, 
 
 def memory_feasible(task: Task, g: Group) -> Bools:
     """Which rows of a group have any split and recompute that fits."""
-    if task.types:
-        return hetero.memory_feasible(task, g)
     return mixed.memory_feasible(task, g) if g.stack else bounds.memory_feasible(g)
 
 
@@ -403,34 +401,17 @@ def _even(state: _State) -> tuple[Candidate, ...]:
     """The best even split, where no row was solved: a plan all the same, re-evaluated like any other."""
     order = np.nonzero(state.fits)[0]
     order = order[np.lexsort((*_preferences(state.layouts, order)[::-1], state.bound[order]))]
+    modes, bound = state.space.modes, state.bound
     if state.task.types:
-        return _first_even(state, order)
-    found = incumbent.best_even(state.task, state.layouts, (state.p, state.stack), state.space.modes, order, state.bound)
+        found = incumbent.first_even(state.task, state.layouts, modes, order, bound)
+    else:
+        found = incumbent.best_even(state.task, state.layouts, (state.p, state.stack), modes, order, bound)
     if found is None:
         return ()
     cost = _evaluate(state, found.row, found.layout, LayoutArray.of([found.layout], state.task.job))
     if int(cost.step[0]) != found.step_ns or not bool(cost.fits[0]):
         raise SearchError(f"the even split evaluates to {int(cost.step[0])} ns, the scan says {found.step_ns}")
     return (Candidate(found.row, found.step_ns, found.layout),)
-
-
-_TRIES = 500
-"""Rows whose even split is priced on two device types, the lowest bounds first."""
-
-
-def _first_even(state: _State, order: Ints) -> tuple[Candidate, ...]:
-    """The same on two device types: layers spread evenly over both, the best of the rows with the lowest bounds."""
-    best: Candidate | None = None
-    for row in order[:_TRIES].tolist():
-        if best is not None and int(state.bound[row]) >= best.step_ns:
-            break
-        for mode in state.space.modes:
-            split = even_stages(state.task.model.n_layers, int(state.layouts.pp[row]), RECOMPUTE_MODES[mode])
-            layout = state.layouts.layout(row, split)
-            cost = devicetypes.layout_cost(state.task, layout).total
-            if bool(cost.fits[0]) and (best is None or int(cost.step[0]) < best.step_ns):
-                best = Candidate(row, int(cost.step[0]), layout)
-    return () if best is None else (best,)
 
 
 def _evaluate(state: _State, row: int, layout: Layout, x: LayoutArray) -> step.StepCost:

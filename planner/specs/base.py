@@ -14,7 +14,7 @@ class Spec(BaseModel):
 
 
 class Sparse(Spec):
-    """A spec with fields that are written only where they say something: files from before they were added stay as they were."""
+    """A spec with fields that are written only where they say something: files without them stay as they were."""
 
     unwritten: ClassVar[tuple[str, ...]] = ()
     """Fields left out while they have their default."""

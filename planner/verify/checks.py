@@ -113,7 +113,19 @@ def _layouts(s: State, found: Findings) -> None:
         where = f"alternative {i}" if i else "the plan"
         for problem in layout_problems(s.case.task, s.case.engine, layout):
             found.problems.append(f"{where}: {problem.code} {problem.what}")
-        for axis in ("tp", "cp", "pp", "ep", "etp", "zero", "micro_batch", "sequence_parallel", "offload", "order", "type_order"):
+        for axis in (
+            "tp",
+            "cp",
+            "pp",
+            "ep",
+            "etp",
+            "zero",
+            "micro_batch",
+            "sequence_parallel",
+            "offload",
+            "order",
+            "type_order",
+        ):
             found.expect(getattr(layout, axis) in getattr(declared, axis), f"{where}: {axis} outside the declared space")
         found.expect(not declared.dp or layout.dp in declared.dp, f"{where}: dp outside the declared space")
         found.expect(declared.any_etp or layout.etp in (1, layout.tp), f"{where}: etp is neither 1 nor tp")

@@ -43,7 +43,10 @@ def instance(seed: int):
     layers, hidden = rng.randint(2, 6), rng.choice((512, 1024, 2048))
     kind = rng.random()
     if kind < 0.5:
-        model, engine = llama(layers, hidden, 8, rng.choice((2, 8)), 3 * hidden, vocab=32000), rng.choice(("bundled", "megatron"))
+        model, engine = (
+            llama(layers, hidden, 8, rng.choice((2, 8)), 3 * hidden, vocab=32000),
+            rng.choice(("bundled", "megatron")),
+        )
     elif kind < 0.65:
         model, engine = gpt(layers, hidden, 8, vocab=32000, tied=rng.random() < 0.5), "megatron"
     elif kind < 0.85:
@@ -140,7 +143,7 @@ def _check_bounds(t: Task, space, x: LayoutArray, values: list[int | None]) -> N
     for rows in bounds.same_pipeline(x, np.arange(len(x)), stack is not None):
         g = solve.group_of(t, space.modes, x, p, stack, rows)
         exact = np.array([-1 if values[r] is None else values[r] for r in rows])
-        fits = hetero.memory_feasible(t, g)
+        fits = solve.memory_feasible(t, g)
         assert np.all(fits[exact >= 0])  # rounded means of mixed layers may let through what fits by a few bytes only
         simple = hetero.simple_bound(t, g)
         assert np.all(simple[exact >= 0] <= exact[exact >= 0])

@@ -86,7 +86,7 @@ def node_types(task: Task, layout: Layout) -> list[str]:
 
 
 def rank_map(layout: Layout, node_size: int, types: Sequence[str] = ()) -> list[Node]:
-    """Every node with its ranks and their coordinates in both meshes; `types`: the profile of each node, where there are two."""
+    """Every node with its ranks and their coordinates in both meshes; `types`: the profile of each node, if there are two."""
     world, names = layout.world_size, dense_dimensions(layout)
     at = dict(zip(names, np.unravel_index(np.arange(world), [getattr(layout, name) for name in names]), strict=True))
     inside = (at["dp"] * layout.cp + at["cp"]) * layout.tp + at["tp"]  # place among the ranks of a stage
