@@ -28,8 +28,8 @@ def dense_dimensions(layout: Layout) -> tuple[str, ...]:
     return tuple(reversed(layout.order.split("-")))
 
 
-def dense_mesh(layout: Layout, profiles: Sequence[HardwareProfile]) -> Mesh:
-    """The mesh of attention and dense layers; ZeRO shards over dp x cp."""
+def dense_mesh(layout: Layout, *profiles: HardwareProfile) -> Mesh:
+    """The mesh of attention and dense layers; ZeRO shards over dp x cp. `profiles`: of each device type, one or two."""
     names = dense_dimensions(layout)
     shape = [getattr(layout, name) for name in names]
     mesh = _mesh(names, shape, _strides(shape), profiles)
@@ -39,7 +39,7 @@ def dense_mesh(layout: Layout, profiles: Sequence[HardwareProfile]) -> Mesh:
     return mesh.model_copy(update={"groups": [*mesh.groups, both]})
 
 
-def expert_mesh(layout: Layout, profiles: Sequence[HardwareProfile]) -> Mesh:
+def expert_mesh(layout: Layout, *profiles: HardwareProfile) -> Mesh:
     """The mesh of routed experts. Raises InputError when its degrees do not divide the devices."""
     degrees = layout.ep * layout.etp * layout.pp
     if layout.world_size % degrees:
