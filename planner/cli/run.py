@@ -107,6 +107,9 @@ def _can_run_here(plan: Plan) -> None:
         raise MissingPartError(problem)
     from planner.runtime.devices import local_devices
 
+    if plan.cluster.types and plan.cluster.device_kind != "cpu":
+        why, fix = "this machine has devices of one", "start it on the cluster with planner emit"
+        raise input_error("PLN159", "the plan is for nodes of two device types", why, fix)
     kind, count = local_devices()
     if plan.cluster.device_kind == "cpu":
         return

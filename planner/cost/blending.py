@@ -24,6 +24,7 @@ _MODES = range(3)
 _SHARED = ("boundary", "receive", "p2p")
 _ENDS = tuple(f.name for f in fields(Primitives) if f.name not in (*_MEANS, *_PEAKS, *_SHARED))
 _HIDE = _MEANS.index("hide")
+_SENDS = (*_ENDS, *_SHARED).index("p2p")
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,28 @@ class Stack:
         """The rows (the first axis of the primitives) at `rows`."""
         return Stack(self.means.take(rows, axis=2), self.peaks.take(rows, axis=2), self.ends.take(rows, axis=1))
 
+    def of_rank(self, rank: int) -> Stack:
+        """The stack of one pipeline rank, where they differ (`devicetypes`): their axis follows the rows."""
+        if self.means.ndim < 4:
+            return self
+        return Stack(self.means[..., rank], self.peaks[..., rank], self.ends[..., rank])
+
     def with_capacity(self, capacity: Ints) -> Stack:
         """The stack on devices that may hold other bytes."""
         ends = self.ends.copy()
         ends[_ENDS.index("capacity")] = capacity
         return replace(self, ends=ends)
+
+    def with_sends(self, sends: Ints) -> Stack:
+        """The stack with another exposed time of sends."""
+        ends = self.ends.copy()
+        ends[_SENDS] = sends
+        return replace(self, ends=ends)
+
+    @property
+    def sends(self) -> Ints:
+        """Exposed time of sends, ns."""
+        return np.asarray(self.ends[_SENDS])
 
     def deep(self, axes: int) -> Stack:
         """The stack with `axes` more axes of length one at the end."""

@@ -262,14 +262,21 @@ _OUTER = (*_BLOCK, "dp", "zero", "offload", "apart", "sharded")
 
 
 def capacity(task: Task, outside: Ints) -> Ints:
-    """Bytes that may be allocated beside `outside`: what both limits, of memory and of the risk to run out, leave."""
+    """Bytes that may be allocated beside `outside`: what both limits, of memory and of the risk to run out, leave.
+
+    With several device types their axis is the last one.
+    """
+    if task.types:
+        return np.stack([capacity(task.on(i), outside[..., i]) for i in range(len(task.types))], axis=-1)
     filled = np.floor((task.limit - outside) / task.reserved_ratio).astype(np.int64)
     allowed = risk.allocated_limit(task)
     return filled if allowed is None else np.minimum(filled, allowed)
 
 
 def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
-    """Price the distinct combinations among layouts."""
+    """Price the distinct combinations among layouts. Raises TypeError for several device types: `devicetypes` prices each."""
+    if task.types:
+        raise TypeError("a layout on several device types has no primitives of its own: see cost.devicetypes")
     shared, share = _combinations(layouts, _OUTER, accumulate=True)
     block, spread = _combinations(shared, _BLOCK)
     seconds = operators.layer_seconds(task, block)

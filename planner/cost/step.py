@@ -249,9 +249,10 @@ def step_cost(p: Primitives, layouts: LayoutArray, stages: StageArray, blended: 
         return np.maximum.reduceat(values[order], starts)
 
     total = np.add.reduceat((cost.time * stages.count)[order], starts)
-    allocated = worst(cost.allocated)
+    # Ranks of other device types may hold other amounts.
+    capacity = p.capacity.take(stages.row) if blended is None else blended.capacity
     step = combine(p, layouts, worst(cost.time), total, worst(cost.once))
-    return StepCost(step, allocated, allocated - p.capacity)
+    return StepCost(step, worst(cost.allocated), worst(cost.allocated - capacity))
 
 
 def even_step_cost(task: Task, layouts: LayoutArray, recompute: int) -> StepCost:

@@ -17,7 +17,7 @@ from planner.specs.calibration import Calibration
 from planner.specs.hardware import HardwareProfile
 from planner.specs.job import Job
 from planner.specs.layers import FrontEnd
-from planner.specs.layout import OFFLOADS, RANK_ORDERS, SCHEDULES, SPLIT_BACKWARD, V_SHAPED, Layout, Stage
+from planner.specs.layout import OFFLOADS, RANK_ORDERS, SCHEDULES, SPLIT_BACKWARD, TYPE_ORDERS, V_SHAPED, Layout, Stage
 from planner.specs.model import Model
 
 Ints = npt.NDArray[np.int64]
@@ -45,6 +45,16 @@ class Subject:
     model: Model
     job: Job
     gpus: int
+    type_sizes: tuple[int, ...] = ()
+    """Devices of each type, where the cluster has several."""
+
+
+@dataclass(frozen=True)
+class DeviceType:
+    """The devices of one type in a cluster of several."""
+
+    hardware: HardwareProfile
+    gpus: int
 
 
 @dataclass(frozen=True)
@@ -61,10 +71,31 @@ class Task:
     """How likely a layout may run out of memory (see `risk`); None for no limit of its own."""
     fronts: tuple[FrontEnd, ...] = ()
     """Front ends whose patch embeddings and projectors the first rank holds beside the token embedding (see `only`)."""
+    types: tuple[DeviceType, ...] = ()
+    """The device types of a cluster of several (see `devicetypes`), empty for one; `hardware` is then the first one's."""
+
+    def on(self, number: int) -> Task:
+        """The task as one of its device types sees it: all devices of the cluster, as if they were of that type."""
+        return replace(self, hardware=self.types[number].hardware, types=())
+
+    @property
+    def type_sizes(self) -> tuple[int, ...]:
+        """Devices of each type, where the cluster has several."""
+        return tuple(t.gpus for t in self.types)
+
+    @property
+    def profiles(self) -> tuple[HardwareProfile, ...]:
+        """The profile of each device type: one, or those of `types`."""
+        return tuple(t.hardware for t in self.types) or (self.hardware,)
 
     @property
     def peak(self) -> float:
-        """Dense peak of one device at the job's precision, FLOP/s. Raises InputError when the profile lacks it."""
+        """Dense peak of one device at the job's precision, FLOP/s; the mean one over several types.
+
+        Raises InputError when a profile lacks it.
+        """
+        if self.types:
+            return sum(t.gpus * self.on(i).peak for i, t in enumerate(self.types)) / self.gpus
         figure = self.hardware.device.peak.get(self.job.precision)
         if figure is None:
             known = ", ".join(self.hardware.device.peak)
@@ -147,8 +178,11 @@ class LayoutArray:
     sharded: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """Ranks that share one copy of the states; 0 for all of dp * cp, also when left out."""
 
+    type_order: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """1 where the first stages are on the second device type; all 0 when left out."""
+
     def __post_init__(self) -> None:
-        for name in ("offload", "order", "sharded"):
+        for name in ("offload", "order", "sharded", "type_order"):
             if len(getattr(self, name)) != len(self.tp):
                 object.__setattr__(self, name, np.zeros(len(self.tp), dtype=np.int64))
 
@@ -208,6 +242,7 @@ class LayoutArray:
             shard=int(self.sharded[row]) or None,
             offload=OFFLOADS[int(self.offload[row])],  # type: ignore[arg-type]
             order=RANK_ORDERS[int(self.order[row])],  # type: ignore[arg-type]
+            type_order=TYPE_ORDERS[int(self.type_order[row])],  # type: ignore[arg-type]
             stages=list(stages),
         )
 
@@ -226,6 +261,7 @@ class LayoutArray:
             microbatches=np.array([x.microbatches(job) for x in layouts], dtype=np.int64),
             offload=np.array([OFFLOADS.index(x.offload) for x in layouts], dtype=np.int64),
             order=np.array([RANK_ORDERS.index(x.order) for x in layouts], dtype=np.int64),
+            type_order=np.array([TYPE_ORDERS.index(x.type_order) for x in layouts], dtype=np.int64),
         )
 
 

@@ -68,7 +68,7 @@ class Rule:
             (
                 n
                 for n in names
-                if n not in ("model", "gpus", "heads", "kv_heads", "microbatches", "experts", "features", "base")
+                if n not in ("model", "gpus", "heads", "kv_heads", "microbatches", "experts", "features", "base", "type_sizes")
             ),
             "",
         )
@@ -96,6 +96,8 @@ class Engine:
     """What it can keep in host memory."""
     rank_orders: tuple[str, ...] = ("tp-cp-dp-pp",)
     """Orders in which it can place the axes."""
+    device_types: str = ""
+    """Why it can run pipeline stages on devices of two types; empty where it cannot, or where nobody looked."""
     schedules_note: str = ""
     """Why it does not run the schedules that split the backward."""
     hybrid_sharding: bool = False
@@ -103,7 +105,7 @@ class Engine:
 
     @property
     def _choices(self) -> tuple[Rule, ...]:
-        """Rules that follow from what it offers: offload, schedules, rank orders, hybrid sharding."""
+        """Rules that follow from what it offers: offload, schedules, rank orders, device types, hybrid sharding."""
         offloads, orders = ([names.index(n) for n in own] for names, own in
                             ((OFFLOADS, self.offloads), (RANK_ORDERS, self.rank_orders)))  # fmt: skip
         return (
@@ -136,6 +138,15 @@ class Engine:
                 "shard {sharded} of dp x cp {shard}",
                 f"{self.title} shards states over all of dp x cp here",
                 "leave out shard, or use engine bundled or torchtitan",
+            ),
+            Rule(
+                "PLN578", f"{self.name}: device types",
+                lambda t, x: _all(x, bool(t.type_sizes) and not self.device_types),
+                "two device types",
+                f"{self.title} is not known to run pipeline stages of unequal depth on devices of two types",
+                "use --engine bundled or megatron, or one type",
+                whole_job=True,
+                on="degrees",
             ),
         )  # fmt: skip
 
@@ -399,6 +410,37 @@ COMMON_RULES: tuple[Rule, ...] = (
         "shorten the sequence, or raise max_positions in the model",
         whole_job=True,
     ),
+    Rule(
+        "PLN575", "device types: whole stages",
+        lambda t, x: ~_divide_each(t.type_sizes, x.tp * x.cp * x.dp),
+        "a stage of tp {tp} x cp {cp} x dp {dp} devices does not divide the {type_sizes} devices of the two types",
+        "every stage is wholly on one device type, and all devices of both types are used",
+        "choose degrees whose product divides both numbers",
+        on="degrees",
+    ),
+    Rule(
+        "PLN576", "device types: one chunk a rank",
+        lambda t, x: (x.virtual_stages > 1) & bool(t.type_sizes),
+        "{virtual_stages} virtual stages on two device types",
+        "with chunks every micro-batch passes each type several times, and chunks are equal while the types are not",
+        "set virtual_stages: 1",
+        on="pipeline",
+    ),
+    Rule(
+        "PLN577", "device types: stages apart",
+        lambda t, x: (x.order == 1) & bool(t.type_sizes),
+        "order {order} on two device types",
+        "nodes of one type hold neighbouring ranks, which are whole stages only where pp is outermost",
+        "leave out order",
+        on="degrees",
+    ),
+    Rule(
+        "PLN579", "type order needs two device types",
+        lambda t, x: (x.type_order == 1) & (not t.type_sizes),
+        "type_order {type_order} on one device type",
+        "it says which of two types holds the first stages",
+        "leave out type_order",
+    ),
 )  # fmt: skip
 """True of every engine."""
 
@@ -459,6 +501,7 @@ def values_of(task: Subject | Task, layout: Layout) -> dict[str, Any]:
         "n_layers": model.n_layers, "max_positions": model.max_positions, "model": model.name,
         "seq_len": job.seq_len, "global_batch": job.global_batch, "precision": job.precision,
         "base": job.adapter.base if job.adapter else "",
+        "type_order": layout.type_order, "type_sizes": " and ".join(str(n) for n in task.type_sizes),
     }  # fmt: skip
 
 

@@ -284,4 +284,5 @@ BUNDLED = Engine(
     hybrid_sharding=True,
     offloads=("none", "optimizer"),
     expert_parallel=True,
+    device_types="one program on every rank, NCCL or Gloo between them: any devices of one backend, stages of any depth",
 )

@@ -200,4 +200,5 @@ MEGATRON = Engine(
     expert_parallel=True,
     offloads=("none", "optimizer"),  # --optimizer-cpu-offload
     rank_orders=("tp-cp-dp-pp", "tp-cp-pp-dp"),  # --use-tp-pp-dp-mapping
+    device_types="one program on every rank; --pipeline-model-parallel-layout gives each stage its own number of layers",
 )

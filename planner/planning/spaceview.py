@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from planner.cost.schedules import splits_backward
-from planner.cost.task import LayoutArray
+from planner.cost.task import LayoutArray, Task
 from planner.engines.base import job_problems
 from planner.errors import InputError
 from planner.planning.request import Request, Setting, prepare
-from planner.search.space import MAX_CHUNKS, MAX_MICRO_BATCH, SHORT, Space, declared_space, enumerate_rows
-from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES
+from planner.search.space import MAX_CHUNKS, MAX_MICRO_BATCH, NAMED, SHORT, Space, declared_space, enumerate_rows
+from planner.specs.layout import RECOMPUTE_MODES, SCHEDULES
 from planner.specs.model import Model
 
 FORMAT, VERSION = "planner.space", "1.0"
@@ -85,11 +85,13 @@ def space_view(request: Request) -> SpaceView:
     before = _values(whole)
     axes = []
     for name, values in _values(space).items():
+        if name == "type_order" and not task.types:
+            continue
         gone = tuple(v for v in before[name] if v not in values)
         axes.append(Axis(name, values, reasons.get(name, ""), " ".join(flags.get(name, ())), gone))
     return SpaceView(
-        task.model.name, task.hardware.name, engine.name, task.gpus, tuple(axes), rows.enumerated, rows.rejected,
-        len(rows.layouts), explicit_layouts(rows.layouts, task.model, space.modes),
+        task.model.name, " + ".join(h.name for h in task.profiles), engine.name, task.gpus, tuple(axes), rows.enumerated,
+        rows.rejected, len(rows.layouts), explicit_layouts(rows.layouts, task.model, space.modes),
     )  # fmt: skip
 
 
@@ -103,8 +105,8 @@ def _values(space: Space) -> dict[str, tuple[Any, ...]]:
             named["virtual_stages"] = tuple(sorted({v for _, v in value}))
         elif f.name == "modes":
             named["recompute"] = tuple(RECOMPUTE_MODES[m] for m in value)
-        elif f.name in ("offload", "order"):
-            names = OFFLOADS if f.name == "offload" else RANK_ORDERS
+        elif f.name in NAMED:
+            names = NAMED[f.name]
             named[f.name] = tuple(names[code] for code in value)
         elif f.name == "sequence_parallel":
             named[f.name] = tuple(bool(v) for v in value)
@@ -127,7 +129,7 @@ def _flags(pins: Mapping[str, Sequence[object]], forbid: Sequence[str]) -> dict[
 def _reasons(setting: Setting) -> dict[str, str]:
     """Why each axis has the values that it has without pins and forbids."""
     task, engine = setting.task, setting.engine
-    fast = task.hardware.network[0].size or task.hardware.node_size
+    fast = min(h.network[0].size or h.node_size for h in task.profiles)
     devices = f"divisors of {task.gpus:,} devices"
     experts = bool(task.model.routed_mlps)
     spread = "divisors of the number of experts" if engine.expert_parallel else f"{engine.name} does not spread experts"
@@ -145,8 +147,20 @@ def _reasons(setting: Setting) -> dict[str, str]:
         "sequence_parallel": f"what {engine.name} allows; only with tp",
         "offload": f"what {engine.name} can keep in host memory",
         "order": f"rank orders of {engine.name}, where they differ: which axes are neighbours in the network",
+        "type_order": _type_order(task),
         "recompute": "of each layer, any mix inside a rank (one mode a rank with virtual stages)",
     }
+
+
+def _type_order(task: Task) -> str:
+    """What is searched on two device types."""
+    if not task.types:
+        return ""
+    first, second = (f"{t.gpus:,} x {t.hardware.name}" for t in task.types)
+    return (
+        f"which type holds the first stages: {first} (as-named) or {second} (reversed); every stage is wholly on one type, all "
+        "devices are used, the layers and recompute of each stage are free, one chunk a rank"
+    )
 
 
 def explicit_layouts(x: LayoutArray, model: Model, modes: Sequence[int]) -> int:

@@ -36,7 +36,7 @@ class Group:
     """Rows with one pipeline degree; ranks are the second axis of every array."""
 
     p: Primitives
-    """Fields as columns, shape (rows, 1)."""
+    """Fields as columns, shape (rows, 1); (rows, pp) on several device types, for which `hetero` has the bounds."""
     layouts: LayoutArray
     pp: int
     n_layers: int
@@ -118,15 +118,19 @@ def room(p: Primitives, first: Ints, last: Ints, flight: Ints, mode: int) -> Int
 
 def group_of(p: Primitives, layouts: LayoutArray, n_layers: int, modes: tuple[int, ...]) -> Group:
     """A group from rows that share pp, and a schedule where one of them splits its backward: that recomputes nothing."""
-    pp = int(layouts.pp[0])
     modes = (0,) if splits_backward(layouts.schedule[:1])[0] else modes
-    index = np.arange(pp, dtype=np.int64)[None, :]
     columns = Primitives(**{f.name: getattr(p, f.name)[:, None] for f in fields(p)})
-    x = layouts
+    return group_by_rank(columns, layouts, n_layers, modes)
+
+
+def group_by_rank(columns: Primitives, x: LayoutArray, n_layers: int, modes: tuple[int, ...]) -> Group:
+    """The same from primitives with ranks on their second axis, or one column for all of them."""
+    pp = int(x.pp[0])
+    index = np.arange(pp, dtype=np.int64)[None, :]
     flight = in_flight(x.schedule[:, None], x.pp[:, None], x.virtual_stages[:, None], x.microbatches[:, None], index)
     waiting = put_off(x.schedule[:, None], x.pp[:, None], index)
     first, last = ends(x.schedule[:1, None], pp, index)
-    return Group(columns, layouts, pp, n_layers, modes, first, last, flight, waiting)
+    return Group(columns, x, pp, n_layers, modes, first, last, flight, waiting)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------

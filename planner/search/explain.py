@@ -12,7 +12,7 @@ from planner.cost import step
 from planner.cost.schedules import splits_backward
 from planner.cost.task import MAX_DEVICES, Ints, LayoutArray, Task
 from planner.engines.base import Engine
-from planner.search import bounds, mixed
+from planner.search import bounds, hetero, mixed
 from planner.search.solve import group_of, memory_feasible, price
 from planner.search.space import Rows, Space, enumerate_rows
 from planner.specs.layout import RECOMPUTE_MODES, Layout, even_stages
@@ -65,14 +65,15 @@ def any_fits(task: Task, engine: Engine, space: Space) -> bool:
 
 def _even_excess(task: Task, x: LayoutArray, mode: int) -> Ints:
     """Bytes beyond what each layout may hold when split evenly under one recompute mode."""
-    if task.model.homogeneous:
+    if task.model.homogeneous and not task.types:
         return step.even_step_cost(task, x, mode).excess
     p, stack = price(task, x)
     excess = np.full(len(x), np.iinfo(np.int64).max)
     for chunk in bounds.same_pipeline(x, np.arange(len(x)), True):
         even = x.layout(int(chunk[0]), even_stages(task.model.n_layers, int(x.pp[chunk[0]])))
         g = group_of(task, (mode,), x, p, stack, chunk)
-        excess[chunk] = mixed.excess(task, g, step.layers_by_kind(task, even), mode)
+        counts = step.layers_by_kind(task, even)
+        excess[chunk] = mixed.excess(task, g, counts, mode) if g.stack else hetero.excess(g, counts[:, 0], mode)
     return excess
 
 

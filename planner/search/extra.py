@@ -17,6 +17,7 @@ from planner.engines.base import Engine
 from planner.search import bounds
 from planner.search.solve import group_of, memory_feasible, price
 from planner.search.space import Space, enumerate_rows
+from planner.specs.hardware import HardwareProfile
 from planner.units import MIB
 
 MOST_MIB = 1 << 24
@@ -25,11 +26,16 @@ MOST_MIB = 1 << 24
 
 def with_memory(task: Task, extra: int) -> Task:
     """The task on devices with `extra` more bytes; the policy's limits hold of the larger memory."""
-    device = task.hardware.device
+    types = tuple(replace(t, hardware=_larger(t.hardware, extra)) for t in task.types)
+    return replace(task, hardware=_larger(task.hardware, extra), types=types)
+
+
+def _larger(hardware: HardwareProfile, extra: int) -> HardwareProfile:
+    """The profile with `extra` more bytes on every device."""
+    device = hardware.device
     memory = device.memory.model_copy(update={"value": f"{int(device.memory.base) + extra} B"})
     memory.__dict__.pop("base", None)
-    larger = device.model_copy(update={"memory": memory})
-    return replace(task, hardware=task.hardware.model_copy(update={"device": larger}))
+    return hardware.model_copy(update={"device": device.model_copy(update={"memory": memory})})
 
 
 def least_extra_memory(task: Task, engine: Engine, space: Space) -> int | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.cost import step
+from planner.cost import devicetypes, step
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.schedules import splits_backward
@@ -61,6 +61,24 @@ def best_even(
         return None
     stages = even_stages(task.model.n_layers, int(x.pp[best[1]]), RECOMPUTE_MODES[best[2]])
     return Even(best[1], best[0], x.layout(best[1], stages))
+
+
+_TRIES = 500
+"""Rows whose even split is priced on two device types, the lowest bounds first."""
+
+
+def first_even(task: Task, x: LayoutArray, modes: tuple[int, ...], order: Ints, bound: Ints) -> Even | None:
+    """The same on two device types: layers spread evenly over the stages of both, among the rows with the lowest bounds."""
+    best: Even | None = None
+    for row in order[:_TRIES].tolist():
+        if best is not None and int(bound[row]) >= best.step_ns:
+            break
+        for mode in modes:
+            layout = x.layout(row, even_stages(task.model.n_layers, int(x.pp[row]), RECOMPUTE_MODES[mode]))
+            cost = devicetypes.layout_cost(task, layout).total
+            if bool(cost.fits[0]) and (best is None or int(cost.step[0]) < best.step_ns):
+                best = Even(row, int(cost.step[0]), layout)
+    return best
 
 
 def _divides(task: Task, x: LayoutArray) -> np.ndarray:

@@ -26,7 +26,8 @@ _ENTRIES = 1_000_000
 def blended(g: Group, counts: Ints) -> Group:
     """The group with the primitives of windows; `counts` of shape (rows or 1, 1 or ranks, windows, kinds)."""
     assert g.stack is not None
-    return replace(g, blended=g.stack.deep(2).blend(counts))
+    # A stack by rank (several device types) has that axis already.
+    return replace(g, blended=g.stack.deep(5 - g.stack.means.ndim).blend(counts))
 
 
 def rows_of(g: Group, rows: Ints) -> Group:
@@ -97,7 +98,7 @@ def memory_feasible(task: Task, g: Group) -> Bools:
     at, alive = np.zeros(rows, dtype=np.int64), np.arange(rows)
     size = np.full(rows, w.positions // g.pp, dtype=np.int64)
     for s in range(g.pp):
-        size = _longest(held, s, w, at[alive], size)
+        size = _longest(replace(held, stack=held.stack.of_rank(s)), s, w, at[alive], size)
         found = size > 0
         at[alive] += size
         if not found.all():
@@ -125,7 +126,7 @@ def _longest(held: _Held, s: int, w: Windows, at: Ints, guess: Ints) -> Ints:
     return low
 
 
-def _fits(g: Group, layers: Ints) -> Bools:
+def fitting(g: Group, layers: Ints) -> Bools:
     """Whether windows fit, shape (rows, ranks, windows)."""
     v = int(g.layouts.virtual_stages[0])
     return fits(g.deep, g.first[:, :, None], g.last[:, :, None], g.flight[:, :, None], layers, v, g.modes)
@@ -219,7 +220,7 @@ def _table_bound(task: Task, g: Group, target: int, reach: int) -> Ints:
     g, w = _table(task, g, reach)
     layers = w.layers[None, None, :]
     first, last, p = g.first[:, :, None], g.last[:, :, None], g.deep
-    again = np.where(_fits(g, layers), bounds.least_recompute(g, layers), BIG)
+    again = np.where(fitting(g, layers), bounds.least_recompute(g, layers), BIG)
     linear = layers * (p.forward + p.backward) + step.end_time(p, first, last)
     time = np.where(again >= BIG, BIG, again + linear)
     time = np.where(time > _allowed_bottleneck(task, g, target)[:, None, None], BIG, time)

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from planner import stopping
-from planner.cost import primitives, step
+from planner.cost import devicetypes, primitives, step
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.task import Bools, Ints, LayoutArray, StageArray, Task
 from planner.engines.base import Engine
-from planner.search import bounds, incumbent, mixed, stages
+from planner.search import bounds, hetero, incumbent, mixed, stages
 from planner.search.bounds import BIG, Group
 from planner.search.space import Rows, Space, enumerate_rows
 from planner.specs.layout import Layout, Stage, format_recompute
@@ -183,15 +183,33 @@ def _prepare(task: Task, space: Space, rows: Rows) -> _State:
         g = state.group(chunk)
         fits = memory_feasible(task, g)
         state.fits[chunk] = fits
-        simple = mixed.simple_bound(task, g) if g.stack else bounds.simple_bound(g)
-        state.bound[chunk] = np.where(fits, simple, BIG)
+        state.bound[chunk] = np.where(fits, _simple_bound(task, g), BIG)
     key = np.stack([x.tp, x.cp, x.pp, x.ep], axis=1)
     state.groups = np.unique(key, axis=0, return_inverse=True)[1].ravel() if size else np.zeros(0, dtype=np.int64)
     return state
 
 
+def _simple_bound(task: Task, g: Group) -> Ints:
+    """Lower bound on T without memory, ns, shape (rows,)."""
+    if task.types:
+        return hetero.simple_bound(task, g)
+    return mixed.simple_bound(task, g) if g.stack else bounds.simple_bound(g)
+
+
+def _target_bound(task: Task, g: Group, target: int) -> Ints:
+    """Lower bound on T, valid below `target`, ns, shape (rows,)."""
+    if task.types:
+        return hetero.target_bound(task, g, target)
+    return mixed.target_bound(task, g, target) if g.stack else bounds.target_bound(g, target)
+
+
 def price(task: Task, x: LayoutArray) -> tuple[Primitives, Stack | None]:
-    """(primitives of each row, those by kind of layers where the model mixes several and the first are its last kind's)."""
+    """(primitives of each row, those by kind of layers where the model mixes several and the first are its last kind's).
+
+    With several device types their axis is the last one.
+    """
+    if task.types:
+        return hetero.price(task, x)
     if task.model.homogeneous:
         return primitives.price(task, x), None
     kinds = [primitives.price(task.only(k), x) for k in range(len(task.model.kinds))]
@@ -200,6 +218,8 @@ def price(task: Task, x: LayoutArray) -> tuple[Primitives, Stack | None]:
 
 def group_of(task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, stack: Stack | None, rows: Ints) -> Group:
     """Rows with one pipeline degree (and one v, where the model mixes kinds of layers) as a `Group`."""
+    if task.types:
+        return hetero.group_of(task, modes, x, p, stack, rows)
     g = bounds.group_of(p.take(rows), x.take(rows), task.model.n_layers, modes)
     return g if stack is None else replace(g, stack=stack.take(rows))
 
@@ -240,8 +260,8 @@ def _refine(state: _State, target: int, k: int) -> None:
     for chunk in bounds.same_pipeline(state.layouts, rows, state.stack is not None):
         stopping.check()
         g = state.group(chunk)
-        better = mixed.target_bound(state.task, g, target) if g.stack else bounds.target_bound(g, target)
-        state.bound[chunk] = np.maximum(state.bound[chunk], np.minimum(better, target))
+        better = np.minimum(_target_bound(state.task, g, target), target)
+        state.bound[chunk] = np.maximum(state.bound[chunk], better)
 
 
 def _solve(state: _State, row: int, target: int, k: int) -> None:
@@ -254,7 +274,7 @@ def _solve(state: _State, row: int, target: int, k: int) -> None:
         state.examined[row], state.bound[row] = True, max(int(state.bound[row]), cutoff)
         return
     t = stages.tables(g, reach, state.mixing)
-    v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row])
+    v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row].max())
     below = (cutoff - constant - 1) * v + 1
     found = stages.best_split(t, below, stopping.check)
     _agree(t, below, found)
@@ -271,6 +291,8 @@ def _solve(state: _State, row: int, target: int, k: int) -> None:
 def _reach(state: _State, g: Group, cutoff: int) -> int:
     """The most layers that a rank of a group of one row can hold in a plan below `cutoff`."""
     mixing = state.mixing
+    if state.task.types:
+        return int(hetero.reach_below(state.task, g, cutoff)[0])
     return int((mixed.reach_below(mixing, g, cutoff) if mixing else bounds.reach_below(g, cutoff))[0])
 
 
@@ -305,6 +327,7 @@ def _choose(state: _State, k: int, stopped: bool) -> tuple[Candidate, ...]:
 
 _PREFERENCE = (
     "offload", "order", "zero", "virtual_stages", "cp", "ep", "etp", "tp", "pp", "schedule", "sequence_parallel", "micro_batch",
+    "type_order",
 )  # fmt: skip
 """Ties between rows of equal time or bound go to the lower value, first name first. Documented in the README. No two rows of
 a space are equal in all of them (dp follows), so the order in which rows were enumerated never matters."""
@@ -362,7 +385,7 @@ def _candidate(state: _State, row: int) -> Candidate:
     value, _ = state.values[row]
     g = state.group(np.array([row]))
     t = stages.tables(g, _reach(state, g, value + 1), state.mixing)
-    v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row])
+    v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row].max())
     verdict = stages.cp_sat(t, (value - constant) * v + 1, canonical=True)
     if verdict.status != "OPTIMAL" or verdict.split is None:
         raise SearchError(f"the tie-break of a plan is {verdict.status}")
@@ -378,7 +401,11 @@ def _even(state: _State) -> tuple[Candidate, ...]:
     """The best even split, where no row was solved: a plan all the same, re-evaluated like any other."""
     order = np.nonzero(state.fits)[0]
     order = order[np.lexsort((*_preferences(state.layouts, order)[::-1], state.bound[order]))]
-    found = incumbent.best_even(state.task, state.layouts, (state.p, state.stack), state.space.modes, order, state.bound)
+    modes, bound = state.space.modes, state.bound
+    if state.task.types:
+        found = incumbent.first_even(state.task, state.layouts, modes, order, bound)
+    else:
+        found = incumbent.best_even(state.task, state.layouts, (state.p, state.stack), modes, order, bound)
     if found is None:
         return ()
     cost = _evaluate(state, found.row, found.layout, LayoutArray.of([found.layout], state.task.job))
@@ -389,6 +416,8 @@ def _even(state: _State) -> tuple[Candidate, ...]:
 
 def _evaluate(state: _State, row: int, layout: Layout, x: LayoutArray) -> step.StepCost:
     """The cost model's own verdict on a layout of a row."""
+    if state.task.types:
+        return devicetypes.layout_cost(state.task, layout).total
     only, ranks = np.array([row]), StageArray.of([layout])
     blended = None
     if state.stack is not None:

@@ -19,14 +19,14 @@ from planner import stopping
 from planner.cost.task import INTERLEAVED, INTERLEAVED_ZB, NONE, SPLIT_CODES, V_CODES, LayoutArray, Task
 from planner.engines.base import Engine, Rule, schedule_codes
 from planner.errors import input_error
-from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES
+from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES, TYPE_ORDERS
 
 MAX_MICRO_BATCH = 16
 MAX_CHUNKS = 16
 """Chunks a rank, at most: Llama 3 used 8 or fewer; beyond, per-chunk overheads that the model lacks dominate."""
 AXES = ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "virtual_stages")
 """Integer axes that can be pinned."""
-NAMED = {"offload": OFFLOADS, "order": RANK_ORDERS}
+NAMED = {"offload": OFFLOADS, "order": RANK_ORDERS, "type_order": TYPE_ORDERS}
 """Axes whose values have names, in the order of their codes."""
 SHORT = {"mbs": "micro_batch", "sp": "sequence_parallel", "vpp": "virtual_stages", "v": "virtual_stages"}
 """Short names of axes."""
@@ -55,6 +55,8 @@ class Space:
     """Codes of what lives in host memory."""
     order: tuple[int, ...] = (0,)
     """Codes of rank orders."""
+    type_order: tuple[int, ...] = (0,)
+    """Codes of which device type holds the first stages."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
     tp stays inside the fastest domain of the network. Pins restrict an axis to values, forbids to its neutral one.
     Raises InputError for an unknown axis or value.
     """
-    fast = task.hardware.network[0].size or task.hardware.node_size
+    fast = min(h.network[0].size or h.node_size for h in task.profiles)
     divisors = _divisors(task.gpus)
     layers = task.model.n_layers
     chunks = range(2, min(MAX_CHUNKS, layers) + 1)
@@ -98,6 +100,7 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
     named = {
         "offload": tuple(OFFLOADS.index(n) for n in engine.offloads),
         "order": tuple(map(RANK_ORDERS.index, engine.rank_orders)),
+        "type_order": (0, 1) if task.types else (0,),
     }
     for flag, axis, wanted in _restrictions(pins, forbid):
         if axis == "schedule":
@@ -230,6 +233,7 @@ def _restrictions(pins: Mapping[str, Sequence[object]], forbid: Sequence[str]) -
         result.append((f"--pin {name}={','.join(map(str, wanted))}", axis_named(name), wanted))
     neutral: dict[str, Sequence[object]] = {a: [1] for a in AXES} | {"zero": [0], "recompute": ["none"]}
     neutral |= {"sequence_parallel": ["false"], "offload": ["none"], "order": [RANK_ORDERS[0]]}
+    neutral |= {"type_order": [TYPE_ORDERS[0]]}
     for name in forbid:
         axis, flag = SHORT.get(name, name), f"--forbid {name}"
         if axis in SCHEDULES and axis != "none":
@@ -325,7 +329,7 @@ def _degrees(space: Space) -> list[tuple[int, ...]]:
 
 def _inner_axes(space: Space) -> tuple[dict[str, Sequence[int]], dict[str, Sequence[int]]]:
     """What the grid grows by beyond the degrees: (schedule, virtual stages), then the other choices of a row."""
-    rest = ("micro_batch", "zero", "sequence_parallel", "offload")
+    rest = ("micro_batch", "zero", "sequence_parallel", "offload", "type_order")
     inner = list(itertools.product(*(getattr(space, name) for name in rest)))
     schedules, chunks = ([pair[k] for pair in space.schedules] for k in (0, 1))
     pipeline: dict[str, Sequence[int]] = {"schedule": schedules, "virtual_stages": chunks}

@@ -6,11 +6,11 @@ The rules about what divides what are not here: `engines` holds them as data, fo
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from planner.specs.base import Spec
+from planner.specs.base import Sparse, Spec
 from planner.specs.job import Job
 from planner.specs.policy import Policy
 
@@ -29,6 +29,8 @@ OFFLOADS: tuple[str, ...] = ("none", "optimizer")
 RankOrder = Literal["tp-cp-dp-pp", "tp-cp-pp-dp"]
 RANK_ORDERS: tuple[str, ...] = ("tp-cp-dp-pp", "tp-cp-pp-dp")
 """In the order of their codes: pipeline stages apart, or beside each other with data-parallel replicas apart."""
+TYPE_ORDERS: tuple[str, ...] = ("as-named", "reversed")
+"""In the order of their codes: which of two device types holds the first pipeline stages, the first named or the second."""
 RECOMPUTE_MODES: tuple[str, ...] = ("none", "selective", "full")
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 
@@ -84,8 +86,10 @@ class Stage(Spec):
         return parse_recompute(self.recompute, self.layers)
 
 
-class Layout(Spec):
+class Layout(Sparse):
     """How the job is spread: degrees, ZeRO stage, micro-batch, schedule, and what each pipeline rank holds."""
+
+    unwritten: ClassVar[tuple[str, ...]] = ("type_order",)
 
     tp: Positive = 1
     """Tensor parallel degree."""
@@ -116,6 +120,8 @@ class Layout(Spec):
     """What lives in host memory: optimizer states and fp32 masters, updated there (ZeRO-Offload, arXiv 2101.06840)."""
     order: RankOrder = "tp-cp-dp-pp"
     """Axes from the innermost outwards: which groups of ranks are neighbours."""
+    type_order: Literal["as-named", "reversed"] = "as-named"
+    """On two device types: whether the first stages are on the type that is named first, or on the other one."""
     stages: list[Stage] = Field(min_length=1)
     """One entry a pipeline rank, first rank first."""
 
@@ -186,13 +192,22 @@ def even_stages(layers: int, pp: int, recompute: str = "none") -> list[Stage]:
     return [Stage(layers=base + (1 if s in heavy else 0), recompute=recompute) for s in range(pp)]
 
 
+class Share(Spec):
+    """The nodes of one device type, in a cluster of two."""
+
+    profile: str
+    """Name of a shipped profile, or the path of a profile, relative to the file."""
+    nodes: int = Field(gt=0, lt=2**31)
+
+
 class Configuration(Spec):
     """A layout with everything needed to judge it: the file that `planner check` and `planner estimate` read."""
 
     model: str
     """Name of a shipped model, or the path of a model file, relative to this file."""
-    hardware: str
-    """Name of a shipped profile, or the path of a profile, relative to this file."""
+    hardware: str | list[Share]
+    """Name of a shipped profile, or the path of a profile, relative to this file; a list of two profiles with their nodes where
+    the cluster has two device types (then without `nodes` and `gpus`)."""
     nodes: int | None = Field(default=None, gt=0, lt=2**31)
     gpus: int | None = Field(default=None, gt=0, lt=2**31)
     engine: str = "bundled"

@@ -91,8 +91,7 @@ def _factor(r: Ranks) -> Ints:
 def _least_work(rows: Priced, r: Ranks) -> tuple[Ints, Ints]:
     """(least sum of R, least max R) over all splits, memory aside, shape (rows,)."""
     counts = [n for _, n in rows.task.model.kinds] if len(rows.kinds) > 1 else [rows.task.model.n_layers]
-    again = [np.minimum.reduce([k.again(mode) for mode in r.modes]) for k in rows.kinds]
-    each = [k.forward + k.backward + a for k, a in zip(rows.kinds, again, strict=True)]
+    each = tables.least_layers(rows, r.modes)
     ends = (tables.work(r) - r.layers * (r.p.forward + r.p.backward))[:, :, 0]
     total = ends.sum(axis=1) + sum((n * t for n, t in zip(counts, each, strict=True)), np.zeros(len(rows), dtype=np.int64))
     cheapest = np.minimum.reduce(each)
@@ -118,8 +117,7 @@ def _longest(rows: Priced, batch: Ints, modes: tuple[int, ...], cutoff: Ints) ->
     r = tables.ranks_of(part, modes, 1)
     total, _ = _least_work(part, r)
     slowest = (_limit(r, cutoff[batch]) - total + r.credit) // np.maximum(_factor(r), 1)
-    again = [np.minimum.reduce([k.again(mode) for mode in r.modes]) for k in part.kinds]
-    place = np.minimum.reduce([k.forward + k.backward + a for k, a in zip(part.kinds, again, strict=True)]) * r.chunks
+    place = np.minimum.reduce(tables.least_layers(part, modes)) * r.chunks
     most = r.runs.places - r.pp + 1
     fitting = np.clip(slowest // np.maximum(place, 1), 1, most)
     return np.where(_factor(r) > 0, fitting, most)

@@ -64,7 +64,7 @@ def pieces(e: Evaluated) -> tuple[Table, Table, Table]:
         forward[s][place] += v * (end // 3)
         whole[s][place] += v * end
     if e.layout.pp > 1:
-        forward = [[t + e.p2p_ns // 2 for t in row] for row in forward]
+        forward = [[t + int(send) // 2 for t in row] for row, send in zip(forward, e.p2p_ns, strict=True)]
     backward = [[w - f for w, f in zip(a, b, strict=True)] for a, b in zip(whole, forward, strict=True)]
     if splits(e.layout):
         weights[last[0]][last[1]] += v * (e.head_ns // 3)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from planner.cost import primitives, step
+from planner.cost import devicetypes, primitives, step
 from planner.cost.blending import blend
 from planner.cost.primitives import Primitives
 from planner.cost.schedules import in_flight, put_off, splits_backward
@@ -44,7 +44,9 @@ class Priced:
 
 
 def price(task: Task, layouts: LayoutArray) -> Priced:
-    """The integers of rows."""
+    """The integers of rows; on two device types with the types on the last axis."""
+    if task.types:
+        return Priced(task, layouts, devicetypes.kinds_of(task, layouts))
     if task.model.homogeneous:
         return Priced(task, layouts, (primitives.price(task, layouts),))
     each = range(len(task.model.kinds))
@@ -102,7 +104,7 @@ def ranks_of(batch: Priced, modes: tuple[int, ...], longest: int) -> Ranks:
     x, model = batch.layouts, batch.task.model
     pp, v = int(x.pp[0]), int(x.virtual_stages[0])
     w = runs(model.kind_of_layer, v, max(1, min(longest, model.n_layers // v - pp + 1)))
-    deep = [Primitives(**{f.name: getattr(k, f.name)[:, None, None] for f in fields(Primitives)}) for k in batch.kinds]
+    deep = _by_rank(batch)
     p = deep[0] if len(deep) == 1 else blend(deep, w.counts[None, None], model.text_kind)
     index = np.arange(pp, dtype=np.int64)[None, :]
     flight = in_flight(x.schedule[:, None], x.pp[:, None], x.virtual_stages[:, None], x.microbatches[:, None], index)
@@ -111,7 +113,22 @@ def ranks_of(batch: Priced, modes: tuple[int, ...], longest: int) -> Ranks:
     waiting = put_off(x.schedule[:, None], x.pp[:, None], index)[:, :, None]
     base = batch.kinds[model.text_kind if len(deep) > 1 else 0]
     modes = (0,) if split else modes
-    return Ranks(p, w, modes, first, last, flight[:, :, None], v, x.microbatches, base.constant, waiting, base.credit)
+    constant = base.constant.max(axis=1) if batch.task.types else base.constant
+    return Ranks(p, w, modes, first, last, flight[:, :, None], v, x.microbatches, constant, waiting, base.credit)
+
+
+def _by_rank(batch: Priced) -> list[Primitives]:
+    """The integers of each kind of layers, shape (rows, ranks, 1), or with one rank for all."""
+    if not batch.task.types:
+        return [Primitives(**{f.name: getattr(k, f.name)[:, None, None] for f in fields(Primitives)}) for k in batch.kinds]
+    each = [devicetypes.by_rank(batch.task, batch.layouts, k) for k in batch.kinds]
+    return [Primitives(**{f.name: getattr(k, f.name)[:, :, None] for f in fields(Primitives)}) for k in each]
+
+
+def least_layers(batch: Priced, modes: tuple[int, ...]) -> list[Ints]:
+    """Least time of one layer of each kind on any device under any of the modes, ns, shape (rows,)."""
+    each = [k.forward + k.backward + np.minimum.reduce([k.again(mode) for mode in modes]) for k in batch.kinds]
+    return [k.min(axis=1) for k in each] if batch.task.types else each
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------

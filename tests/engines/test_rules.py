@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from machines import gpt, llama, task
 
+from planner.cost.task import DeviceType
 from planner.engines.base import layout_problems
 from planner.engines.registry import ENGINES, engine_named
 from planner.errors import InputError
@@ -72,6 +75,28 @@ def codes(engine: str, gpus: int, model=None, **named) -> set[str]:
 ])  # fmt: skip
 def test_accepts_and_refuses(engine, gpus, named, expected):
     assert codes(engine, gpus, **named) == expected
+
+
+@pytest.mark.parametrize(("engine", "named", "expected"), [
+    ("bundled", {"tp": 2, "pp": 3, "dp": 2}, set()),
+    ("megatron", {"tp": 4, "pp": 3, "type_order": "reversed"}, set()),
+    ("bundled", {"tp": 2, "pp": 2, "dp": 3}, {"PLN575", "PLN205"}),
+    ("megatron", {"tp": 4, "dp": 3}, {"PLN575", "PLN205"}),
+    ("megatron", {"tp": 2, "pp": 6, "schedule": "interleaved", "virtual_stages": 2, "stages": [{"layers": 2}] * 6},
+     {"PLN576", "PLN201", "PLN209", "PLN208", "PLN222"}),
+    ("megatron", {"tp": 2, "pp": 3, "dp": 2, "order": "tp-cp-pp-dp"}, {"PLN577", "PLN225"}),
+    ("torchtitan", {"tp": 2, "pp": 3, "dp": 2}, {"PLN578"}),
+])  # fmt: skip
+def test_two_device_types(engine, named, expected):
+    """12 devices of which 4 are of one type: stages of 1, 2 or 4 devices."""
+    one = task(llama(), 12, 2048, 32, engine)
+    t = replace(one, types=(DeviceType(one.hardware, 4), DeviceType(one.hardware, 8)))
+    found = {p.code for p in layout_problems(t, engine_named(engine), layout(**named))}
+    assert found & {"PLN575", "PLN576", "PLN577", "PLN578", "PLN579"} == expected & {"PLN575", "PLN576", "PLN577", "PLN578"}
+
+
+def test_the_order_of_types_needs_two():
+    assert codes("bundled", 2, pp=2, type_order="reversed") == {"PLN579"}
 
 
 def test_tied_embeddings_cannot_be_pipelined_by_the_bundled_runtime():

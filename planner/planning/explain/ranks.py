@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from planner.cost import step
-from planner.cost.blending import Stack
+from planner.cost import devicetypes, step
+from planner.cost.blending import Stack, blend
 from planner.cost.primitives import Primitives
 from planner.cost.task import LayoutArray, StageArray, Task
 from planner.planning.explain.answers import Binding, Bottleneck, LessRecompute, OneMore, Rank
@@ -51,6 +51,16 @@ class _Row:
     stack: Stack | None
 
     @cached_property
+    def kinds(self) -> tuple[Primitives, ...]:
+        """Primitives of each kind of layers on every rank."""
+        return devicetypes.kinds_by_rank(self.task, self.x)
+
+    @cached_property
+    def types(self) -> tuple[int, ...]:
+        """The device type of every rank."""
+        return devicetypes.stages_of(self.task, self.layout)
+
+    @cached_property
     def windows(self) -> Windows:
         """What a rank can hold."""
         longest = max(s.layers for s in self.layout.stages) // self.chunks + 1
@@ -76,16 +86,17 @@ class _Row:
         """Rank s with the window of `layers` layers from `start`."""
         a = np.array
         held = StageArray(a([0]), a([s]), a([1]), a([layers]), a([selective]), a([full]))
-        blended = None
+        kinds = [k.take(a([s])) for k in self.kinds]
+        p = kinds[0]
         if self.stack is not None:
-            counts = self.windows.counts[[self.windows.at[start, layers // self.chunks]]]
-            blended = self.stack.blend(counts)
-        c = step.stage_cost(self.p, self.x, held, blended)
+            p = blend(kinds, self.windows.counts[[self.windows.at[start, layers // self.chunks]]], self.task.model.text_kind)
+        c = step.stage_cost(p, self.x, held, p)
         return _Cost(int(c.time[0]), int(c.backward_bytes[0]), int(c.update_bytes[0]))
 
-    def over(self, bytes_needed: int) -> float:
-        """GiB of the device beyond the limit; the allocator keeps more than is allocated."""
-        return (bytes_needed - int(self.p.capacity[0])) * self.task.reserved_ratio / GIB
+    def over(self, s: int, bytes_needed: int) -> float:
+        """GiB of rank s beyond its device's limit; the allocator keeps more than is allocated."""
+        task = self.task.on(self.types[s]) if self.task.types else self.task
+        return (bytes_needed - int(self.kinds[0].capacity[s])) * task.reserved_ratio / GIB
 
     def wider(self, s: int) -> int | None:
         """Start of rank s's window with one more position: after its last layer, before its first on the last rank.
@@ -127,7 +138,9 @@ def _rank(row: _Row, s: int, cost: _Cost, slowest: int) -> Rank:
     more, less = _one_more(row, s), _less_recompute(row, s)
     binding, reason = _binding(row, s, cost, slowest, more, less)
     return Rank(
-        stage=s, layers=stage.layers, recompute=stage.recompute, binding=binding, reason=reason, slack_gib=-row.over(cost.most),
+        stage=s, layers=stage.layers, recompute=stage.recompute, binding=binding, reason=reason,
+        slack_gib=-row.over(s, cost.most),
+        hardware=row.task.types[row.types[s]].hardware.name if row.task.types else None,
         time_s=cost.time / 1e9, share=cost.time / slowest, one_more=more, less_recompute=less,
     )  # fmt: skip
 
@@ -149,7 +162,7 @@ def _one_more(row: _Row, s: int) -> OneMore | None:
         time = int(t.time[s, entry]) / 1e9
     return OneMore(
         layers=layers,
-        over_gib=row.over(cost.most),
+        over_gib=row.over(s, cost.most),
         moment=cost.moment,
         plain_time_s=cost.time / 1e9,
         recompute=recompute,
@@ -172,7 +185,7 @@ def _less_recompute(row: _Row, s: int) -> LessRecompute | None:
     if not faster:
         return None
     most, (n1, n2) = min(faster)
-    return LessRecompute(recompute=format_recompute(n, n1, n2), over_gib=row.over(most))
+    return LessRecompute(recompute=format_recompute(n, n1, n2), over_gib=row.over(s, most))
 
 
 def _uses(layers: int, selective: int, full: int) -> set[int]:
@@ -186,7 +199,7 @@ def _binding(
 ) -> tuple[Binding, str]:
     """What binds a rank, and why in one sentence."""
     moment: Binding = "memory in update" if cost.moment == "update" else "memory in backward"
-    if (over := row.over(cost.most)) > 0:
+    if (over := row.over(s, cost.most)) > 0:
         return moment, f"it needs {over:.1f} GiB more than a device may hold"
     if less is not None and less.over_gib > 0:
         return moment, f"it recomputes because with {less.recompute} it is {_gib(less.over_gib)} over the limit"
