@@ -145,11 +145,11 @@ RULES: tuple[Rule, ...] = (
         on="pipeline",
     ),
     Rule(
-        "PLN595", "bundled: experts x offload or hybrid sharding",
-        lambda t, x: ((x.offload > 0) | (x.replicas > 1)) & bool(t.model.routed_mlps),
-        "routed experts with offload {offload} or hybrid sharding",
-        "experts are sharded over a mesh of their own, which has neither",
-        "set offload: none and leave out shard",
+        "PLN595", "bundled: experts x offload",
+        lambda t, x: (x.offload > 0) & bool(t.model.routed_mlps),
+        "routed experts with offload {offload}",
+        "experts are sharded over a mesh of their own, whose states stay on the device",
+        "set offload: none",
     ),
 )  # fmt: skip
 

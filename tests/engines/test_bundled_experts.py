@@ -36,7 +36,7 @@ def model(attention: dict[str, Any], *mlps: dict[str, Any]) -> Model:
         (model(LATENT, DENSE, ROUTED), 8, {"tp": 4, "dp": 2, "ep": 4}, set()),
         (model(LATENT | {"qk_norm": "head"}, DENSE), 2, {"dp": 2}, {"PLN592"}),
         (model(LATENT, DENSE), 2, {"cp": 2}, {"PLN594"}),
-        (model(GROUPED, ROUTED), 4, {"dp": 4, "zero": 3, "shard": 2}, {"PLN509", "PLN595"}),
+        (model(GROUPED, ROUTED), 4, {"dp": 4, "zero": 3, "shard": 2}, {"PLN509"}),
         (model(GROUPED, ROUTED), 4, {"dp": 4, "zero": 1, "offload": "optimizer"}, {"PLN595"}),
         (model(GROUPED | {"sinks": True}, ROUTED), 2, {"dp": 2}, {"PLN517"}),
         (model(GROUPED | {"sliding_window": 64}, DENSE, ROUTED), 2, {"dp": 2}, set()),
