@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli import common, training
+from planner.cli import common, dryrun, training
 from planner.cli.supervise import supervise
 from planner.errors import InputError, MissingPartError, Problem, input_error
 
@@ -55,6 +55,9 @@ def run(
     profile: training.Trace = False,
     tensorboard: training.TensorBoard = False,
     wandb: training.Wandb = "",
+    dry_run: dryrun.DryRun = False,
+    rank: dryrun.Rank = "peak",
+    exact_steps: dryrun.ExactSteps = False,
 ) -> None:
     """Train a plan here, and print predicted against measured."""
     flags = dict(locals())
@@ -66,6 +69,9 @@ def run(
     plan = planfile.read(plan_path)
     if refused := planfile.refusals(plan):
         raise InputError(refused)
+    if dry_run:
+        dryrun.dry_run(plan, rank, exact_steps, output_format)
+        raise typer.Exit
     _can_run_here(plan)
     options = training.options_of(flags, str(out))
     training.check_files(plan, options)

@@ -147,12 +147,20 @@ class Decoder(nn.Module):
 def initialise(part: Decoder, tokens: range, seed: int, device: torch.device, home: torch.device, dtype: torch.dtype) -> None:
     """Give a meta-device part its memory and first values, the same in every layout; `tokens` are the positions that this
     rank sees of each sequence, `dtype` the compute type. Parameters go to `home`, which is the host with offload.
+    """
+    part.to_empty(device=home)
+    part.tie()
+    fill(part, seed, device)
+    part.start = tokens.start
+    _set_buffers(part, tokens, dtype, device)
+
+
+def fill(part: Decoder, seed: int, device: torch.device) -> None:
+    """Write first values.
 
     Each parameter has its own generator, seeded by its name; the whole tensor is drawn, then the local part kept. One
     tensor at a time, so that the peak is one full parameter above the sharded model.
     """
-    part.to_empty(device=home)
-    part.tie()
     scale = 0.02 / math.sqrt(2 * part.model.n_layers)
     with torch.no_grad():
         for name, param in part.named_parameters():
@@ -162,8 +170,6 @@ def initialise(part: Decoder, tokens: range, seed: int, device: torch.device, ho
                 param.to_local().copy_(placed.to_local())  # from the device to where the parameter lives
             else:
                 param.copy_(full)
-    part.start = tokens.start
-    _set_buffers(part, tokens, dtype, device)
 
 
 def _set_buffers(part: Decoder, tokens: range, dtype: torch.dtype, device: torch.device) -> None:

@@ -49,7 +49,6 @@ class Trainer:
     def _build_parts(self) -> dict[int, Decoder]:
         """Build on the meta device, parallelise, then allocate only what this rank keeps."""
         mesh, layout = self.world.mesh, self.layout
-        tokens = self.world.tokens(self.plan.job.seq_len)
         precision.check_fp8(self.plan, self.world.device)
         parts = pipeline.build_parts(self.plan, self.world)
         parallelize.apply_recompute(list(parts.values()), layout.stages[self.world.pp_rank])
@@ -65,9 +64,14 @@ class Trainer:
             if self.compiled:
                 parallelize.apply_compile(part, layout.tp)
             parallelize.apply_zero(part, layout, self.plan.job, self.world.states, self.world.experts)
-            home = torch.device("cpu") if layout.offload == "optimizer" else self.world.device
-            initialise(part, tokens, self.options.seed, self.world.device, home, precision.DTYPES[self.plan.job.precision])
+            self.allocate(part)
         return parts
+
+    def allocate(self, part: Decoder) -> None:
+        """Give a part its memory and first values."""
+        job, device = self.plan.job, self.world.device
+        home = torch.device("cpu") if self.layout.offload == "optimizer" else device
+        initialise(part, self.world.tokens(job.seq_len), self.options.seed, device, home, precision.DTYPES[job.precision])
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters by name; names do not depend on the plan."""
