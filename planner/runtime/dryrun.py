@@ -8,6 +8,7 @@ further round, so two short runs give the long one exactly (tests compare both).
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections import Counter
@@ -208,6 +209,7 @@ def _measure(plan: Plan, rank: int) -> _Measured:
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
+        logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # advice about the norm's two reductions
         stack.enter_context(fake_group(rank, plan.layout.world_size))
         stack.enter_context(patch.object(norms, "_RmsNormCpu", FusedRmsNorm))
         mode, meter = fake_tensors(), FakeMeter(lambda group: _axis(plan, group))
