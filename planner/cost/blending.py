@@ -16,7 +16,9 @@ from planner.cost.primitives import Blend, Primitives
 from planner.cost.task import Ints
 
 _TIMES = ("forward", "backward", "recompute1", "recompute2", "comm", "hide", "floor", "update")
-_MEANS = (*_TIMES, "state", "updating", "act0", "act1", "act2")
+HELD = ("state", "updating", "act0", "act1", "act2")
+"""Bytes of layers that add up."""
+_MEANS = (*_TIMES, *HELD)
 _PEAKS = (
     "fixed", "transient", "reduction", "head_transient", "head_reduction", "last_reduction", "last_layer", "carried",
 )  # fmt: skip
@@ -24,6 +26,10 @@ _MODES = range(3)
 _SHARED = ("boundary", "receive", "p2p")
 _ENDS = tuple(f.name for f in fields(Primitives) if f.name not in (*_MEANS, *_PEAKS, *_SHARED))
 _HIDE = _MEANS.index("hide")
+_OTHER_TIMES = (
+    "embedding", "head", "comm_first", "comm_last", "floor_first", "floor_last", "update_first", "update_last", "constant",
+    "p2p",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,14 @@ class Stack:
             stacked(kinds[text], _ENDS, largest),
         )
 
+    @property
+    def bytes(self) -> Ints:
+        """All that memory depends on, shape (columns, rows); only of a stack without more axes."""
+        n = self.means.shape[2]
+        ends = [i for i, name in enumerate((*_ENDS, *_SHARED)) if name not in _OTHER_TIMES]
+        parts = (self.held.reshape(-1, n), self.peaks.reshape(-1, n), self.ends[ends])
+        return np.concatenate(parts)
+
     def take(self, rows: Ints) -> Stack:
         """The rows (the first axis of the primitives) at `rows`."""
         return Stack(self.means.take(rows, axis=2), self.peaks.take(rows, axis=2), self.ends.take(rows, axis=1))
@@ -76,24 +90,23 @@ class Stack:
         again = [(0 * selective, selective, full)[mode] for mode in modes]
         return np.asarray(forward + backward + np.minimum.reduce(again))
 
-    def blend(self, counts: Ints, timed: bool = True) -> Blend:
-        """Primitives of ranks with `counts` layers, kinds on the last axis; other axes broadcast against the primitives'.
+    @property
+    def held(self) -> Ints:
+        """Bytes of one layer of each kind by the names of `HELD`, shape (kinds, names, ...)."""
+        return self.means[:, len(_TIMES) :]
 
-        Without `timed` the times of layers are zero: memory alone is asked for.
-        """
+    def blend(self, counts: Ints) -> Blend:
+        """Primitives of ranks with `counts` layers, kinds on the last axis; other axes broadcast against the primitives'."""
         held = counts.sum(axis=-1)
         n, empty = np.maximum(held, 1), held == 0  # a rank without layers keeps the workspace
-        skip = 0 if timed else len(_TIMES)
         total: Ints = np.zeros(1, dtype=np.int64)
         peaks: Ints = np.zeros(1, dtype=np.int64)
         for k in range(len(self.means)):
-            total = total + counts[..., k] * self.means[k, skip:]
+            total = total + counts[..., k] * self.means[k]
             peaks = np.maximum(peaks, np.where((counts[..., k] > 0) | empty, self.peaks[k], 0))
         means = -(-total // n)
-        if timed:
-            means[_HIDE] = total[_HIDE] // n
-        values = dict(zip(_MEANS[skip:], means, strict=True)) | dict(zip(_PEAKS, peaks, strict=False))
-        values |= dict.fromkeys(_TIMES[:skip], np.zeros_like(held))
+        means[_HIDE] = total[_HIDE] // n
+        values = dict(zip(_MEANS, means, strict=True)) | dict(zip(_PEAKS, peaks, strict=False))
         values |= dict(zip((*_ENDS, *_SHARED), self.ends, strict=True))
         modes = peaks[len(_PEAKS) :]
         return Blend(**values, remade_by_mode=tuple(modes[:3]), rest_by_mode=tuple(modes[3:]))

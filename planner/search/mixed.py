@@ -7,15 +7,15 @@ least sum and the least step-wise term each exact on the table of windows; recom
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from planner.cost import step
 from planner.cost.blending import Stack
-from planner.cost.primitives import Primitives
 from planner.cost.task import Bools, Ints, Task
-from planner.search import bounds
+from planner.search import bounds, holding
+from planner.search.alike import distinct
 from planner.search.bounds import BIG, Group
 from planner.search.windows import Windows, windows
 
@@ -45,90 +45,25 @@ def _table(task: Task, g: Group, reach: int) -> tuple[Group, Windows]:
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Held:
-    """What the memory test needs of some rows: one pipeline degree, one number of chunks."""
-
-    stack: Stack
-    flight: Ints
-    """Shape (rows, pp)."""
-    v: int
-    modes: tuple[int, ...]
-    pp: int
-
-    def take(self, rows: Ints) -> _Held:
-        """Some of the rows."""
-        return replace(self, stack=self.stack.take(rows), flight=self.flight[rows])
-
-    def fits(self, s: int, counts: Ints) -> Bools:
-        """Whether rank s of each row can hold `counts` (rows, kinds) layers; a byte is forgiven for each rounded mean."""
-        p, flight = self.stack.blend(counts, timed=False), self.flight[:, s]
-        layers = counts.sum(axis=1)
-        first, last = np.array([s == 0], dtype=np.int64), np.array([s == self.pp - 1], dtype=np.int64)
-        return fits(p, first, last, flight, layers, self.v, self.modes, forgiving=True)
-
-
-def fits(
-    p: Primitives, first: Ints, last: Ints, flight: Ints, layers: Ints, v: int, modes: tuple[int, ...], forgiving: bool = False
-) -> Bools:
-    """Whether ranks with `layers` layers in equal chunks fit under some recompute mode, and the optimizer beside them.
-
-    All arguments broadcast. `forgiving`: a byte of each rounded mean does not count.
-    """
-    weight = flight * (layers // v)
-    forgiven = layers + weight if forgiving else 0
-    best = np.zeros(np.broadcast(flight, layers).shape, dtype=bool)
-    for mode in modes:
-        best = best | (layers * p.state + weight * p.saved(mode) <= bounds.room(p, first, last, flight, mode) + forgiven)
-    return np.asarray(best & (step.stage_update_bytes(p, first, last, layers) <= p.capacity + forgiven))
-
-
 def memory_feasible(task: Task, g: Group) -> Bools:
-    """Which rows have any split and recompute that fits.
-
-    Each rank takes as many layers as it can: a window that fits still fits when it loses layers, but for the rounding of
-    means, one byte each, which is forgiven. So a row that is excluded surely does not fit; one within those bytes of the
-    limit is decided when it is solved.
-    """
+    """Which rows have any split and recompute that fits: surely not the others (`holding`)."""
     assert g.stack is not None
-    v, rows = int(g.layouts.virtual_stages[0]), len(g.layouts)
-    held = _Held(g.stack, g.flight, v, g.modes, g.pp)
+    v = int(g.layouts.virtual_stages[0])
+    some, kind = distinct(np.concatenate([g.stack.bytes, g.flight.T]))
     w = windows(task.model.kind_of_layer, v, g.n_layers // v)
-    at, alive = np.zeros(rows, dtype=np.int64), np.arange(rows)
-    size = np.full(rows, w.positions // g.pp, dtype=np.int64)
-    for s in range(g.pp):
-        size = _longest(held, s, w, at[alive], size)
-        found = size > 0
-        at[alive] += size
-        if not found.all():
-            alive, size, held = alive[found], size[found], held.take(np.nonzero(found)[0])
-        if not len(alive):
-            break
-    result = np.zeros(rows, dtype=bool)
-    result[alive] = at[alive] == w.positions
-    return result
-
-
-def _longest(held: _Held, s: int, w: Windows, at: Ints, guess: Ints) -> Ints:
-    """The longest window from `at` that rank s of each row can hold, in positions; 0 for none. `guess` is tried first."""
-    low, high = np.zeros_like(at), np.maximum(w.positions - at - (held.pp - 1 - s), 0)  # every later rank holds a position
-    probe, stride = np.clip(guess, 1, np.maximum(high, 1)), 1
-    while len(rows := np.nonzero(low < high)[0]):
-        size = probe[rows]
-        good = held.take(rows).fits(s, w.counts[w.at[at[rows], size]])
-        low[rows] = np.where(good, size, low[rows])
-        high[rows] = np.where(good, high[rows], size - 1)
-        # Gallop away from the guess, then halve what is left between the two ends.
-        near = np.where(low == probe, low + stride, high - stride + 1)
-        probe = np.where((near > low) & (near <= high), near, (low + high + 1) // 2)
-        stride *= 2
-    return low
+    return holding.hold_all(g.stack.take(some), g.flight[some], w, g.modes)[kind]
 
 
 def _fits(g: Group, layers: Ints) -> Bools:
-    """Whether windows fit, shape (rows, ranks, windows)."""
+    """Whether windows fit under some recompute mode, and the optimizer beside them, shape (rows, ranks, windows)."""
     v = int(g.layouts.virtual_stages[0])
-    return fits(g.deep, g.first[:, :, None], g.last[:, :, None], g.flight[:, :, None], layers, v, g.modes)
+    p, first, last, flight = g.deep, g.first[:, :, None], g.last[:, :, None], g.flight[:, :, None]
+    held, weight = layers * p.state, flight * (layers // v)
+    left = p.capacity - step.stage_base_bytes(p, first, last, flight) - held
+    best = np.zeros(left.shape, dtype=bool)
+    for mode in g.modes:
+        best = best | (weight * p.saved(mode) + step.stage_transient(p, first, last, mode) <= left)
+    return np.asarray(best & (step.stage_update_bytes(p, first, last, layers) <= p.capacity))
 
 
 def excess(task: Task, g: Group, counts: Ints, mode: int) -> Ints:
