@@ -35,13 +35,6 @@ def rows_of(g: Group, rows: Ints) -> Group:
     return replace(g, p=g.p.take(rows), layouts=g.layouts.take(rows), flight=g.flight[rows], stack=g.stack.take(rows))
 
 
-def _table(task: Task, g: Group, reach: int) -> tuple[Group, Windows]:
-    """The group priced for every window of up to `reach` layers."""
-    v = int(g.layouts.virtual_stages[0])
-    w = windows(task.model.kind_of_layer, v, max(reach // v, 1))
-    return blended(g, w.counts[None, None]), w
-
-
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
@@ -151,13 +144,18 @@ def target_bound(task: Task, g: Group, target: int) -> Ints:
 
 def _table_bound(task: Task, g: Group, target: int, reach: int) -> Ints:
     """`target_bound` for rows whose ranks hold at most `reach` layers."""
-    g, w = _table(task, g, reach)
+    v, allowed = int(g.layouts.virtual_stages[0]), _allowed_bottleneck(task, g, target)
+    w = windows(task.model.kind_of_layer, v, max(reach // v, 1))
+    w = w.only(_useful(task, g, w, allowed))
+    if not len(w.counts):
+        return np.full(len(g.layouts), target, dtype=np.int64)
+    g = blended(g, w.counts[None, None])
     layers = w.layers[None, None, :]
     first, last, p = g.first[:, :, None], g.last[:, :, None], g.deep
     again = np.where(_fits(g, layers), bounds.least_recompute(g, layers), BIG)
     linear = layers * (p.forward + p.backward) + step.end_time(p, first, last)
     time = np.where(again >= BIG, BIG, again + linear)
-    time = np.where(time > _allowed_bottleneck(task, g, target)[:, None, None], BIG, time)
+    time = np.where(time > allowed[:, None, None], BIG, time)
     once = np.where(time < BIG, step.stage_once(p, first, last, layers), BIG)
     slowest, total, step_wise = least_maximum(time, w), least_sum(time, w), least_maximum(once, w)
     found = (slowest < BIG) & (total < BIG)
@@ -166,6 +164,14 @@ def _table_bound(task: Task, g: Group, target: int, reach: int) -> Ints:
         np.maximum(np.where(found, step_wise, 0), _least_once(g)),
     )  # fmt: skip
     return np.where(found, np.minimum(value, target), target)
+
+
+def _useful(task: Task, g: Group, w: Windows, allowed: Ints) -> Bools:
+    """Windows that a chain under the allowed bottlenecks of some row can have: work of no more than one rank and no less than
+    what the other ranks leave. Nothing else need be priced."""
+    room = allowed - g.extra_time().min(axis=1)
+    work, least = w.counts @ _least_layers(g), _work(task, g) - (g.pp - 1) * np.maximum(room, 0)
+    return np.asarray(((work <= room) & (work >= least)).any(axis=1))
 
 
 def least_maximum(values: Ints, w: Windows) -> Ints:
@@ -183,10 +189,11 @@ def _chain(values: Ints, w: Windows, join: np.ufunc) -> Ints:
     length = w.positions
     best = np.full((rows, length + 1), BIG, dtype=np.int64)
     best[:, 0] = 0
+    nothing = np.full((rows, 1), BIG, dtype=np.int64)  # the last entry, which is that of windows left out
     for s in range(pp):
         following = np.full_like(best, BIG)
-        mine = values[:, s]
-        usable = np.nonzero((mine < BIG).any(axis=0))[0]
+        mine = np.concatenate([values[:, s], nothing], axis=1)
+        usable = np.nonzero((values[:, s] < BIG).any(axis=0))[0]
         sizes = np.unique(w.layers[usable]) // w.chunks
         for n in sizes[sizes <= length].tolist():
             candidate = np.minimum(join(best[:, : length + 1 - n], mine[:, w.at[: length + 1 - n, n]]), BIG)

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from planner.cost.task import Ints
+from planner.cost.task import Bools, Ints
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Windows:
     def reach(self) -> int:
         """Positions of the longest window."""
         return self.at.shape[1] - 1
+
+    def only(self, entries: Bools) -> Windows:
+        """The windows of some entries; the others are left out."""
+        number = np.where(entries, np.cumsum(entries) - 1, -1)
+        return Windows(self.counts[entries], np.where(self.at >= 0, number[self.at], -1), self.chunks)
 
 
 @lru_cache(maxsize=256)
