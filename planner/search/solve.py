@@ -26,7 +26,7 @@ from planner.specs.layout import Layout, Stage, format_recompute
 
 GROWTH = (1.02, 1.02, 1.03, 1.04, 1.05, 1.06, 1.08, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0, 4.0, 16.0, 256.0)
 """Factors between targets; after the last the target is infinite."""
-_MASTER_ROWS = 500
+_MASTER_ROWS = 100
 Progress = Callable[[str, int, int], None]
 
 

@@ -7,7 +7,7 @@ holds only, so windows with equal counts share an entry.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -44,7 +44,7 @@ class Windows:
     def only(self, entries: Bools) -> Windows:
         """The windows of some entries; the others are left out."""
         number = np.where(entries, np.cumsum(entries) - 1, -1)
-        return Windows(self.counts[entries], np.where(self.at >= 0, number[self.at], -1), self.chunks)
+        return replace(self, counts=self.counts[entries], at=np.where(self.at >= 0, number[self.at], -1))
 
 
 @lru_cache(maxsize=256)
