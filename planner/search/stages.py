@@ -404,36 +404,13 @@ def deterministic_solver() -> Any:
 def _arcs(t: Tables, below: int) -> list[Ints]:
     """(start, positions, entry) of each rank's windows that a split under `below` could use, rows of an array a rank.
 
-    A window is dropped when its own bottleneck, with the least of everything else, is too long.
+    A window is dropped when the least sum and the least maximum through it, with the least D, are too long. Where windows do
+    not differ by their place, one stands for those of its size.
     """
     fits = t.time < BIG
-    pp = t.time.shape[0]
     if not fits.any(axis=1).all():
-        return [np.zeros((0, 3), dtype=np.int64)] * pp
-    floor_time = t.least_bottleneck
-    if floor_time is None:
-        return [np.zeros((0, 3), dtype=np.int64)] * pp
-    floor_once = max(int(t.once[s][fits[s]].min()) for s in range(pp))
-    once = t.chunks * np.maximum(t.once, floor_once)
-    if not t.anywhere:
-        return _arcs_between(t, fits, once, below)
-    bottleneck = t.factor * np.maximum(np.where(fits, t.time, 0), floor_time) + once
-    # sum R = L * slope + sum of what exceeds the slope: a bound that does not depend on how the layers are split.
-    slope = int(np.min((t.time[:, 1:] - t.time[:, :-1])[fits[:, 1:] & fits[:, :-1]], initial=np.iinfo(np.int64).max))
-    slope = 0 if slope == np.iinfo(np.int64).max else slope // t.chunks
-    over = np.where(fits, t.time - slope * t.layers, BIG)
-    least = over.min(axis=1)
-    rest = t.n_layers * slope + int(least.sum())
-    keep = []
-    for s in range(pp):
-        total = rest + np.where(fits[s], over[s] - least[s], 0)
-        found = np.nonzero(fits[s] & (bottleneck[s] + total < below))[0]
-        keep.append(np.stack([np.zeros_like(found), t.layers[found] // t.chunks, found], axis=1))
-    return keep
-
-
-def _arcs_between(t: Tables, fits: Bools, once: Ints, below: int) -> list[Ints]:
-    """The same where windows differ by their place: the least sum and the least maximum through each of them."""
+        return [np.zeros((0, 3), dtype=np.int64)] * len(fits)
+    once = t.chunks * np.maximum(t.once, np.where(fits, t.once, BIG).min(axis=1).max())
     (sums, sums_after), (peaks, peaks_after) = t.least_sums, t.least_peaks
     entry, end = t.from_start
     own, later = _padded(np.where(fits, t.time, BIG)), _padded(once)
@@ -444,7 +421,11 @@ def _arcs_between(t: Tables, fits: Bools, once: Ints, below: int) -> list[Ints]:
         peak = np.maximum(np.maximum(peaks[s, :-1, None], peaks_after[s + 1][end]), time)
         reached = (through < BIG) & (peak < BIG)
         usable = reached & (t.factor * np.where(reached, peak, 0) + later[s][entry] + through < below)
-        size, start = np.nonzero(usable.T)
+        if t.anywhere:
+            size = np.nonzero(usable.any(axis=0))[0]
+            start = np.zeros_like(size)
+        else:
+            size, start = np.nonzero(usable.T)
         keep.append(np.stack([start, size + 1, entry[start, size]], axis=1))
     return keep
 
