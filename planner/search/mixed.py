@@ -186,17 +186,28 @@ def least_sum(values: Ints, w: Windows) -> Ints:
 
 def _chain(values: Ints, w: Windows, join: np.ufunc) -> Ints:
     rows, pp, _ = values.shape
-    length = w.positions
-    best = np.full((rows, length + 1), BIG, dtype=np.int64)
+    usable = [np.unique(w.layers[(values[:, s] < BIG).any(axis=0)]) // w.chunks for s in range(pp)]
+    if not all(map(len, usable)):
+        return np.full(rows, BIG, dtype=np.int64)
+    low, high = _meetings(usable, w.positions)
+    best = np.full((rows, w.positions + 1), BIG, dtype=np.int64)
     best[:, 0] = 0
     nothing = np.full((rows, 1), BIG, dtype=np.int64)  # the last entry, which is that of windows left out
     for s in range(pp):
         following = np.full_like(best, BIG)
         mine = np.concatenate([values[:, s], nothing], axis=1)
-        usable = np.nonzero((values[:, s] < BIG).any(axis=0))[0]
-        sizes = np.unique(w.layers[usable]) // w.chunks
-        for n in sizes[sizes <= length].tolist():
-            candidate = np.minimum(join(best[:, : length + 1 - n], mine[:, w.at[: length + 1 - n, n]]), BIG)
-            np.minimum(following[:, n:], candidate, out=following[:, n:])
+        for n in usable[s].tolist():
+            start, stop = max(low[s], low[s + 1] - n), min(high[s], high[s + 1] - n) + 1
+            if start < stop:
+                candidate = join(best[:, start:stop], mine[:, w.at[start:stop, n]])
+                np.minimum(following[:, start + n : stop + n], candidate, out=following[:, start + n : stop + n])
         best = following
-    return best[:, length]
+    return best[:, w.positions]
+
+
+def _meetings(sizes: list[Ints], end: int) -> tuple[list[int], list[int]]:
+    """The first and the last position at which each rank, and the end, can begin when ranks hold windows of these sizes."""
+    least, most = (np.concatenate([[0], np.cumsum([pick(s) for s in sizes])]) for pick in (np.min, np.max))
+    low = np.maximum(least, end - (most[-1] - most))
+    high = np.minimum(most, end - (least[-1] - least))
+    return low.tolist(), high.tolist()

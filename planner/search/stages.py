@@ -337,10 +337,10 @@ def cp_sat(t: Tables, below: int, canonical: bool = False) -> Verdict:
     """
     from ortools.sat.python import cp_model
 
-    model: Any = cp_model.CpModel()
     kept = _arcs(t, below)
     if any(not len(arcs) for arcs in kept):
         return Verdict("INFEASIBLE", None, None)
+    model: Any = cp_model.CpModel()
     rows = [s for s, arcs in enumerate(kept) for _ in arcs]
     arcs = np.concatenate(kept)
     starts, sizes, entries = (arcs[:, i].tolist() for i in range(3))
