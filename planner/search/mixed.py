@@ -12,7 +12,6 @@ from dataclasses import replace
 import numpy as np
 
 from planner.cost import step
-from planner.cost.blending import Stack
 from planner.cost.task import Bools, Ints, Task
 from planner.search import bounds, holding
 from planner.search.alike import distinct
