@@ -198,6 +198,12 @@ def price(task: Task, x: LayoutArray) -> tuple[Primitives, Stack | None]:
     return kinds[task.model.text_kind], Stack.of(kinds, task.model.text_kind)
 
 
+def with_limit(task: Task, p: Primitives, stack: Stack | None) -> tuple[Primitives, Stack | None]:
+    """What was priced, under the memory limit of `task`: nothing else depends on it."""
+    p = replace(p, capacity=primitives.capacity(task, p.outside))
+    return p, None if stack is None else stack.with_capacity(p.capacity)
+
+
 def group_of(task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, stack: Stack | None, rows: Ints) -> Group:
     """Rows with one pipeline degree (and one v, where the model mixes kinds of layers) as a `Group`."""
     g = bounds.group_of(p.take(rows), x.take(rows), task.model.n_layers, modes)

@@ -27,17 +27,18 @@ def exists(allowed: Bools, w: Runs) -> Bools:
 def _reaches(allowed: Bools, w: Runs) -> Bools:
     """The same over any runs: the places that each rank can begin at, from the first one on."""
     rows, pp, _ = allowed.shape
-    here = np.zeros((rows, w.places + 1), dtype=bool)
+    here: Bools = np.zeros((rows, w.places + 1), dtype=bool)
     here[:, 0] = True
     for s in range(pp):
-        following, usable = np.zeros_like(here), allowed[:, s].any(axis=0)
+        following = np.zeros_like(here)
+        usable: Bools = np.any(allowed[:, s], axis=0)
         for length in range(1, w.longest + 1):
             starts = np.arange(s, w.places - length - (pp - 1 - s) + 1)[: None if s else 1]
             starts = starts[usable[w.number[starts, length]]]
             if len(starts):
                 following[:, starts + length] |= here[:, starts] & allowed[:, s, w.number[starts, length]]
         here = following
-    return here[:, w.places]
+    return np.asarray(here[:, w.places])
 
 
 def _by_length(w: Runs) -> bool:

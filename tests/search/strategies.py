@@ -24,7 +24,7 @@ _MODES = (["none", "selective", "full"], ["none", "full"], ["none", "selective"]
 def instances(draw: st.DrawFn, schedule: str) -> tuple[Task, Engine, Space]:
     """A task whose space under one schedule brute force exhausts in a tenth of a second."""
     pipelined, chunked = schedule != "none", schedule == "interleaved"
-    layers = draw(st.integers(2 if pipelined else 1, 6 if chunked else 4))
+    layers = 2 * draw(st.integers(2, 4)) if chunked else draw(st.integers(2 if pipelined else 1, 4))
     hidden, heads = draw(st.sampled_from((512, 1024, 2048, 4096))), 8
     if draw(st.booleans()):
         kv_heads = draw(st.sampled_from((2, 8)))
@@ -33,7 +33,11 @@ def instances(draw: st.DrawFn, schedule: str) -> tuple[Task, Engine, Space]:
         model = gpt(layers, hidden, heads, vocab=8192, tied=draw(st.booleans()))
     gpus = draw(st.sampled_from((2, 4) if pipelined else (1, 2, 4)))
     # Around what the states need, so that about half of the rows fit.
-    memory = 2.2 + 18 * model.total_params / 2**30 / gpus * draw(st.integers(2, 20)) / 8 + draw(st.integers(0, 16)) / 16
+    memory = (
+        2.2
+        + 18 * model.total_params / 2**30 / gpus * draw(st.integers(2, 40 if chunked else 20)) / 8
+        + draw(st.integers(0, 16)) / 16
+    )
     engine = engine_named(draw(st.sampled_from(ENGINES[schedule])))
     machine = profile(
         memory=f"{memory:.3f} GiB", node_size=draw(st.sampled_from((2, 4))), nic=draw(st.sampled_from(("5 GB/s", "50 GB/s")))

@@ -28,6 +28,7 @@ def check(schedule: str, examples: int) -> None:
 
     run()
     assert len(fitting) >= examples
+    print(f"{schedule}: {sum(fitting)} of {len(fitting)} instances fit")
     assert 0.1 < sum(fitting) / len(fitting) < 0.9  # some fit, some do not
 
 
