@@ -137,8 +137,9 @@ def ranks_of(batch: Priced, modes: tuple[int, ...], longest: int) -> Ranks:
     waiting = put_off(x.schedule[:, None], x.pp[:, None], index)[:, :, None]
     base = batch.kinds[model.text_kind if len(deep) > 1 else 0]
     modes = (0,) if split else modes
-    constant = base.constant.max(axis=1) if batch.task.types else base.constant
-    return Ranks(p, w, modes, first, last, flight[:, :, None], v, x.microbatches, constant, waiting, base.credit)
+    # What ranks share; two types run no split backward (a rule), so their credit is 0.
+    constant, credit = (c.max(axis=1) if batch.task.types else c for c in (base.constant, base.credit))
+    return Ranks(p, w, modes, first, last, flight[:, :, None], v, x.microbatches, constant, waiting, credit)
 
 
 def _by_rank(batch: Priced) -> list[Primitives]:
