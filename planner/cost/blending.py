@@ -16,7 +16,9 @@ from planner.cost.primitives import Blend, Primitives
 from planner.cost.task import Ints
 
 _TIMES = ("forward", "backward", "weight", "recompute1", "recompute2", "comm", "hide", "floor", "update")
-_MEANS = (*_TIMES, "state", "updating", "act0", "act1", "act2", "deferred")
+HELD = ("state", "updating", "deferred", "act0", "act1", "act2")
+"""Bytes of layers that add up; activations by recompute mode last."""
+_MEANS = (*_TIMES, *HELD)
 _PEAKS = (
     "fixed", "transient", "reduction", "head_transient", "head_reduction", "last_reduction", "last_layer", "carried",
 )  # fmt: skip
@@ -25,6 +27,10 @@ _SHARED = ("boundary", "receive", "p2p")
 _ENDS = tuple(f.name for f in fields(Primitives) if f.name not in (*_MEANS, *_PEAKS, *_SHARED))
 _HIDE = _MEANS.index("hide")
 _SENDS = (*_ENDS, *_SHARED).index("p2p")
+_OTHER_TIMES = (
+    "embedding", "head", "comm_first", "comm_last", "floor_first", "floor_last", "update_first", "update_last", "constant",
+    "credit", "p2p",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,13 +63,26 @@ class Stack:
             stacked(kinds[text], _ENDS, largest),
         )
 
+    @property
+    def bytes(self) -> Ints:
+        """All that memory depends on, shape (columns, rows); of a stack by rank, the columns of every rank."""
+        shape = self.means.shape[2:]
+        ends = [i for i, name in enumerate((*_ENDS, *_SHARED)) if name not in _OTHER_TIMES]
+        parts = (self.held.reshape(-1, *shape), self.peaks.reshape(-1, *shape), self.ends[ends])
+        return np.concatenate(parts).swapaxes(1, -1).reshape(-1, shape[0])
+
+    @property
+    def ranked(self) -> bool:
+        """Whether pipeline ranks differ (`devicetypes`): their axis follows the rows."""
+        return self.means.ndim > 3
+
     def take(self, rows: Ints) -> Stack:
         """The rows (the first axis of the primitives) at `rows`."""
         return Stack(self.means.take(rows, axis=2), self.peaks.take(rows, axis=2), self.ends.take(rows, axis=1))
 
     def of_rank(self, rank: int) -> Stack:
-        """The stack of one pipeline rank, where they differ (`devicetypes`): their axis follows the rows."""
-        if self.means.ndim < 4:
+        """The stack of one pipeline rank, where they differ."""
+        if not self.ranked:
             return self
         return Stack(self.means[..., rank], self.peaks[..., rank], self.ends[..., rank])
 
@@ -95,24 +114,23 @@ class Stack:
         again = [(0 * selective, selective, full)[mode] for mode in modes]
         return np.asarray(forward + backward + np.minimum.reduce(again))
 
-    def blend(self, counts: Ints, timed: bool = True) -> Blend:
-        """Primitives of ranks with `counts` layers, kinds on the last axis; other axes broadcast against the primitives'.
+    @property
+    def held(self) -> Ints:
+        """Bytes of one layer of each kind by the names of `HELD`, shape (kinds, names, ...)."""
+        return self.means[:, len(_TIMES) :]
 
-        Without `timed` the times of layers are zero: memory alone is asked for.
-        """
+    def blend(self, counts: Ints) -> Blend:
+        """Primitives of ranks with `counts` layers, kinds on the last axis; other axes broadcast against the primitives'."""
         held = counts.sum(axis=-1)
         n, empty = np.maximum(held, 1), held == 0  # a rank without layers keeps the workspace
-        skip = 0 if timed else len(_TIMES)
         total: Ints = np.zeros(1, dtype=np.int64)
         peaks: Ints = np.zeros(1, dtype=np.int64)
         for k in range(len(self.means)):
-            total = total + counts[..., k] * self.means[k, skip:]
+            total = total + counts[..., k] * self.means[k]
             peaks = np.maximum(peaks, np.where((counts[..., k] > 0) | empty, self.peaks[k], 0))
         means = -(-total // n)
-        if timed:
-            means[_HIDE] = total[_HIDE] // n
-        values = dict(zip(_MEANS[skip:], means, strict=True)) | dict(zip(_PEAKS, peaks, strict=False))
-        values |= dict.fromkeys(_TIMES[:skip], np.zeros_like(held))
+        means[_HIDE] = total[_HIDE] // n
+        values = dict(zip(_MEANS, means, strict=True)) | dict(zip(_PEAKS, peaks, strict=False))
         values |= dict(zip((*_ENDS, *_SHARED), self.ends, strict=True))
         modes = peaks[len(_PEAKS) :]
         return Blend(**values, remade_by_mode=tuple(modes[:3]), rest_by_mode=tuple(modes[3:]))

@@ -76,8 +76,13 @@ def stage_update(p: Primitives, first: Ints, last: Ints, layers: Ints) -> Ints:
 def stage_base_bytes(p: Primitives, first: Ints, last: Ints, flight: Ints) -> Ints:
     """Bytes of a rank that do not depend on its layers, while micro-batches run."""
     extras = first * p.state_first + last * p.state_last
+    return extras + flight * output_bytes(p, last) + receive_bytes(p, first, last) + p.fixed + last * p.waiting
+
+
+def output_bytes(p: Primitives, last: Ints) -> Ints:
+    """Bytes of a rank's outputs kept for each chunk-micro-batch in flight."""
     sends = np.where(p.chunks > 1, 1, 1 - last)  # with chunks the last rank passes on all but its last one
-    return extras + sends * flight * p.boundary + receive_bytes(p, first, last) + p.fixed + last * p.waiting
+    return np.asarray(sends * p.boundary)
 
 
 def receive_bytes(p: Primitives, first: Ints, last: Ints) -> Ints:

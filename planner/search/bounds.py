@@ -137,29 +137,20 @@ def group_by_rank(columns: Primitives, x: LayoutArray, n_layers: int, modes: tup
 
 
 def most_layers(g: Group) -> Ints:
-    """The most layers, in whole layers a chunk, that each rank can hold under its best recompute, shape (rows, pp). Exact."""
-    best = np.zeros((len(g.layouts), g.pp), dtype=np.int64)
+    """The most layers, in whole layers a chunk, that each rank can hold under its best recompute, shape (rows, pp). Exact.
+
+    Chunks are equal, so v layers more, one a chunk, weigh v states, as many activations as chunk-micro-batches in flight, and
+    as many output gradients as wait for their weight gradients.
+    """
+    best, v = np.zeros((len(g.layouts), g.pp), dtype=np.int64), g.least
     for mode in g.modes:
         room = g.room(mode)
-        if np.all(g.layouts.virtual_stages == 1):
-            most = np.where(room < 0, 0, room // (g.p.state + g.flight * g.act(mode)))
-        else:
-            most = _most_by_bisection(g, room, mode)
-        best = np.maximum(best, most)
+        each = v * g.p.state + g.flight * g.act(mode) + g.waiting * g.p.deferred
+        best = np.maximum(best, np.where(room < 0, 0, room // each))
     zero = np.zeros((1, 1), dtype=np.int64)
     left = g.p.capacity - step.stage_update_bytes(g.p, g.first, g.last, zero)
-    most = np.minimum(best, np.where(left < 0, 0, left // np.maximum(g.p.updating, 1)))
-    return np.minimum(most, g.n_layers) // g.least * g.least  # chunks are equal: a rank holds whole multiples of them
-
-
-def _most_by_bisection(g: Group, room: Ints, mode: int) -> Ints:
-    """The same where in-flight weight is a step function of the layers (virtual stages); it never decreases."""
-    low, high = np.zeros_like(room), np.full_like(room, g.n_layers)
-    while np.any(low < high):
-        middle = (low + high + 1) // 2
-        fits = middle * g.p.state + g.kept(g.p, middle, mode) <= room
-        low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
-    return low
+    beside = np.where(left < 0, 0, left // np.maximum(g.p.updating, 1))
+    return np.minimum(np.minimum(best, beside // v), g.n_layers // v) * v
 
 
 def memory_feasible(g: Group) -> Bools:

@@ -11,11 +11,11 @@ from dataclasses import replace
 import numpy as np
 
 from planner.cost.blending import Stack
-from planner.cost.primitives import Primitives, capacity
+from planner.cost.primitives import Primitives
 from planner.cost.task import Ints, LayoutArray, Task
 from planner.engines.base import Engine
 from planner.search import bounds
-from planner.search.solve import group_of, memory_feasible, price
+from planner.search.solve import group_of, memory_feasible, price, with_limit
 from planner.search.space import Space, enumerate_rows
 from planner.specs.hardware import HardwareProfile
 from planner.units import MIB
@@ -70,9 +70,8 @@ def least_extra_memory(task: Task, engine: Engine, space: Space) -> int | None:
 
 
 def _fitting(task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, stack: Stack | None, rows: Ints) -> Ints:
-    """Those of `rows` that fit the task's memory; nothing else that was priced depends on it."""
-    p = replace(p, capacity=capacity(task, p.outside))
-    stack = None if stack is None else stack.with_capacity(p.capacity)
+    """Those of `rows` that fit the task's memory."""
+    p, stack = with_limit(task, p, stack)
     found = []
     for chunk in bounds.same_pipeline(x, rows, stack is not None):
         g = group_of(task, modes, x, p, stack, chunk)

@@ -141,8 +141,7 @@ def target_bound(task: Task, g: Group, target: int) -> Ints:
 
 
 def _rows_of(g: Group, rows: Ints) -> Group:
-    some = replace(g, p=g.p.take(rows), layouts=g.layouts.take(rows), flight=g.flight[rows])
-    return some if g.stack is None else replace(some, stack=g.stack.take(rows))
+    return bounds.rows_of(g, rows) if g.stack is None else mixed.rows_of(g, rows)
 
 
 def _table_bound(task: Task, g: Group, target: int, reach: int) -> Ints:

@@ -7,15 +7,14 @@ least sum and the least step-wise term each exact on the table of windows; recom
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from planner.cost import step
-from planner.cost.blending import Stack
-from planner.cost.primitives import Primitives
 from planner.cost.task import Bools, Ints, Task
-from planner.search import bounds
+from planner.search import bounds, holding
+from planner.search.alike import distinct
 from planner.search.bounds import BIG, Group
 from planner.search.windows import Windows, windows
 
@@ -36,100 +35,28 @@ def rows_of(g: Group, rows: Ints) -> Group:
     return replace(bounds.rows_of(g, rows), stack=g.stack.take(rows))
 
 
-def _table(task: Task, g: Group, reach: int) -> tuple[Group, Windows]:
-    """The group priced for every window of up to `reach` layers."""
-    v = int(g.layouts.virtual_stages[0])
-    w = windows(task.model.kind_of_layer, v, max(reach // v, 1))
-    return blended(g, w.counts[None, None]), w
-
-
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Held:
-    """What the memory test needs of some rows: one pipeline degree, one number of chunks."""
-
-    stack: Stack
-    flight: Ints
-    """Shape (rows, pp)."""
-    v: int
-    modes: tuple[int, ...]
-    pp: int
-
-    def take(self, rows: Ints) -> _Held:
-        """Some of the rows."""
-        return replace(self, stack=self.stack.take(rows), flight=self.flight[rows])
-
-    def fits(self, s: int, counts: Ints) -> Bools:
-        """Whether rank s of each row can hold `counts` (rows, kinds) layers; a byte is forgiven for each rounded mean."""
-        p, flight = self.stack.blend(counts, timed=False), self.flight[:, s]
-        layers = counts.sum(axis=1)
-        first, last = np.array([s == 0], dtype=np.int64), np.array([s == self.pp - 1], dtype=np.int64)
-        return fits(p, first, last, flight, layers, self.v, self.modes, forgiving=True)
-
-
-def fits(
-    p: Primitives, first: Ints, last: Ints, flight: Ints, layers: Ints, v: int, modes: tuple[int, ...], forgiving: bool = False
-) -> Bools:
-    """Whether ranks with `layers` layers in equal chunks fit under some recompute mode, and the optimizer beside them.
-
-    All arguments broadcast. `forgiving`: a byte of each rounded mean does not count.
-    """
-    weight = flight * (layers // v)
-    forgiven = layers + weight if forgiving else 0
-    best = np.zeros(np.broadcast(flight, layers).shape, dtype=bool)
-    for mode in modes:
-        best = best | (layers * p.state + weight * p.saved(mode) <= bounds.room(p, first, last, flight, mode) + forgiven)
-    return np.asarray(best & (step.stage_update_bytes(p, first, last, layers) <= p.capacity + forgiven))
-
-
 def memory_feasible(task: Task, g: Group) -> Bools:
-    """Which rows have any split and recompute that fits.
-
-    Each rank takes as many layers as it can: a window that fits still fits when it loses layers, but for the rounding of
-    means, one byte each, which is forgiven. So a row that is excluded surely does not fit; one within those bytes of the
-    limit is decided when it is solved.
-    """
+    """Which rows have any split and recompute that fits: surely not the others (`holding`)."""
     assert g.stack is not None
-    v, rows = int(g.layouts.virtual_stages[0]), len(g.layouts)
-    held = _Held(g.stack, g.flight, v, g.modes, g.pp)
+    v = int(g.layouts.virtual_stages[0])
+    some, kind = distinct(np.concatenate([g.stack.bytes, g.flight.T]))
     w = windows(task.model.kind_of_layer, v, g.n_layers // v)
-    at, alive = np.zeros(rows, dtype=np.int64), np.arange(rows)
-    size = np.full(rows, w.positions // g.pp, dtype=np.int64)
-    for s in range(g.pp):
-        size = _longest(replace(held, stack=held.stack.of_rank(s)), s, w, at[alive], size)
-        found = size > 0
-        at[alive] += size
-        if not found.all():
-            alive, size, held = alive[found], size[found], held.take(np.nonzero(found)[0])
-        if not len(alive):
-            break
-    result = np.zeros(rows, dtype=bool)
-    result[alive] = at[alive] == w.positions
-    return result
-
-
-def _longest(held: _Held, s: int, w: Windows, at: Ints, guess: Ints) -> Ints:
-    """The longest window from `at` that rank s of each row can hold, in positions; 0 for none. `guess` is tried first."""
-    low, high = np.zeros_like(at), np.maximum(w.positions - at - (held.pp - 1 - s), 0)  # every later rank holds a position
-    probe, stride = np.clip(guess, 1, np.maximum(high, 1)), 1
-    while len(rows := np.nonzero(low < high)[0]):
-        size = probe[rows]
-        good = held.take(rows).fits(s, w.counts[w.at[at[rows], size]])
-        low[rows] = np.where(good, size, low[rows])
-        high[rows] = np.where(good, high[rows], size - 1)
-        # Gallop away from the guess, then halve what is left between the two ends.
-        near = np.where(low == probe, low + stride, high - stride + 1)
-        probe = np.where((near > low) & (near <= high), near, (low + high + 1) // 2)
-        stride *= 2
-    return low
+    return holding.hold_all(g.stack.take(some), g.flight[some], w, g.modes)[kind]
 
 
 def fitting(g: Group, layers: Ints) -> Bools:
-    """Whether windows fit, shape (rows, ranks, windows)."""
+    """Whether windows fit under some recompute mode, and the optimizer beside them, shape (rows, ranks, windows)."""
     v = int(g.layouts.virtual_stages[0])
-    return fits(g.deep, g.first[:, :, None], g.last[:, :, None], g.flight[:, :, None], layers, v, g.modes)
+    p, first, last, flight = g.deep, g.first[:, :, None], g.last[:, :, None], g.flight[:, :, None]
+    held, weight = layers * p.state, flight * (layers // v)
+    left = p.capacity - step.stage_base_bytes(p, first, last, flight) - held
+    best = np.zeros(left.shape, dtype=bool)
+    for mode in g.modes:
+        best = best | (weight * p.saved(mode) + step.stage_transient(p, first, last, mode) <= left)
+    return np.asarray(best & (step.stage_update_bytes(p, first, last, layers) <= p.capacity))
 
 
 def excess(task: Task, g: Group, counts: Ints, mode: int) -> Ints:
@@ -217,13 +144,18 @@ def target_bound(task: Task, g: Group, target: int) -> Ints:
 
 def _table_bound(task: Task, g: Group, target: int, reach: int) -> Ints:
     """`target_bound` for rows whose ranks hold at most `reach` layers."""
-    g, w = _table(task, g, reach)
+    v, allowed = int(g.layouts.virtual_stages[0]), _allowed_bottleneck(task, g, target)
+    w = windows(task.model.kind_of_layer, v, max(reach // v, 1))
+    w = w.only(_useful(task, g, w, allowed))
+    if not len(w.counts):
+        return np.full(len(g.layouts), target, dtype=np.int64)
+    g = blended(g, w.counts[None, None])
     layers = w.layers[None, None, :]
     first, last, p = g.first[:, :, None], g.last[:, :, None], g.deep
     again = np.where(fitting(g, layers), bounds.least_recompute(g, layers), BIG)
     linear = layers * (p.forward + p.backward) + step.end_time(p, first, last)
     time = np.where(again >= BIG, BIG, again + linear)
-    time = np.where(time > _allowed_bottleneck(task, g, target)[:, None, None], BIG, time)
+    time = np.where(time > allowed[:, None, None], BIG, time)
     once = np.where(time < BIG, step.stage_once(p, first, last, layers), BIG)
     slowest, total, step_wise = least_maximum(time, w), least_sum(time, w), least_maximum(once, w)
     found = (slowest < BIG) & (total < BIG)
@@ -232,6 +164,14 @@ def _table_bound(task: Task, g: Group, target: int, reach: int) -> Ints:
         np.maximum(np.where(found, step_wise, 0), _least_once(g)),
     )  # fmt: skip
     return np.where(found, np.minimum(value, target), target)
+
+
+def _useful(task: Task, g: Group, w: Windows, allowed: Ints) -> Bools:
+    """Windows that a chain under the allowed bottlenecks of some row can have: work of no more than one rank and no less than
+    what the other ranks leave. Nothing else need be priced."""
+    room = allowed - g.extra_time().min(axis=1)
+    work, least = w.counts @ _least_layers(g), _work(task, g) - (g.pp - 1) * np.maximum(room, 0)
+    return np.asarray(((work <= room) & (work >= least)).any(axis=1))
 
 
 def least_maximum(values: Ints, w: Windows) -> Ints:
@@ -246,16 +186,28 @@ def least_sum(values: Ints, w: Windows) -> Ints:
 
 def _chain(values: Ints, w: Windows, join: np.ufunc) -> Ints:
     rows, pp, _ = values.shape
-    length = w.positions
-    best = np.full((rows, length + 1), BIG, dtype=np.int64)
+    usable = [np.unique(w.layers[(values[:, s] < BIG).any(axis=0)]) // w.chunks for s in range(pp)]
+    if not all(map(len, usable)):
+        return np.full(rows, BIG, dtype=np.int64)
+    low, high = _meetings(usable, w.positions)
+    best = np.full((rows, w.positions + 1), BIG, dtype=np.int64)
     best[:, 0] = 0
+    nothing = np.full((rows, 1), BIG, dtype=np.int64)  # the last entry, which is that of windows left out
     for s in range(pp):
         following = np.full_like(best, BIG)
-        mine = values[:, s]
-        usable = np.nonzero((mine < BIG).any(axis=0))[0]
-        sizes = np.unique(w.layers[usable]) // w.chunks
-        for n in sizes[sizes <= length].tolist():
-            candidate = np.minimum(join(best[:, : length + 1 - n], mine[:, w.at[: length + 1 - n, n]]), BIG)
-            np.minimum(following[:, n:], candidate, out=following[:, n:])
+        mine = np.concatenate([values[:, s], nothing], axis=1)
+        for n in usable[s].tolist():
+            start, stop = max(low[s], low[s + 1] - n), min(high[s], high[s + 1] - n) + 1
+            if start < stop:
+                candidate = join(best[:, start:stop], mine[:, w.at[start:stop, n]])
+                np.minimum(following[:, start + n : stop + n], candidate, out=following[:, start + n : stop + n])
         best = following
-    return best[:, length]
+    return best[:, w.positions]
+
+
+def _meetings(sizes: list[Ints], end: int) -> tuple[list[int], list[int]]:
+    """The first and the last position at which each rank, and the end, can begin when ranks hold windows of these sizes."""
+    least, most = (np.concatenate([[0], np.cumsum([pick(s) for s in sizes])]) for pick in (np.min, np.max))
+    low = np.maximum(least, end - (most[-1] - most))
+    high = np.minimum(most, end - (least[-1] - least))
+    return low.tolist(), high.tolist()

@@ -26,7 +26,7 @@ from planner.specs.layout import Layout, Stage, format_recompute
 
 GROWTH = (1.02, 1.02, 1.03, 1.04, 1.05, 1.06, 1.08, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0, 4.0, 16.0, 256.0)
 """Factors between targets; after the last the target is infinite."""
-_MASTER_ROWS = 500
+_MASTER_ROWS = 100
 Progress = Callable[[str, int, int], None]
 
 
@@ -214,6 +214,12 @@ def price(task: Task, x: LayoutArray) -> tuple[Primitives, Stack | None]:
         return primitives.price(task, x), None
     kinds = [primitives.price(task.only(k), x) for k in range(len(task.model.kinds))]
     return kinds[task.model.text_kind], Stack.of(kinds, task.model.text_kind)
+
+
+def with_limit(task: Task, p: Primitives, stack: Stack | None) -> tuple[Primitives, Stack | None]:
+    """What was priced, under the memory limit of `task`: nothing else depends on it."""
+    p = replace(p, capacity=primitives.capacity(task, p.outside))
+    return p, None if stack is None else stack.with_capacity(p.capacity)
 
 
 def group_of(task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, stack: Stack | None, rows: Ints) -> Group:

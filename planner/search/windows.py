@@ -7,12 +7,12 @@ holds only, so windows with equal counts share an entry.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
-from planner.cost.task import Ints
+from planner.cost.task import Bools, Ints
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Windows:
     def reach(self) -> int:
         """Positions of the longest window."""
         return self.at.shape[1] - 1
+
+    def only(self, entries: Bools) -> Windows:
+        """The windows of some entries; the others are left out."""
+        number = np.where(entries, np.cumsum(entries) - 1, -1)
+        return replace(self, counts=self.counts[entries], at=np.where(self.at >= 0, number[self.at], -1))
 
 
 @lru_cache(maxsize=256)

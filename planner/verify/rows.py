@@ -27,11 +27,13 @@ def fitting(rows: Priced, modes: tuple[int, ...], progress: Progress) -> Bools:
     answer = np.zeros(len(rows), dtype=bool)
     done = 0
     for batch in tables.batches(rows.layouts, np.arange(len(rows))):
-        for piece in _pieces(rows, batch, modes, rows.task.model.n_layers):
+        some, sort = tables.same_memory(rows, batch)
+        for piece in _pieces(rows, some, modes, rows.task.model.n_layers):
             r = tables.ranks_of(rows.take(piece), modes, rows.task.model.n_layers)
             answer[piece] = chains.exists(tables.fits(r), r.runs)
-            done += len(piece)
             progress("memory of rows", done, len(rows))
+        answer[batch] = answer[some][sort]
+        done += len(batch)
     return answer
 
 

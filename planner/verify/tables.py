@@ -63,6 +63,30 @@ def batches(x: LayoutArray, rows: Ints) -> Iterator[Ints]:
         yield rows[key == value]
 
 
+_TIMES = frozenset((
+    "forward", "backward", "weight", "recompute1", "recompute2", "embedding", "head", "p2p", "credit", "comm", "comm_first",
+    "comm_last", "hide", "floor", "floor_first", "floor_last", "update", "update_first", "update_last", "constant",
+))  # fmt: skip
+"""Fields that memory does not depend on."""
+
+
+def same_memory(rows: Priced, batch: Ints) -> tuple[Ints, Ints]:
+    """(one row of each sort, the sort of every row) of a batch, where rows of a sort hold the same bytes on every rank.
+
+    How many micro-batches wait for their weight gradients is the same for all rows of a batch.
+    """
+    part = rows.take(batch)
+    x = part.layouts
+    index = np.arange(int(x.pp[0]), dtype=np.int64)[None, :]
+    flight = in_flight(x.schedule[:, None], x.pp[:, None], x.virtual_stages[:, None], x.microbatches[:, None], index)
+    names = [f.name for f in fields(Primitives) if f.name not in _TIMES]
+    columns = [getattr(kind, name)[:, :, 0] for kind in _by_rank(part) for name in names]
+    table = np.ascontiguousarray(np.concatenate([*columns, flight], axis=1))
+    sorts: dict[bytes, int] = {}
+    sort = np.array([sorts.setdefault(row.tobytes(), len(sorts)) for row in table])
+    return batch[np.unique(sort, return_index=True)[1]], sort
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Rows of one batch over runs of up to some length; every array broadcasts to (rows, ranks, runs)."""
@@ -113,8 +137,9 @@ def ranks_of(batch: Priced, modes: tuple[int, ...], longest: int) -> Ranks:
     waiting = put_off(x.schedule[:, None], x.pp[:, None], index)[:, :, None]
     base = batch.kinds[model.text_kind if len(deep) > 1 else 0]
     modes = (0,) if split else modes
-    constant = base.constant.max(axis=1) if batch.task.types else base.constant
-    return Ranks(p, w, modes, first, last, flight[:, :, None], v, x.microbatches, constant, waiting, base.credit)
+    # What ranks share; two types run no split backward (a rule), so their credit is 0.
+    constant, credit = (c.max(axis=1) if batch.task.types else c for c in (base.constant, base.credit))
+    return Ranks(p, w, modes, first, last, flight[:, :, None], v, x.microbatches, constant, waiting, credit)
 
 
 def _by_rank(batch: Priced) -> list[Primitives]:
@@ -134,10 +159,10 @@ def least_layers(batch: Priced, modes: tuple[int, ...]) -> list[Ints]:
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
-def _room(r: Ranks, mode: int) -> Ints:
-    """Bytes left for saved activations when `mode` is the strongest in use."""
-    base = step.stage_base_bytes(r.p, r.first, r.last, r.flight) + r.layers * r.p.state
-    return r.p.capacity - base - step.stage_transient(r.p, r.first, r.last, mode)
+def _rooms(r: Ranks, modes: tuple[int, ...]) -> list[Ints]:
+    """Bytes left for saved activations when each of `modes` is the strongest in use."""
+    left = r.p.capacity - step.stage_base_bytes(r.p, r.first, r.last, r.flight) - r.layers * r.p.state
+    return [left - step.stage_transient(r.p, r.first, r.last, mode) for mode in modes]
 
 
 def _weight(r: Ranks) -> Ints:
@@ -156,13 +181,13 @@ def fits(r: Ranks) -> Bools:
     For each strongest mode, one layer at least is under it, and the others are under what saves most among the weaker ones.
     """
     found = np.zeros(r.shape(), dtype=bool)
-    for mode in r.modes:
+    for mode, room in zip(r.modes, _rooms(r, r.modes), strict=True):
         if r.chunks > 1:
             saved = _weight(r) * r.p.saved(mode) + _late(r)
         else:
             weaker = np.minimum.reduce([r.p.saved(other) for other in r.modes if other <= mode])
             saved = r.flight * (r.p.saved(mode) + (r.layers - 1) * weaker)
-        found |= saved <= _room(r, mode)
+        found |= saved <= room
     return found & (step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity)
 
 
@@ -194,7 +219,7 @@ def recompute_time(r: Ranks) -> Ints:
         raise ArithmeticError("recompute takes negative time")
     best = np.full(r.shape(), NEVER)
     beside = step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity
-    rooms = [_room(r, mode) for mode in range(3)]
+    rooms = _rooms(r, (0, 1, 2))
     if r.chunks > 1:
         for mode in r.modes:
             within = _weight(r) * r.p.saved(mode) + _late(r) <= rooms[mode]

@@ -20,20 +20,24 @@ FAST, MORE = range(60), range(60, 400)
 
 def check_instance(seed: int, made=instance) -> bool:
     """Compare one instance with brute force; returns whether anything fits."""
-    task, engine, space = made(seed)
+    return check_outcome(*made(seed))
+
+
+def check_outcome(task, engine, space) -> bool:
+    """The search equals brute force: values, alternatives and counts. Returns whether anything fits."""
     x, values = all_rows(task, engine, space)
     outcome = search(task, engine, space, k=3)
     c = outcome.counts
-    assert c.by_rule + c.by_memory + c.by_bound + c.exact == c.enumerated, seed
-    assert c.open == 0, seed
-    assert c.by_memory == sum(v is None for v in values), seed
+    assert c.by_rule + c.by_memory + c.by_bound + c.exact == c.enumerated
+    assert c.open == 0
+    assert c.by_memory == sum(v is None for v in values)
     finite = [v for v in values if v is not None]
     if not finite:
-        assert outcome.status == "infeasible", seed
-        assert not outcome.candidates, seed
+        assert outcome.status == "infeasible"
+        assert not outcome.candidates
         return False
-    assert outcome.status == "optimal", seed
-    assert outcome.candidates[0].step_ns == min(finite) == outcome.bound_ns, seed
+    assert outcome.status == "optimal"
+    assert outcome.candidates[0].step_ns == min(finite) == outcome.bound_ns
     check_alternatives(x, values, outcome, 3)
     return True
 
