@@ -183,8 +183,8 @@ def test_mixed_layers_add_up_by_kind(engine, degrees):
     seconds = float(cost.step[0]) / 1e9
     estimate = SimpleNamespace(step_time_s=seconds, memory=SimpleNamespace(limit_gib=72.0))
     plan: Any = SimpleNamespace(
-        model=model, job=job, hardware=hardware, cluster=SimpleNamespace(gpus=layout.world_size), engine=engine,
-        policy=Policy(), layout=layout, estimate=estimate,
+        model=model, job=job, hardware=hardware, cluster=SimpleNamespace(gpus=layout.world_size, types=()), engine=engine,
+        policy=Policy(), layout=layout, estimate=estimate, profiles=(),
     )  # fmt: skip
     detail = detail_of(plan)
     assert sum(t.total for t in detail.time) == pytest.approx(seconds, rel=1e-6)

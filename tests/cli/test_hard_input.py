@@ -57,7 +57,7 @@ def refused(code: str, **changes) -> str:
     ({"gpus": "2"}, "PLN107"),
     ({"seq_len": 10**30}, "PLN107"),
     ({"seq_len": 2**30, "global_batch": 2**30}, "PLN133"),
-    ({"precision": "fp16"}, "PLN516"),
+    ({"model": "gpt-oss-120b"}, "PLN517"),
     ({"model": None}, "PLN107"),
     ({"alternatives": 0}, "PLN107"),
     ({"max_memory_fraction": float("nan")}, "PLN107"),
