@@ -10,7 +10,7 @@ import typer
 
 from planner import stopping
 from planner._version import __version__
-from planner.cli import calibrate, check, emit, estimate, explain, hardware, model, plan, run, schema, validate
+from planner.cli import calibrate, check, emit, estimate, explain, hardware, measure, model, plan, run, schema, validate
 
 app = typer.Typer(
     name="planner",
@@ -28,6 +28,7 @@ app.command("check")(check.check)
 app.command("explain")(explain.explain)
 app.command("calibrate")(calibrate.calibrate)
 app.command("emit")(emit.emit)
+app.command("measure")(measure.measure)
 app.command("run")(run.run)
 app.command("validate")(validate.validate)
 app.add_typer(model.app, name="model")
