@@ -41,11 +41,11 @@ def measure(
     devices: Annotated[int | None, typer.Option("--devices", help="How many devices (CPU: processes) to measure.")] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the profile; the file's when left out.")] = None,
     budget: Annotated[
-        float | None, typer.Option("--budget", metavar="SECONDS", help="Time to measure beside start-up. [GPU 110, CPU 25]")
+        float | None, typer.Option("--budget", metavar="SECONDS", help="Time to measure beside start-up. [GPU 85, CPU 25]")
     ] = None,
 ) -> None:
     """Measure products, attention, memory, collectives and overheads of this machine: a profile with its own figures."""
-    from planner.measure import profile, records, text
+    from planner.measure import profile, records, sources, text
     from planner.specs import files
 
     common.checked_format(device, ("auto", "cuda", "cpu"), "--device")
@@ -58,14 +58,14 @@ def measure(
     found = records.read(from_raw) if from_raw else _measure(device, devices, budget, (base, nodes_tier, node_size))
     if raw is not None:
         records.write(found, raw)
-    sources = profile.sources(found, base, nodes_tier, name or (output.stem if output else "measured"), node_size)
-    data = profile.document(sources)
-    written = text.profile_text(data, sources.stamp, sources.taken)
+    completed = sources.sources(found, base, nodes_tier, name or (output.stem if output else "measured"), node_size)
+    data = profile.document(completed)
+    written = text.profile_text(data, completed.stamp, completed.taken)
     _check(written, output)
     if output is None:
         common.write_result(written)
     else:
-        print(f"{output}: profile '{sources.name}' of {sources.stamp}", file=sys.stderr)
+        print(f"{output}: profile '{completed.name}' of {completed.stamp}", file=sys.stderr)
         print(f"use it with planner plan MODEL --hardware {output}", file=sys.stderr)
 
 
@@ -73,10 +73,10 @@ def _measure(
     device: str, devices: int | None, budget: float | None, context: tuple[str | None, str | None, int | None]
 ) -> Measurements:
     """Run the benchmarks; what cannot become a profile is refused before them."""
-    from planner.measure import profile, run
+    from planner.measure import run, sources
 
     kind, count = run.machine(device, devices)
-    profile.sources(run.described(kind, count), context[0], context[1], "measured", context[2])
+    sources.sources(run.described(kind, count), context[0], context[1], "measured", context[2])
     with _progress() as told:
         return run.measured(kind, count, budget or run.BUDGETS[kind], told)
 

@@ -56,9 +56,7 @@ def _seconds(b: Bench, call: Call, backend: str, budget: float) -> tuple[float, 
     q, k, v = tensor(call.heads), tensor(call.kv_heads), tensor(call.kv_heads)
 
     def forward() -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=call.heads != call.kv_heads
-        )
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=call.heads != call.kv_heads)
 
     with _only(backend):
         first = b.clock.seconds(forward, budget)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 OPERATIONS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send")
 _SIZES = {"cuda": range(12, 31, 2), "cpu": range(12, 25, 2)}
 """Powers of two: bytes of the full tensor."""
-_MANY, _FEW = 20, 6
+_COUNTS = {"cuda": (20, 6), "cpu": (6, 2)}
+"""Calls in a row, of small tensors and of large ones."""
 _LARGE = {"cuda": 1 << 26, "cpu": 1 << 20}
 
 
@@ -107,5 +108,5 @@ def _seconds(b: Bench, call: Callable[[], Any], size: int) -> float | None:
         return None
     b.clock.synchronize()
     dist.barrier()
-    count = _MANY if size <= _LARGE[b.kind] // 4 else _FEW
+    count = _COUNTS[b.kind][0 if size <= _LARGE[b.kind] // 4 else 1]
     return sorted(b.clock.together(call, count) for _ in range(3))[1]

@@ -82,7 +82,7 @@ def fit_tier(rows: list[Row], profile: HardwareProfile) -> TierFit:
     grows = profile.device.kind != "cpu"
 
     def shares(x: Floats) -> Floats:
-        steps = np.concatenate([x[2:3], -np.abs(x[3:])]) if grows else x[2:]
+        steps = np.concatenate([x[2:3], -x[3:]]) if grows else x[2:]
         return np.exp(np.cumsum(steps)[::-1] if grows else steps)
 
     def trial(x: Floats) -> HardwareProfile:
@@ -93,12 +93,17 @@ def fit_tier(rows: list[Row], profile: HardwareProfile) -> TierFit:
         return np.log(predicted(used, trial(x)) / measured)
 
     n = len(knots)
-    floor = float(np.log(0.5 * measured.min()))
+    ranks = column(used, "ranks")
+    step = float(np.min(measured / np.minimum(ranks - 1, 2 * np.ceil(np.log2(ranks)))))
     first = np.log(0.7) if grows else np.log(0.3)
-    start = np.array([floor, np.log(1.9), first, *([0.3] * (n - 1) if grows else [first] * (n - 1))])
+    shares_start = [first, *([0.3] * (n - 1) if grows else [first] * (n - 1))]
     low = np.array([np.log(1e-7), np.log(1.0), -8.0, *([0.0] * (n - 1) if grows else [-8.0] * (n - 1))])
-    high = np.array([np.log(measured.min() * 2), np.log(2.2), 0.3, *([3.0] * (n - 1) if grows else [0.3] * (n - 1))])
-    x = least_squares(errors, start, low, high, np.array([2.0, 0.3, *[1.0] * n]))
+    high = np.array([np.log(2 * step), np.log(2.2), 0.3, *([3.0] * (n - 1) if grows else [0.3] * (n - 1))])
+    spread = np.array([2.0, 0.3, *[1.0] * n])
+    starts = [
+        np.array([np.log(part * step), np.log(passes), *shares_start]) for part in (0.95, 0.4, 0.05) for passes in (1.4, 1.9)
+    ]
+    x = min((least_squares(errors, s, low, high, spread) for s in starts), key=lambda x: float(np.mean(np.abs(errors(x)))))
     final = trial(x)
     tier = final.network[0]
     ratio = {op: [r for r in rows if r.name == op] for op in dict.fromkeys(r.name for r in rows)}

@@ -3,89 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from planner.errors import input_error
 from planner.measure import fit, network
 from planner.measure.gemm import compute_types
-from planner.measure.records import Measurements, Row
+from planner.measure.records import Row
+from planner.measure.sources import Data, Sources
 from planner.measure.sustained import both_ways
-from planner.specs import files
 from planner.specs.figures import Figure
-from planner.specs.hardware import Device, HardwareProfile, Tier
+from planner.specs.hardware import Device, GemmTiles, HardwareProfile
 from planner.units import GIB
-
-Data = dict[str, Any]
-
-
-@dataclass
-class Sources:
-    """Where figures come from that were not measured here."""
-
-    measurements: Measurements
-    base: HardwareProfile | None
-    """For what one host cannot tell."""
-    same: HardwareProfile | None
-    """A shipped profile of this very device: its datasheet."""
-    beyond: HardwareProfile | None
-    """For the network beyond the node."""
-    name: str
-    node_size: int
-    taken: list[str] = field(default_factory=list)
-    """Names of figures that come from another profile, for the file's head."""
-
-    @property
-    def stamp(self) -> str:
-        """Machine, software and date, for every measured figure."""
-        return str(self.measurements.environment["stamp"])
-
-    def measured(self, value: str | float, what: str, note: str = "", provenance: str = "measured") -> Data:
-        """A figure of this machine."""
-        found: Data = {"value": value, "provenance": provenance, "source": f"{what}; {self.stamp}"}
-        return found | ({"note": note} if note else {})
-
-    def copied(self, profile: HardwareProfile, key: str, what: Any) -> Any:
-        """A figure or a block of another profile, with its own provenance and source."""
-        if profile.name != self.name and f"{key} ({profile.name})" not in self.taken:
-            self.taken.append(f"{key} ({profile.name})")
-        return what.model_dump(mode="json", exclude_none=True, exclude_defaults=not isinstance(what, Tier | Figure))
-
-
-def datasheet_of(device: str) -> str | None:
-    """Name of the shipped profile that describes a device by the name that its driver gives; the plainest one."""
-    found = [name for name in files.shipped("hardware_profiles") if files.load_hardware(name)[0].device.name == device]
-    return min(found, key=lambda name: (len(name), name)) if found else None
-
-
-def sources(
-    measurements: Measurements, base: str | None, beyond: str | None, name: str, node_size: int | None
-) -> Sources:
-    """Load what the profile is completed from. Raises InputError where there is nothing to complete it from."""
-    environment = measurements.environment
-    cuda = environment["kind"] == "cuda"
-    known = datasheet_of(environment["device"]) if cuda else None
-    same = files.load_hardware(known)[0] if known else None
-    chosen = files.load_hardware(base)[0] if base else same
-    if chosen is not None and (chosen.device.kind == "cpu") == cuda:
-        why = f"it is of a {chosen.device.kind} device, this machine's is {environment['kind']}"
-        raise input_error("PLN646", f"--base {base} does not fit this machine", why, "name a profile of the same kind")
-    if chosen is not None and chosen.device.name == environment["device"]:
-        same = chosen
-    size = node_size or int(environment["local_devices"] if cuda else environment["devices"])
-    world = int(environment["devices"])
-    if size < world or size % world:
-        why = f"{world} devices were measured"
-        raise input_error("PLN647", f"--node-size {size} does not fit the machine", why, f"give a multiple of {world}")
-    outer = files.load_hardware(beyond)[0] if beyond else chosen
-    if chosen is None and size > world:
-        what = f"{world} of {size} devices cannot tell the network of the node"
-        raise input_error("PLN642", what, "no profile stands in for it", "name one with --base, or measure all devices")
-    if chosen is None and size == 1:
-        raise input_error("PLN642", "one device cannot tell a network", "", "name a profile with --base")
-    return Sources(measurements, chosen, same, outer, name, size)
 
 
 def document(s: Sources) -> Data:
@@ -99,7 +28,7 @@ def document(s: Sources) -> Data:
     gemm = _gemm(s, device, peak, bytes_each)
     data["device"]["gemm"] = gemm
     data["device"]["attention"] = _attention(s, device, peak)
-    fitted = device.model_copy(update={"gemm": files_gemm(gemm)})
+    fitted = device.model_copy(update={"gemm": GemmTiles(**gemm)})
     data["device"]["sustained"] = _sustained(s, fitted, peak, bytes_each)
     data["network"] = _network(s, draft)
     data["overlap_slowdown"] = _overlap(s)
@@ -108,13 +37,6 @@ def document(s: Sources) -> Data:
     if s.same is not None and s.same.engines:
         data["engines"] = {e: s.copied(s.same, "engines' constants", c) for e, c in s.same.engines.items()}
     return _ordered(data)
-
-
-def files_gemm(data: Data) -> Any:
-    """Constants of products from plain data."""
-    from planner.specs.hardware import GemmTiles
-
-    return GemmTiles(**data)
 
 
 def _from_datasheet(s: Sources, key: str, figure: Figure | None) -> Data:
@@ -167,9 +89,7 @@ def _memory(s: Sources) -> Data:
     total = (m.value("overheads", "total memory") or 0.0) / (m.environment["devices"] if cpu else 1)
     capacity = "the host's memory, shared by its processes" if cpu else "total capacity reported by the driver"
     reached = fit.stream_rate(m)
-    others = {
-        name: statistics.median(rates) / reached for name in ("norm", "adamw") if (rates := fit.stream_rates(m, name))
-    }
+    others = {name: statistics.median(rates) / reached for name in ("norm", "adamw") if (rates := fit.stream_rates(m, name))}
     note = ", ".join(f"{name} at {share:.2f} of copies and adds" for name, share in others.items())
     if s.same is not None and not cpu:
         bandwidth: Data = s.copied(s.same, "memory bandwidth", s.same.device.memory_bandwidth)
@@ -300,9 +220,12 @@ def _measured_tier(s: Sources, draft: HardwareProfile, rows: list[Row]) -> Data:
     groups = sorted({r.sizes["ranks"] for r in rows})
     told = (
         f"fitted to {found.count} all-gathers, reduce-scatters and all-reduces of groups of {', '.join(map(str, groups))}, "
-        f"over the full tensor: mean absolute error {found.error:.1%}" + (f"; predicted over measured: {others}" if others else "")
+        f"over the full tensor: mean absolute error {found.error:.1%}"
+        + (f"; predicted over measured: {others}" if others else "")
     )
-    shown = s.base.network[0].name if s.base is not None else "node" if s.measurements.environment["kind"] != "cpu" else "loopback"
+    shown = (
+        s.base.network[0].name if s.base is not None else "node" if s.measurements.environment["kind"] != "cpu" else "loopback"
+    )
     return {
         "name": shown, "bandwidth": _tier_bandwidth(s),
         "latency": s.measured(f"{found.latency * 1e6:.3g} us", "one step, with the efficiency curve", provenance="fitted"),
@@ -321,7 +244,8 @@ def _compared_tier(s: Sources, rows: list[Row]) -> Data:
     large = [r for r in rows if r.sizes["bytes"] >= 1 << 24 and r.name in network.FITTED]
     if large:
         ratio = network.predicted(large, s.base) / fit.seconds_of(large)
-        told = f"{statistics.geometric_mean(ratio):.2f} times what {s.measurements.environment['devices']} devices took, from 16 MiB"
+        devices = s.measurements.environment["devices"]
+        told = f"{statistics.geometric_mean(ratio):.2f} times what {devices} devices took, from 16 MiB"
         efficiency = tier["efficiency"]
         before = efficiency["source"].partition("; this curve gives ")[0]
         tier["efficiency"] = efficiency | {"source": f"{before}; this curve gives {told} ({s.stamp})"}
@@ -329,14 +253,19 @@ def _compared_tier(s: Sources, rows: list[Row]) -> Data:
 
 
 def _overlap(s: Sources) -> Data:
+    """Measured where the whole node was; a part of it loads its links otherwise, so that its ratio is a note only."""
     value = fit.overlap_slowdown(s.measurements)
-    if value is not None:
+    whole = s.node_size == s.measurements.environment["devices"]
+    if value is not None and (whole or s.base is None):
         what = "a layer's products beside all-gathers, reduce-scatters and all-reduces: what both take beyond the longer one"
         return s.measured(round(min(max(value, 1.0), 3.0), 3), what, f"mean ratio {value:.3f}")
-    if s.base is not None:
-        found: Data = s.copied(s.base, "overlap slowdown", s.base.overlap_slowdown)
-        return found
-    return {"value": 1.15, "provenance": "assumed", "source": "usual on GPUs"}
+    if s.base is None:
+        return {"value": 1.15, "provenance": "assumed", "source": "usual on GPUs"}
+    found: Data = s.copied(s.base, "overlap slowdown", s.base.overlap_slowdown)
+    here = (
+        f"{value:.2f} with {s.measurements.environment['devices']} devices that do nothing but compute and exchange: {s.stamp}"
+    )
+    return found if value is None else found | {"note": here}
 
 
 def _rate(value: float) -> str:

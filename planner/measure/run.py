@@ -18,7 +18,7 @@ from planner.measure import records
 from planner.measure.records import Measurements
 
 Progress = Callable[[float, str], None]
-BUDGETS = {"cuda": 110.0, "cpu": 25.0}
+BUDGETS = {"cuda": 85.0, "cpu": 25.0}
 """Seconds of measuring beside starting up: under three minutes on two GPUs, under one on CPUs."""
 
 

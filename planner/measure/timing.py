@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -52,7 +53,7 @@ class Clock:
             return self._wall(call)
         import torch
 
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda._sleep(int(2e9 * 60 * 5 * AHEAD))  # type: ignore[no-untyped-call]
         start.record()
         call()
@@ -80,7 +81,7 @@ class Clock:
         """Median over `outer` batches of `inner` calls between CUDA events, launched while the device sleeps."""
         import torch
 
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(outer + 1)]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(outer + 1)]  # type: ignore[no-untyped-call]
         torch.cuda._sleep(int(2e9 * min(0.02, ahead * outer * (inner + 1))))  # type: ignore[no-untyped-call]
         marks[0].record()
         for mark in marks[1:]:
@@ -88,4 +89,4 @@ class Clock:
                 call()
             mark.record()
         torch.cuda.synchronize()
-        return statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)) / 1e3 / inner
+        return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks)) / 1e3 / inner

@@ -36,7 +36,7 @@ def main() -> None:
     else:
         torch.set_num_threads(1)
     b = Bench(kind, rank, world, budget, Clock(kind))
-    store = dist.FileStore(str(folder / "store"), world)
+    store = dist.FileStore(str(folder / "store"), world)  # type: ignore[attr-defined]
     result = records.Measurements(environment(kind, world), b.rows)
     for name, section in (_ALONE | (_TOGETHER if world > 1 else {})).items():
         _meet(store, name, world)
@@ -89,7 +89,8 @@ def environment(kind: str, world: int) -> dict[str, Any]:
         cores = os.cpu_count() or 1
         found |= {"device": "CPU process", "compute_units": 1, "local_devices": cores, "processor": _processor()}
         found["stamp"] = (
-            f"{world} processes of one thread on {cores} cores ({found['processor']}), PyTorch {torch.__version__}, gloo, {today}"
+            f"{world} processes of one thread on {cores} cores ({found['processor']}), "
+            f"PyTorch {torch.__version__}, gloo, {today}"
         )
     return found
 
