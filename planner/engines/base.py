@@ -94,6 +94,8 @@ class Engine:
     """Whether it spreads experts (ep > 1)."""
     offloads: tuple[str, ...] = ("none",)
     """What it can keep in host memory."""
+    offload_on_request: bool = False
+    """Whether the search looks at offload only where it is pinned: not yet measured on devices."""
     rank_orders: tuple[str, ...] = ("tp-cp-dp-pp",)
     """Orders in which it can place the axes."""
     device_types: str = ""

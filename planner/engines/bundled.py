@@ -283,6 +283,7 @@ BUNDLED = Engine(
     context_parallel=True,
     hybrid_sharding=True,
     offloads=("none", "optimizer"),
+    offload_on_request=True,
     expert_parallel=True,
     device_types="one program on every rank, NCCL or Gloo between them: any devices of one backend, stages of any depth",
 )

@@ -98,7 +98,7 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
     modes: tuple[int, ...] = (0, 1, 2)
     sequence: tuple[int, ...] = tuple(sorted({0, *engine.sequence_parallel}))
     named = {
-        "offload": tuple(OFFLOADS.index(n) for n in engine.offloads),
+        "offload": (0,) if engine.offload_on_request and "offload" not in pins else tuple(map(OFFLOADS.index, engine.offloads)),
         "order": tuple(map(RANK_ORDERS.index, engine.rank_orders)),
         "type_order": (0, 1) if task.types else (0,),
     }

@@ -48,7 +48,7 @@ def documented_axes(task: Task, engine: Engine, inputs: Inputs) -> Declared:
         schedules={name: chunks for name, chunks in schedules.items() if chunks},
         sequence_parallel=[bool(v) for v in sorted({0, *engine.sequence_parallel})],
         recompute=list(RECOMPUTE_MODES),
-        offload=list(engine.offloads),
+        offload=["none"] if engine.offload_on_request and "offload" not in inputs.pins else list(engine.offloads),
         order=list(engine.rank_orders),
         type_order=list(TYPE_ORDERS if task.types else TYPE_ORDERS[:1]),
     )
