@@ -90,7 +90,6 @@ def test_pins_and_forbids_restrict_the_space():
 
 def test_nothing_fits():
     words = ["plan", "llama3-405b", "--hardware", "h100-sxm", "--nodes", "2", "--seq-len", "8192", "--global-batch", "64"]
-    words += ["--forbid", "offload"]
     result = planner(*words)
     message = one_line_error(result, "PLN301", 3)
     assert "GiB" in message

@@ -114,7 +114,7 @@ def test_what_is_proven_stays_proven(monkeypatch):
 
     monkeypatch.setattr(changes, "nearest_changes", stop)
     with pytest.raises(InfeasibleError, match="PLN301") as caught:
-        api.plan("llama3-70b", "h100-sxm", gpus=8, seq_len=8192, global_batch=64, forbid=("offload",))
+        api.plan("llama3-70b", "h100-sxm", gpus=8, seq_len=8192, global_batch=64)
     assert "the search for what would help was stopped" in str(caught.value)
 
 
