@@ -1,5 +1,9 @@
 """Primitives of ranks that mix several kinds of layers.
 
+With virtual stages a rank's chunks count as long as its longest one: ranks work on the same chunk at the same time, more or
+less, and a chunk that takes less than another one leaves the rank waiting. Its times are so means over the layers of that
+chunk, and what it saves is the most that its chunks hold together, over the pairs of layers and micro-batches.
+
 What a layer costs becomes its mean over the rank's layers, rounded up: n layers of the mean cost at most n units more than
 the sum. What lives only at the peak is that of the largest kind on the rank, what ranks send to each other that of the
 largest kind of all; embedding and head are those of one kind, the language model's last.
@@ -16,7 +20,10 @@ from planner.cost.primitives import Blend, Primitives
 from planner.cost.task import Ints
 
 _TIMES = ("forward", "backward", "recompute1", "recompute2", "comm", "hide", "floor", "update")
-_MEANS = (*_TIMES, "state", "updating", "act0", "act1", "act2")
+_CHUNK_TIMES = _TIMES[:4]
+"""Of every micro-batch."""
+_SAVED = ("act0", "act1", "act2")
+_MEANS = (*_TIMES, "state", "updating", *_SAVED)
 _PEAKS = (
     "fixed", "transient", "reduction", "head_transient", "head_reduction", "last_reduction", "last_layer", "carried",
 )  # fmt: skip
@@ -76,11 +83,15 @@ class Stack:
         again = [(0 * selective, selective, full)[mode] for mode in modes]
         return np.asarray(forward + backward + np.minimum.reduce(again))
 
-    def blend(self, counts: Ints, timed: bool = True) -> Blend:
+    def blend(self, counts: Ints, timed: bool = True, moments: Ints | None = None) -> Blend:
         """Primitives of ranks with `counts` layers, kinds on the last axis; other axes broadcast against the primitives'.
 
-        Without `timed` the times of layers are zero: memory alone is asked for.
+        With virtual stages `counts` has the chunks on the axis before, and `moments` (`schedules.chunk_moments`) the moments
+        and the chunks on its last two. Without `timed` the times of layers are zero: memory alone is asked for.
         """
+        if moments is not None:
+            whole = self.blend(counts.sum(axis=-2), timed)
+            return replace(whole, **self._by_chunk(counts, timed, moments))
         held = counts.sum(axis=-1)
         n, empty = np.maximum(held, 1), held == 0  # a rank without layers keeps the workspace
         skip = 0 if timed else len(_TIMES)
@@ -99,6 +110,34 @@ class Stack:
         return Blend(**values, remade_by_mode=tuple(modes[:3]), rest_by_mode=tuple(modes[3:]))
 
 
-def blend(kinds: Sequence[Primitives], counts: Ints, text: int = 0) -> Blend:
-    """Primitives of ranks that mix `kinds`; `counts` has the kinds on its last axis, `text` is that of embedding and head."""
-    return Stack.of(kinds, text).blend(counts)
+    def _by_chunk(self, counts: Ints, timed: bool, moments: Ints) -> dict[str, Ints]:
+        """The fields that depend on how the layers of a rank are spread over its chunks."""
+        layers, chunks = counts.sum(axis=-1), range(counts.shape[-2])
+
+        def each(names: Sequence[str]) -> list[Ints]:
+            rows = self.means[:, [_MEANS.index(name) for name in names]]
+            return [sum((counts[..., c, k] * rows[k] for k in range(len(rows))), np.int64(0)) for c in chunks]
+
+        values = {}
+        if timed:
+            slowest = np.maximum.reduce(each(_CHUNK_TIMES)) if len(self.means) > 1 else None
+            if slowest is not None:
+                times = -(-slowest // np.maximum(layers.max(axis=-1), 1))
+                values |= dict(zip(_CHUNK_TIMES, times, strict=True))
+        if len(self.means) > 1:
+            saved = each(_SAVED)
+            pairs = most = np.int64(0)
+            for j in range(moments.shape[-2]):
+                held = [moments[..., j, c] for c in chunks]
+                pairs = np.maximum(pairs, sum(n * layers[..., c] for c, n in zip(chunks, held, strict=True)))
+                most = np.maximum(most, sum(n * saved[c] for c, n in zip(chunks, held, strict=True)))
+            values |= dict(zip(_SAVED, -(-most // np.maximum(pairs, 1)), strict=True))
+        return values
+
+
+def blend(kinds: Sequence[Primitives], counts: Ints, text: int = 0, moments: Ints | None = None) -> Blend:
+    """Primitives of ranks that mix `kinds`; `counts` has the kinds on its last axis, `text` is that of embedding and head.
+
+    `moments`: see `Stack.blend`.
+    """
+    return Stack.of(kinds, text).blend(counts, moments=moments)

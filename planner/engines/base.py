@@ -81,10 +81,12 @@ class Engine:
     """What it can keep in host memory."""
     rank_orders: tuple[str, ...] = ("tp-cp-dp-pp",)
     """Orders in which it can place the axes."""
+    unequal_chunks: bool = False
+    """Whether the chunks of one rank may hold different numbers of layers."""
 
     @property
     def _choices(self) -> tuple[Rule, ...]:
-        """Rules that follow from what it offers: offload and rank orders."""
+        """Rules that follow from what it offers: offload, rank orders, chunks."""
         offloads, orders = ([names.index(n) for n in own] for names, own in
                             ((OFFLOADS, self.offloads), (RANK_ORDERS, self.rank_orders)))  # fmt: skip
         return (
@@ -102,6 +104,14 @@ class Engine:
                 f"{self.title} places ranks as {' or '.join(self.rank_orders)}",
                 "leave out order, or use another engine",
                 on="degrees",
+            ),
+            Rule(
+                "PLN570", f"{self.name}: unequal chunks",
+                lambda t, x: (x.virtual_stages > 1) & ~_divides(t.model.n_layers, x.virtual_stages) & (not self.unequal_chunks),
+                "{n_layers} layers with {virtual_stages} virtual stages",
+                f"{self.title} cuts a rank into equal chunks only",
+                "choose virtual_stages from the divisors of {n_layers}, or use another engine",
+                on="pipeline",
             ),
         )  # fmt: skip
 
@@ -203,14 +213,6 @@ COMMON_RULES: tuple[Rule, ...] = (
         "pp {pp} x {virtual_stages} virtual stages need more layers than the {n_layers} there are",
         "every chunk of the pipeline holds a layer",
         "choose fewer stages",
-        on="pipeline",
-    ),
-    Rule(
-        "PLN219", "layers % chunks",
-        lambda t, x: (x.virtual_stages > 1) & ~_divides(t.model.n_layers, x.virtual_stages),
-        "{n_layers} layers with {virtual_stages} virtual stages",
-        "every rank holds equal chunks, so that none waits for another chunk by chunk",
-        "choose virtual_stages from the divisors of {n_layers}",
         on="pipeline",
     ),
     Rule(
@@ -398,9 +400,10 @@ def stage_problems(model: Model, layout: Layout) -> list[Problem]:
             "every layer belongs to exactly one stage", "correct the stages' layers",
         ),
         (
-            any(s.layers < v or s.layers % v for s in layout.stages), "PLN223",
+            any(s.layers < v for s in layout.stages) or any(s.layers % v for s in layout.stages[:-1]), "PLN223",
             "a stage holds no layer" if v == 1 else f"a stage's layers are not a multiple of its {v} chunks",
-            "every chunk holds as many layers, at least one", "give each stage a multiple of its chunks, or use fewer chunks",
+            "every chunk of a stage holds as many layers, at least one; only the last stage's last chunks may be one short",
+            "give each stage but the last a multiple of its chunks, or use fewer chunks",
         ),
         (
             v > 1 and any(max(s.counts) not in (0, s.layers) for s in layout.stages), "PLN224",

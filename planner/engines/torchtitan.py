@@ -125,6 +125,7 @@ TORCHTITAN = Engine(
     sequence_parallel=(1,),
     context_parallel=True,
     expert_parallel=True,
+    unequal_chunks=True,
 )
 
 _MASTER = (Held("params", 4, shard=True), Held("optimizer", 8, shard=True))

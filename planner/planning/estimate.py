@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from planner.cost import frozen, intervals, memory, primitives, risk, step
-from planner.cost.blending import blend
+from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives, TimeParts
 from planner.cost.schedules import in_flight
 from planner.cost.step import StageCost
@@ -69,7 +69,8 @@ def estimate_layout(task: Task, layout: Layout) -> Estimate:
     kinds = tuple(_Kind(*primitives.price_with_parts(t, x), frozen.sources(t, x)) for t in tasks)
     counts, text = step.layers_by_kind(task, layout), task.model.text_kind
     each = [k.p.take(stages.row) for k in kinds]
-    blended = None if task.model.homogeneous else blend(each, counts, text)
+    stack = None if task.model.homogeneous else Stack.of(each, text)
+    blended = None if stack is None else step.blended_ranks(task, stack, [layout], x.microbatches)
     cost = step.stage_cost(kinds[text].p, x, stages, blended)
     priced = _Priced(task, layout, x, stages, kinds, counts, blended or each[0], cost)
     seconds = int(step.step_cost(kinds[text].p, x, stages, blended).step[0]) / 1e9

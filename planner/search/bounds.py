@@ -20,6 +20,7 @@ from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.schedules import in_flight, in_flight_layers
 from planner.cost.task import Bools, Ints, LayoutArray
+from planner.specs.model import Model
 
 BIG = np.int64(1) << 60
 """Stands for infinity; two of them never meet in a sum."""
@@ -46,7 +47,7 @@ class Group:
     flight: Ints
     """In-flight chunk-micro-batches, shape (rows, pp)."""
     stack: Stack | None = None
-    """Primitives by kind of layers, where the model mixes several; `p` is then that of its last layers."""
+    """Primitives by kind of layers, where places matter (`by_place`); `p` is then that of its last layers."""
     blended: Primitives | None = None
     """Primitives of windows of layers of several kinds, shape (rows, 1, windows): see `mixed`."""
 
@@ -219,9 +220,15 @@ def target_bound(g: Group, target: int) -> Ints:
     return result
 
 
-def same_pipeline(x: LayoutArray, rows: Ints, mixes: bool = False) -> list[Ints]:
-    """Rows in chunks that share pp and whether they have virtual stages (`mixes`: how many): what a `Group` needs."""
-    v = x.virtual_stages[rows] if mixes else (x.virtual_stages[rows] > 1).astype(np.int64)
+def by_place(model: Model, virtual_stages: Ints) -> Bools:
+    """Where the cost of a rank depends on which layers it holds, not only on how many: kinds mix, or a round is shorter."""
+    return np.asarray((model.n_layers % virtual_stages > 0) | (not model.homogeneous))
+
+
+def same_pipeline(x: LayoutArray, rows: Ints, model: Model) -> list[Ints]:
+    """Rows in chunks that share pp and whether they have virtual stages (`by_place`: how many): what a `Group` needs."""
+    v = x.virtual_stages[rows]
+    v = np.where(by_place(model, v), v, (v > 1).astype(np.int64))
     most = int(v.max(initial=0)) + 1
     key = x.pp[rows] * most + v
     chunks = []

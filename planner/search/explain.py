@@ -40,8 +40,12 @@ def nearest_layout(task: Task, space: Space, rows: Rows) -> Nearest | None:
             best = (int(excess[row]), row, mode)
     if best is None:
         return None
-    stages = even_stages(task.model.n_layers, int(x.pp[best[1]]), RECOMPUTE_MODES[best[2]])
-    return Nearest(x.layout(best[1], stages), best[0])
+    return Nearest(x.layout(best[1], _even(task, x, best[1], best[2])), best[0])
+
+
+def _even(task: Task, x: LayoutArray, row: int, mode: int) -> list[Stage]:
+    """The even split of a row under one recompute mode."""
+    return even_stages(task.model.n_layers, int(x.pp[row]), RECOMPUTE_MODES[mode], int(x.virtual_stages[row]))
 
 
 def any_fits(task: Task, engine: Engine, space: Space) -> bool:
@@ -53,7 +57,7 @@ def any_fits(task: Task, engine: Engine, space: Space) -> bool:
     if not len(x):
         return False
     p, stack = price(task, x)
-    for chunk in bounds.same_pipeline(x, np.arange(len(x)), stack is not None):
+    for chunk in bounds.same_pipeline(x, np.arange(len(x)), task.model):
         stopping.check()
         g = group_of(task, space.modes, x, p, stack, chunk)
         if memory_feasible(task, g).any():
@@ -67,10 +71,10 @@ def _even_excess(task: Task, x: LayoutArray, mode: int) -> Ints:
         return step.even_step_cost(task, x, mode).excess
     p, stack = price(task, x)
     excess = np.full(len(x), np.iinfo(np.int64).max)
-    for chunk in bounds.same_pipeline(x, np.arange(len(x)), True):
-        even = x.layout(int(chunk[0]), even_stages(task.model.n_layers, int(x.pp[chunk[0]])))
+    for chunk in bounds.same_pipeline(x, np.arange(len(x)), task.model):
+        even = x.layout(int(chunk[0]), _even(task, x, int(chunk[0]), mode))
         g = group_of(task, (mode,), x, p, stack, chunk)
-        excess[chunk] = mixed.excess(task, g, step.layers_by_kind(task, even), mode)
+        excess[chunk] = mixed.excess(g, step.chunks_by_kind(task, even), mode)
     return excess
 
 

@@ -68,7 +68,7 @@ def _fitting(task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, 
     p = replace(p, capacity=capacity(task, p.outside))
     stack = None if stack is None else stack.with_capacity(p.capacity)
     found = []
-    for chunk in bounds.same_pipeline(x, rows, stack is not None):
+    for chunk in bounds.same_pipeline(x, rows, task.model):
         g = group_of(task, modes, x, p, stack, chunk)
         found.append(chunk[memory_feasible(task, g)])
     return np.concatenate([np.zeros(0, dtype=np.int64), *found])

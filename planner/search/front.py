@@ -76,7 +76,7 @@ def _fitting(task: Task, x: LayoutArray, modes: tuple[int, ...], candidates: Boo
     """Which of the candidate rows fit under the task's limit. Exact."""
     p, stack = solve.price(task, x)
     fits, rows = np.zeros(len(x), dtype=bool), np.nonzero(candidates)[0]
-    for chunk in bounds.same_pipeline(x, rows, stack is not None):
+    for chunk in bounds.same_pipeline(x, rows, task.model):
         stopping.check()
         g = solve.group_of(task, modes, x, p, stack, chunk)
         fits[chunk] = solve.memory_feasible(task, g)

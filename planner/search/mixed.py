@@ -13,20 +13,36 @@ import numpy as np
 
 from planner.cost import step
 from planner.cost.blending import Stack
-from planner.cost.primitives import Primitives
-from planner.cost.task import Bools, Ints, Task
+from planner.cost.primitives import Blend, Primitives
+from planner.cost.schedules import chunk_moments, in_flight_layers
+from planner.cost.task import Bools, Ints, LayoutArray, Task
 from planner.search import bounds
 from planner.search.bounds import BIG, Group
-from planner.search.windows import Windows, windows
+from planner.search.windows import Windows, positions, windows
 
 _ENTRIES = 1_000_000
 """Entries of a table of (rows, ranks, windows) that are worked on at once."""
 
 
 def blended(g: Group, counts: Ints) -> Group:
-    """The group with the primitives of windows; `counts` of shape (rows or 1, 1 or ranks, windows, kinds)."""
+    """The group with the primitives of windows; `counts` of shape (rows or 1, 1 or ranks, windows, chunks, kinds)."""
     assert g.stack is not None
-    return replace(g, blended=g.stack.deep(2).blend(counts))
+    moments = _moments(g)
+    if moments is None:
+        return replace(g, blended=g.stack.deep(2).blend(counts[..., 0, :]))
+    return replace(g, blended=g.stack.deep(2).blend(counts, moments=moments[:, :, None]))
+
+
+def blend_rank(stack: Stack, x: LayoutArray, s: int, counts: Ints) -> Blend:
+    """Primitives of rank s of rows with one v, with `counts` (rows, chunks, kinds) layers."""
+    v = int(x.virtual_stages[0])
+    return stack.blend(counts[:, 0]) if v == 1 else stack.blend(counts, moments=chunk_moments(int(x.pp[0]), v, x.microbatches)[:, s])
+
+
+def _moments(g: Group) -> Ints | None:
+    """Micro-batches of each chunk in flight (`chunk_moments`), shape (rows, ranks, moments, chunks); None without chunks."""
+    v = int(g.layouts.virtual_stages[0])
+    return chunk_moments(g.pp, v, g.layouts.microbatches) if v > 1 else None
 
 
 def rows_of(g: Group, rows: Ints) -> Group:
@@ -50,32 +66,49 @@ class _Held:
     """What the memory test needs of some rows: one pipeline degree, one number of chunks."""
 
     stack: Stack
+    layouts: LayoutArray
     flight: Ints
     """Shape (rows, pp)."""
-    v: int
+    moments: Ints | None
+    """See `_moments`."""
     modes: tuple[int, ...]
     pp: int
 
     def take(self, rows: Ints) -> _Held:
         """Some of the rows."""
-        return replace(self, stack=self.stack.take(rows), flight=self.flight[rows])
+        moments = None if self.moments is None else self.moments[rows]
+        return replace(
+            self, stack=self.stack.take(rows), layouts=self.layouts.take(rows), flight=self.flight[rows], moments=moments
+        )
 
     def fits(self, s: int, counts: Ints) -> Bools:
-        """Whether rank s of each row can hold `counts` (rows, kinds) layers; a byte is forgiven for each rounded mean."""
-        p, flight = self.stack.blend(counts, timed=False), self.flight[:, s]
-        layers = counts.sum(axis=1)
+        """Whether rank s of each row can hold `counts` (rows, chunks, kinds) layers; a byte is forgiven for each rounded
+        mean."""
+        layers = counts.sum(axis=(1, 2))
+        if self.moments is None:
+            p = self.stack.blend(counts[:, 0], timed=False)
+        else:
+            p = self.stack.blend(counts, timed=False, moments=self.moments[:, s])
         first, last = np.array([s == 0], dtype=np.int64), np.array([s == self.pp - 1], dtype=np.int64)
-        return fits(p, first, last, flight, layers, self.v, self.modes, forgiving=True)
+        weight = pairs(self.layouts, np.array([s]), layers)
+        rounded = len(self.stack.means) > 1  # of one kind the mean is exact
+        return fits(p, first, last, self.flight[:, s], layers, weight, self.modes, forgiving=rounded)
+
+
+def pairs(x: LayoutArray, index: Ints, layers: Ints) -> Ints:
+    """(layer, micro-batch) pairs in flight on ranks with `layers` layers; all but the fields of `x` broadcast with their axes."""
+    columns = (a.reshape((-1,) + (1,) * (layers.ndim - 1)) for a in (x.schedule, x.pp, x.virtual_stages, x.microbatches))
+    return in_flight_layers(*columns, index, layers)
 
 
 def fits(
-    p: Primitives, first: Ints, last: Ints, flight: Ints, layers: Ints, v: int, modes: tuple[int, ...], forgiving: bool = False
+    p: Primitives, first: Ints, last: Ints, flight: Ints, layers: Ints, weight: Ints, modes: tuple[int, ...], forgiving: bool = False
 ) -> Bools:
-    """Whether ranks with `layers` layers in equal chunks fit under some recompute mode, and the optimizer beside them.
+    """Whether ranks with `layers` layers fit under some recompute mode, and the optimizer beside them.
 
-    All arguments broadcast. `forgiving`: a byte of each rounded mean does not count.
+    All arguments broadcast; `weight`: (layer, micro-batch) pairs in flight. `forgiving`: a byte of each rounded mean does not
+    count.
     """
-    weight = flight * (layers // v)
     forgiven = layers + weight if forgiving else 0
     best = np.zeros(np.broadcast(flight, layers).shape, dtype=bool)
     for mode in modes:
@@ -92,8 +125,8 @@ def memory_feasible(task: Task, g: Group) -> Bools:
     """
     assert g.stack is not None
     v, rows = int(g.layouts.virtual_stages[0]), len(g.layouts)
-    held = _Held(g.stack, g.flight, v, g.modes, g.pp)
-    w = windows(task.model.kind_of_layer, v, g.n_layers // v)
+    held = _Held(g.stack, g.layouts, g.flight, _moments(g), g.modes, g.pp)
+    w = windows(task.model.kind_of_layer, v, positions(g.n_layers, v))
     at, alive = np.zeros(rows, dtype=np.int64), np.arange(rows)
     size = np.full(rows, w.positions // g.pp, dtype=np.int64)
     for s in range(g.pp):
@@ -111,7 +144,9 @@ def memory_feasible(task: Task, g: Group) -> Bools:
 
 def _longest(held: _Held, s: int, w: Windows, at: Ints, guess: Ints) -> Ints:
     """The longest window from `at` that rank s of each row can hold, in positions; 0 for none. `guess` is tried first."""
-    low, high = np.zeros_like(at), np.maximum(w.positions - at - (held.pp - 1 - s), 0)  # every later rank holds a position
+    # Every later rank holds a position, the last one another one if that lacks layers.
+    after = held.pp - 1 - s + int(s < held.pp - 1 and not w.whole.all())
+    low, high = np.zeros_like(at), np.maximum(w.positions - at - after, 0)
     probe, stride = np.clip(guess, 1, np.maximum(high, 1)), 1
     while len(rows := np.nonzero(low < high)[0]):
         size = probe[rows]
@@ -127,15 +162,16 @@ def _longest(held: _Held, s: int, w: Windows, at: Ints, guess: Ints) -> Ints:
 
 def _fits(g: Group, layers: Ints) -> Bools:
     """Whether windows fit, shape (rows, ranks, windows)."""
-    v = int(g.layouts.virtual_stages[0])
-    return fits(g.deep, g.first[:, :, None], g.last[:, :, None], g.flight[:, :, None], layers, v, g.modes)
+    weight = g.weight(np.broadcast_to(layers, (len(g.layouts), g.pp, layers.shape[2])))
+    return fits(g.deep, g.first[:, :, None], g.last[:, :, None], g.flight[:, :, None], layers, weight, g.modes)
 
 
-def excess(task: Task, g: Group, counts: Ints, mode: int) -> Ints:
-    """Bytes beyond what each row may hold when its ranks hold `counts` (ranks, kinds) layers, all under one recompute mode."""
-    g = blended(g, counts[None, :, None, :])
-    p, layers, v = g.deep, counts.sum(axis=1)[None, :, None], g.layouts.virtual_stages[:, None, None]
-    weight = g.flight[:, :, None] * -(-layers // v)
+def excess(g: Group, counts: Ints, mode: int) -> Ints:
+    """Bytes beyond what each row may hold when its ranks hold `counts` (ranks, chunks, kinds) layers, all under one recompute
+    mode."""
+    g = blended(g, counts[None, :, None])
+    p, layers = g.deep, counts.sum(axis=(1, 2))[None, :, None]
+    weight = g.weight(np.broadcast_to(layers, (len(g.layouts), g.pp, 1)))
     backward = layers * p.state + weight * p.saved(mode) - g.deep_room(mode)
     update = step.stage_update_bytes(p, g.first[:, :, None], g.last[:, :, None], layers) - p.capacity
     return np.asarray(np.maximum(backward, update).max(axis=(1, 2)))
@@ -187,7 +223,8 @@ def reach_below(task: Task, g: Group, target: int) -> Ints:
     """The most layers that one rank can hold in a plan below `target`, shape (rows,)."""
     room = _allowed_bottleneck(task, g, target) - g.extra_time().min(axis=1)
     by_time = np.where(room < 0, 0, room // np.maximum(_least_layer(g), 1))
-    return np.minimum(by_time, g.n_layers - (g.pp - 1) * g.layouts.virtual_stages)
+    v = g.layouts.virtual_stages
+    return np.minimum(by_time, (-(-g.n_layers // v) - (g.pp - 1)) * v)
 
 
 def _allowed_bottleneck(task: Task, g: Group, target: int) -> Ints:
@@ -205,7 +242,7 @@ def target_bound(task: Task, g: Group, target: int) -> Ints:
     while start < len(order):
         # Rows of similar reach share a table, so that little of it is padding.
         most = int(reach[order[start]]) * 5 // 4 + 1
-        width = len(windows(task.model.kind_of_layer, v, max(min(most, g.n_layers) // v, 1)).counts)
+        width = len(windows(task.model.kind_of_layer, v, max(min(most // v, positions(g.n_layers, v)), 1)).counts)
         stop = start + max(1, _ENTRIES // (g.pp * width))
         stop = min(stop, start + int(np.searchsorted(reach[order[start:]], most, side="right")))
         chunk = order[start : max(stop, start + 1)]
@@ -219,8 +256,9 @@ def _table_bound(task: Task, g: Group, target: int, reach: int) -> Ints:
     g, w = _table(task, g, reach)
     layers = w.layers[None, None, :]
     first, last, p = g.first[:, :, None], g.last[:, :, None], g.deep
-    again = np.where(_fits(g, layers), bounds.least_recompute(g, layers), BIG)
-    linear = layers * (p.forward + p.backward) + step.end_time(p, first, last)
+    none = np.zeros_like(layers)
+    again = np.where(_fits(g, layers) & w.whole, bounds.least_recompute(g, layers), BIG)
+    linear = step.stage_time(p, first, last, layers, none, none)
     time = np.where(again >= BIG, BIG, again + linear)
     time = np.where(time > _allowed_bottleneck(task, g, target)[:, None, None], BIG, time)
     once = np.where(time < BIG, step.stage_once(p, first, last, layers), BIG)
@@ -252,7 +290,7 @@ def _chain(values: Ints, w: Windows, join: np.ufunc) -> Ints:
         following = np.full_like(best, BIG)
         mine = values[:, s]
         usable = np.nonzero((mine < BIG).any(axis=0))[0]
-        sizes = np.unique(w.layers[usable]) // w.chunks
+        sizes = np.unique(w.sizes[usable])
         for n in sizes[sizes <= length].tolist():
             candidate = np.minimum(join(best[:, : length + 1 - n], mine[:, w.at[: length + 1 - n, n]]), BIG)
             np.minimum(following[:, n:], candidate, out=following[:, n:])

@@ -81,7 +81,7 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
     fast = task.hardware.network[0].size or task.hardware.node_size
     divisors = _divisors(task.gpus)
     layers = task.model.n_layers
-    chunks = range(2, min(MAX_CHUNKS, layers) + 1)
+    chunks = interleaved_chunks(layers, any("virtual_stages" == SHORT.get(name, name) for name in pins))
     plain = [(code, 1) for code in schedule_codes(engine) if code != INTERLEAVED]
     schedules = [(NONE, 1), *plain, *((INTERLEAVED, v) for v in chunks if INTERLEAVED in schedule_codes(engine))]
     values: dict[str, tuple[int, ...]] = {
@@ -126,6 +126,15 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
     return Space(
         **values, schedules=tuple(schedules), sequence_parallel=sequence, modes=modes, any_etp="etp" in pins, **named,
     )  # fmt: skip
+
+
+def interleaved_chunks(layers: int, pinned: bool) -> list[int]:
+    """Chunks a rank of interleaved pipelines: divisors of the layers and powers of two; any number where they are pinned.
+
+    Others leave the last rank's chunks unequal all the same, and take no bottleneck away that these do not.
+    """
+    every = range(2, min(MAX_CHUNKS, layers) + 1)
+    return [v for v in every if pinned or layers % v == 0 or v & (v - 1) == 0]
 
 
 def _expert_degrees(task: Task, engine: Engine) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.cost import primitives, step
-from planner.cost.blending import blend
+from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.task import Ints, LayoutArray, StageArray, Task
 from planner.specs.layout import Layout
@@ -46,8 +46,8 @@ def evaluate(task: Task, layout: Layout) -> Evaluated:
         ranks: Primitives = p.take(stages.row)
     else:
         kinds = [primitives.price(task.only(k), x) for k in range(len(task.model.kinds))]
-        p, counts = kinds[task.model.text_kind], step.layers_by_kind(task, layout)
-        ranks = blended = blend([k.take(stages.row) for k in kinds], counts, task.model.text_kind)
+        p, stack = kinds[task.model.text_kind], Stack.of([k.take(stages.row) for k in kinds], task.model.text_kind)
+        ranks = blended = step.blended_ranks(task, stack, [layout], x.microbatches)
     cost = step.stage_cost(p, x, stages, blended)
     return Evaluated(
         layout,

@@ -31,7 +31,10 @@ def documented_axes(task: Task, engine: Engine, inputs: Inputs) -> Declared:
     codes = schedule_codes(engine)
     schedules = {"none": [1]} | {SCHEDULES[c]: [1] for c in codes}
     if INTERLEAVED in codes:
-        schedules[SCHEDULES[INTERLEAVED]] = list(range(2, min(16, n) + 1))
+        any_number = "virtual_stages" in {_SHORT.get(name, name) for name in inputs.pins}
+        schedules[SCHEDULES[INTERLEAVED]] = [
+            v for v in range(2, min(16, n) + 1) if any_number or n % v == 0 or v in (2, 4, 8, 16)
+        ]
     declared = Declared(
         tp=[d for d in degrees if d <= fast],
         cp=[d for d in degrees if d in (1, 2, 4, 8, 16, 32, 64)] if engine.context_parallel else [1],
