@@ -85,10 +85,10 @@ def chunk_moments(pp: int, virtual_stages: int, microbatches: Ints) -> Ints:
     Shape (len(microbatches), pp, moments, v). Whatever the chunks weigh, the most that a rank holds is the largest of
     sum_c moments[..., c] weight_c. From three rounds of pp micro-batches on the moments repeat.
     """
-    rounds = np.clip(microbatches // pp, 1, 3)
-    known = {int(r): _moments(pp, virtual_stages, int(r)) for r in np.unique(rounds)}
-    width = max((table.shape[1] for table in known.values()), default=0)
-    return np.stack([np.pad(known[int(r)], ((0, 0), (0, width - known[int(r)].shape[1]), (0, 0))) for r in rounds])
+    rounds, which = np.unique(np.clip(microbatches // pp, 1, 3), return_inverse=True)
+    known = [_moments(pp, virtual_stages, int(r)) for r in rounds]
+    width = max(table.shape[1] for table in known)
+    return np.stack([np.pad(table, ((0, 0), (0, width - table.shape[1]), (0, 0))) for table in known])[which.ravel()]
 
 
 @lru_cache(maxsize=512)

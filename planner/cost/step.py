@@ -54,12 +54,12 @@ def stage_time(p: Primitives, first: Ints, last: Ints, layers: Ints, selective: 
     95th percentile. A rank whose chunks are unequal counts v times its longest one: no schedule takes longer when some of its
     chunks get shorter, so that the step is never understated by more than for equal chunks.
     """
-    n, n1, n2 = (_as_chunked(k, p.chunks) for k in (layers, selective, full))
+    n, n1, n2 = (counted_layers(k, p.chunks) for k in (layers, selective, full))
     return n * (p.forward + p.backward) + n1 * p.recompute1 + n2 * p.recompute2 + end_time(p, first, last)
 
 
-def _as_chunked(layers: Ints, chunks: Ints) -> Ints:
-    """v times the layers of the longest chunk."""
+def counted_layers(layers: Ints, chunks: Ints) -> Ints:
+    """Layers whose time counts: v times those of the longest chunk."""
     return -(-layers // chunks) * chunks
 
 

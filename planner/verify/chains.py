@@ -14,7 +14,7 @@ from planner.verify.windows import Runs
 
 def exists(allowed: Bools, w: Runs) -> Bools:
     """Whether some chain uses allowed entries only, shape (rows,). Exact."""
-    if _by_length(w):
+    if w.by_length:
         simple, answer = _prefixes(allowed, w)
         rest = np.nonzero(~simple)[0]
     else:
@@ -23,11 +23,6 @@ def exists(allowed: Bools, w: Runs) -> Bools:
         cost = np.where(allowed[rest], np.int64(0), NEVER)
         answer[rest] = to_the_end(cost, w, np.add)[:, 0, 0] < NEVER
     return answer
-
-
-def _by_length(w: Runs) -> bool:
-    """Whether a run's number is its length less one: layers of one kind."""
-    return w.counts.shape[1] == 1
 
 
 def _prefixes(allowed: Bools, w: Runs) -> tuple[Bools, Bools]:

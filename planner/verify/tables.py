@@ -17,7 +17,7 @@ import numpy as np
 from planner.cost import primitives, step
 from planner.cost.blending import blend
 from planner.cost.primitives import Primitives
-from planner.cost.schedules import in_flight
+from planner.cost.schedules import chunk_moments, in_flight
 from planner.cost.task import Bools, Ints, LayoutArray, Task
 from planner.verify.windows import Runs, runs
 
@@ -70,6 +70,8 @@ class Ranks:
     flight: Ints
     """Micro-batches (of a chunk each) in flight, K."""
     chunks: int
+    pairs: Ints
+    """(Layer, micro-batch) pairs in flight."""
     m: Ints
     """Micro-batches of a step, shape (rows,)."""
     constant: Ints
@@ -79,6 +81,11 @@ class Ranks:
     def layers(self) -> Ints:
         """Layers of each run."""
         return self.runs.layers[None, None, :]
+
+    @property
+    def counted(self) -> Ints:
+        """Layers whose time counts: v times the longest chunk's."""
+        return self.runs.each.max(axis=1)[None, None, :] * self.chunks
 
     @property
     def pp(self) -> int:
@@ -94,14 +101,26 @@ def ranks_of(batch: Priced, modes: tuple[int, ...], longest: int) -> Ranks:
     """The tables' inputs for a batch, with runs of up to `longest` places (at least one)."""
     x, model = batch.layouts, batch.task.model
     pp, v = int(x.pp[0]), int(x.virtual_stages[0])
-    w = runs(model.kind_of_layer, v, max(1, min(longest, model.n_layers // v - pp + 1)))
+    w = runs(model.kind_of_layer, v, max(1, min(longest, -(-model.n_layers // v) - pp + 1)))
     deep = [Primitives(**{f.name: getattr(k, f.name)[:, None, None] for f in fields(Primitives)}) for k in batch.kinds]
-    p = deep[0] if len(deep) == 1 else blend(deep, w.counts[None, None], model.text_kind)
+    moments = chunk_moments(pp, v, x.microbatches)[:, :, None] if v > 1 else None
+    counts = w.counts if v > 1 else w.counts[:, 0]
+    p = deep[0] if len(deep) == 1 else blend(deep, counts[None, None], model.text_kind, moments)
     index = np.arange(pp, dtype=np.int64)[None, :]
     flight = in_flight(x.schedule[:, None], x.pp[:, None], x.virtual_stages[:, None], x.microbatches[:, None], index)
     first, last = ((index == place).astype(np.int64)[:, :, None] for place in (0, pp - 1))
     constant = batch.kinds[model.text_kind if len(deep) > 1 else 0].constant
-    return Ranks(p, w, modes, first, last, flight[:, :, None], v, x.microbatches, constant)
+    flight = flight[:, :, None]
+    return Ranks(p, w, modes, first, last, flight, v, _pairs(w, flight, moments), x.microbatches, constant)
+
+
+def _pairs(w: Runs, flight: Ints, moments: Ints | None) -> Ints:
+    """(Layer, micro-batch) pairs that ranks hold when they hold most."""
+    if moments is None or w.places * w.chunks == w.n_layers:  # equal chunks
+        return flight * (w.layers // w.chunks)
+    each = w.each.T
+    by_moment = (np.sum([moments[..., j, c] * each[c] for c in range(w.chunks)], axis=0) for j in range(moments.shape[-2]))
+    return np.maximum.reduce(list(by_moment))
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -113,11 +132,6 @@ def _room(r: Ranks, mode: int) -> Ints:
     return r.p.capacity - base - step.stage_transient(r.p, r.first, r.last, mode)
 
 
-def _weight(r: Ranks) -> Ints:
-    """(Layer, micro-batch) pairs in flight; the chunks of a rank are equally long."""
-    return r.flight * (r.layers // r.chunks)
-
-
 def fits(r: Ranks) -> Bools:
     """Whether a rank can hold a run under any recompute that the modes allow. Exact.
 
@@ -126,12 +140,12 @@ def fits(r: Ranks) -> Bools:
     found = np.zeros(r.shape(), dtype=bool)
     for mode in r.modes:
         if r.chunks > 1:
-            saved = _weight(r) * r.p.saved(mode)
+            saved = r.pairs * r.p.saved(mode)
         else:
             weaker = np.minimum.reduce([r.p.saved(other) for other in r.modes if other <= mode])
             saved = r.flight * (r.p.saved(mode) + (r.layers - 1) * weaker)
         found |= saved <= _room(r, mode)
-    return found & (step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity)
+    return found & r.runs.complete & (step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity)
 
 
 # ---- time ----------------------------------------------------------------------------------------------------------
@@ -144,7 +158,7 @@ def least_again(r: Ranks) -> Ints:
 
 def work(r: Ranks) -> Ints:
     """R without recompute, ns."""
-    return r.layers * (r.p.forward + r.p.backward) + step.end_time(r.p, r.first, r.last)
+    return r.counted * (r.p.forward + r.p.backward) + step.end_time(r.p, r.first, r.last)
 
 
 def once(r: Ranks) -> Ints:
@@ -161,12 +175,12 @@ def recompute_time(r: Ranks) -> Ints:
     if np.any(r.p.recompute1 < 0) or np.any(r.p.recompute2 < 0):
         raise ArithmeticError("recompute takes negative time")
     best = np.full(r.shape(), NEVER)
-    beside = step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity
+    beside = r.runs.complete & (step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity)
     rooms = [_room(r, mode) for mode in range(3)]
     if r.chunks > 1:
         for mode in r.modes:
-            within = _weight(r) * r.p.saved(mode) <= rooms[mode]
-            best = np.where(within, np.minimum(best, r.layers * r.p.again(mode)), best)
+            within = r.pairs * r.p.saved(mode) <= rooms[mode]
+            best = np.where(within, np.minimum(best, r.counted * r.p.again(mode)), best)
         return np.where(beside, best, NEVER)
     most = int(r.layers.max()) if 2 in r.modes else 0
     for full in range(most + 1):

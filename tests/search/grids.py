@@ -46,10 +46,10 @@ def grid(name: str) -> Grid:
     return solved(t, engine)
 
 
-def solved(t: Task, engine: str) -> Grid:
+def solved(t: Task, engine: str, space: Space | None = None) -> Grid:
     """A grid from a task."""
     e = engine_named(engine)
-    space = declared_space(t, e, {"micro_batch": [1, 2]}, ["cp"])
+    space = space or declared_space(t, e, {"micro_batch": [1, 2]}, ["cp"])
     x, values = all_rows(t, e, space)
     return Grid(t, e, space, x, np.array([-1 if v is None else v for v in values], dtype=np.int64))
 
