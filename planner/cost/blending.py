@@ -1,8 +1,8 @@
 """Primitives of ranks that mix several kinds of layers.
 
-With virtual stages a rank's chunks count as long as its longest one: ranks work on the same chunk at the same time, more or
-less, and a chunk that takes less than another one leaves the rank waiting. Its times are so means over the layers of that
-chunk, and what it saves is the most that its chunks hold together, over the pairs of layers and micro-batches.
+With virtual stages a rank whose chunks take unequal times waits for others that are at their longest one: half of what its
+chunks lack to v times the longest counts beside them. What it saves is the most that its chunks hold together, over the pairs
+of layers and micro-batches.
 
 What a layer costs becomes its mean over the rank's layers, rounded up: n layers of the mean cost at most n units more than
 the sum. What lives only at the peak is that of the largest kind on the rank, what ranks send to each other that of the
@@ -113,26 +113,26 @@ class Stack:
     def _by_chunk(self, counts: Ints, timed: bool, moments: Ints) -> dict[str, Ints]:
         """The fields that depend on how the layers of a rank are spread over its chunks."""
         layers, chunks = counts.sum(axis=-1), range(counts.shape[-2])
+        if len(self.means) == 1 or np.all(counts == counts[..., :1, :]):
+            return {}  # every chunk is like the mean
 
         def each(names: Sequence[str]) -> list[Ints]:
             rows = self.means[:, [_MEANS.index(name) for name in names]]
             return [sum((counts[..., c, k] * rows[k] for k in range(len(rows))), np.int64(0)) for c in chunks]
 
-        values = {}
+        values: dict[str, Ints] = {}
         if timed:
-            slowest = np.maximum.reduce(each(_CHUNK_TIMES)) if len(self.means) > 1 else None
-            if slowest is not None:
-                times = -(-slowest // np.maximum(layers.max(axis=-1), 1))
-                values |= dict(zip(_CHUNK_TIMES, times, strict=True))
-        if len(self.means) > 1:
-            saved = each(_SAVED)
-            pairs = most = np.int64(0)
-            for j in range(moments.shape[-2]):
-                held = [moments[..., j, c] for c in chunks]
-                pairs = np.maximum(pairs, sum(n * layers[..., c] for c, n in zip(chunks, held, strict=True)))
-                most = np.maximum(most, sum(n * saved[c] for c, n in zip(chunks, held, strict=True)))
-            values |= dict(zip(_SAVED, -(-most // np.maximum(pairs, 1)), strict=True))
-        return values
+            taken = each(_CHUNK_TIMES)
+            twice = sum(taken, np.int64(0)) + len(chunks) * np.maximum.reduce(taken)
+            held = layers.sum(axis=-1) + len(chunks) * layers.max(axis=-1)  # twice the layers whose time counts
+            values |= dict(zip(_CHUNK_TIMES, -(-twice // np.maximum((held + 1) // 2 * 2, 1)), strict=True))
+        saved = each(_SAVED)
+        pairs = most = np.int64(0)
+        for j in range(moments.shape[-2]):
+            held = [moments[..., j, c] for c in chunks]
+            pairs = np.maximum(pairs, sum(n * layers[..., c] for c, n in zip(chunks, held, strict=True)))
+            most = np.maximum(most, sum(n * saved[c] for c, n in zip(chunks, held, strict=True)))
+        return values | dict(zip(_SAVED, -(-most // np.maximum(pairs, 1)), strict=True))
 
 
 def blend(kinds: Sequence[Primitives], counts: Ints, text: int = 0, moments: Ints | None = None) -> Blend:

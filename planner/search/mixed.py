@@ -224,7 +224,8 @@ def reach_below(task: Task, g: Group, target: int) -> Ints:
     room = _allowed_bottleneck(task, g, target) - g.extra_time().min(axis=1)
     by_time = np.where(room < 0, 0, room // np.maximum(_least_layer(g), 1))
     v = g.layouts.virtual_stages
-    return np.minimum(by_time, (-(-g.n_layers // v) - (g.pp - 1)) * v)
+    lacking = -g.n_layers % v  # the last rank's, which count as positions
+    return np.minimum(by_time + lacking, (-(-g.n_layers // v) - (g.pp - 1)) * v)
 
 
 def _allowed_bottleneck(task: Task, g: Group, target: int) -> Ints:

@@ -84,8 +84,8 @@ class Ranks:
 
     @property
     def counted(self) -> Ints:
-        """Layers whose time counts: v times the longest chunk's."""
-        return self.runs.each.max(axis=1)[None, None, :] * self.chunks
+        """Layers whose time counts: between those there are and v times the longest chunk's, in the middle."""
+        return (self.layers + self.runs.each.max(axis=1)[None, None, :] * self.chunks + 1) // 2
 
     @property
     def pp(self) -> int:
