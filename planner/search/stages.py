@@ -51,7 +51,7 @@ class Tables:
     chunks: int
     """v: layers for each position of the sequence."""
 
-    @property
+    @cached_property
     def positions(self) -> int:
         """Positions of the sequence that the ranks divide."""
         return positions(self.n_layers, self.chunks)

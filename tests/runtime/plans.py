@@ -70,7 +70,7 @@ def plan(
     pp, tp, dp = layout.get("pp", 1), layout.get("tp", 1), layout.get("dp", 1)
     layout.setdefault("schedule", "none" if pp == 1 else "1f1b")
     layout.setdefault("micro_batch", global_batch // dp // (2 if pp == 1 else 4))
-    counts = layers or [s.layers for s in even_stages(model.n_layers, pp)]
+    counts = layers or [s.layers for s in even_stages(model.n_layers, pp, virtual_stages=layout.get("virtual_stages", 1))]
     modes = [recompute] * pp if isinstance(recompute, str) else recompute
     stages = [Stage(layers=n, recompute=mode) for n, mode in zip(counts, modes, strict=True)]
     size = pp * tp * dp
