@@ -109,7 +109,6 @@ class Stack:
         modes = peaks[len(_PEAKS) :]
         return Blend(**values, remade_by_mode=tuple(modes[:3]), rest_by_mode=tuple(modes[3:]))
 
-
     def _by_chunk(self, counts: Ints, timed: bool, moments: Ints) -> dict[str, Ints]:
         """The fields that depend on how the layers of a rank are spread over its chunks."""
         layers, chunks = counts.sum(axis=-1), range(counts.shape[-2])

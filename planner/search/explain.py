@@ -14,7 +14,7 @@ from planner.engines.base import Engine
 from planner.search import bounds, mixed
 from planner.search.solve import group_of, memory_feasible, price
 from planner.search.space import Rows, Space, enumerate_rows
-from planner.specs.layout import RECOMPUTE_MODES, Layout, even_stages
+from planner.specs.layout import RECOMPUTE_MODES, Layout, Stage, even_stages
 
 MAX_TRIES = 400
 """Cluster sizes that are tried before the search for the smallest one gives up."""

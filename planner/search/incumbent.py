@@ -83,4 +83,3 @@ def _every_rank(task: Task, x: LayoutArray, mode: int) -> StageArray:
     index = np.concatenate([np.arange(pp, dtype=np.int64) for pp in x.pp.tolist()])
     none = np.zeros_like(held)
     return StageArray(row, index, np.ones_like(held), held, held if mode == 1 else none, held if mode == 2 else none)
-

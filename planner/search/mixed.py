@@ -36,7 +36,11 @@ def blended(g: Group, counts: Ints) -> Group:
 def blend_rank(stack: Stack, x: LayoutArray, s: int, counts: Ints) -> Blend:
     """Primitives of rank s of rows with one v, with `counts` (rows, chunks, kinds) layers."""
     v = int(x.virtual_stages[0])
-    return stack.blend(counts[:, 0]) if v == 1 else stack.blend(counts, moments=chunk_moments(int(x.pp[0]), v, x.microbatches)[:, s])
+    return (
+        stack.blend(counts[:, 0])
+        if v == 1
+        else stack.blend(counts, moments=chunk_moments(int(x.pp[0]), v, x.microbatches)[:, s])
+    )
 
 
 def _moments(g: Group) -> Ints | None:
@@ -96,13 +100,20 @@ class _Held:
 
 
 def pairs(x: LayoutArray, index: Ints, layers: Ints) -> Ints:
-    """(layer, micro-batch) pairs in flight on ranks with `layers` layers; all but the fields of `x` broadcast with their axes."""
+    """(layer, micro-batch) pairs in flight on ranks with `layers` layers; `index` and `layers` broadcast, rows first."""
     columns = (a.reshape((-1,) + (1,) * (layers.ndim - 1)) for a in (x.schedule, x.pp, x.virtual_stages, x.microbatches))
     return in_flight_layers(*columns, index, layers)
 
 
 def fits(
-    p: Primitives, first: Ints, last: Ints, flight: Ints, layers: Ints, weight: Ints, modes: tuple[int, ...], forgiving: bool = False
+    p: Primitives,
+    first: Ints,
+    last: Ints,
+    flight: Ints,
+    layers: Ints,
+    weight: Ints,
+    modes: tuple[int, ...],
+    forgiving: bool = False,
 ) -> Bools:
     """Whether ranks with `layers` layers fit under some recompute mode, and the optimizer beside them.
 

@@ -81,7 +81,7 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
     fast = task.hardware.network[0].size or task.hardware.node_size
     divisors = _divisors(task.gpus)
     layers = task.model.n_layers
-    chunks = interleaved_chunks(layers, any("virtual_stages" == SHORT.get(name, name) for name in pins))
+    chunks = interleaved_chunks(layers, any(SHORT.get(name, name) == "virtual_stages" for name in pins))
     plain = [(code, 1) for code in schedule_codes(engine) if code != INTERLEAVED]
     schedules = [(NONE, 1), *plain, *((INTERLEAVED, v) for v in chunks if INTERLEAVED in schedule_codes(engine))]
     values: dict[str, tuple[int, ...]] = {

@@ -15,7 +15,10 @@ from planner.specs.layout import chunk_layers, even_stages
 def test_moments_give_the_peak_of_chunks_of_any_weight(pp, v):
     rng = np.random.default_rng(pp * 10 + v)
     for rounds in (1, 2, 3, 6):
-        order, moments = schedules.actions("interleaved", pp, pp * rounds, v), schedules.chunk_moments(pp, v, np.array([pp * rounds]))
+        order, moments = (
+            schedules.actions("interleaved", pp, pp * rounds, v),
+            schedules.chunk_moments(pp, v, np.array([pp * rounds])),
+        )
         for _ in range(4):
             weights = rng.integers(0, 50, (pp, v))
             some = [[1.0] * v] * pp
@@ -24,7 +27,7 @@ def test_moments_give_the_peak_of_chunks_of_any_weight(pp, v):
 
 
 def gaps(costs_of, seeds: range) -> np.ndarray:
-    """Closed form over simulation, less one: even splits of layers whose costs `costs_of` gives, all chunks at their own times."""
+    """Closed form over simulation, less one: even splits of layers of these costs, all chunks at their own times."""
     found = []
     for seed in seeds:
         rng = np.random.default_rng(seed)

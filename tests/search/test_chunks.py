@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 from machines import llama, profile, task
+from verify.plans import checked, made
 
 from planner.engines.registry import engine_named
 from planner.search.solve import search
@@ -16,7 +17,6 @@ from planner.specs.layout import chunk_layers, even_stages
 from planner.specs.model import Model
 from search.brute import all_rows
 from search.grids import solved, violations
-from verify.plans import checked, made
 
 PLAIN = {"attention": {"heads": 8, "kv_heads": 4}, "mlp": {"kind": "gated", "width": 2048}}
 LOCAL = PLAIN | {"attention": {"heads": 8, "kv_heads": 4, "sliding_window": 128}}
@@ -54,7 +54,7 @@ KINDS = ("one kind", "two blocks", "three kinds")
 def test_interleaved_rows_equal_brute_force_and_verify(kind, seed):
     t, engine, pins = instance(kind, seed)
     space = declared_space(t, engine, pins, ["cp"])
-    x, values = all_rows(t, engine, space)
+    values = all_rows(t, engine, space)[1]
     outcome, finite = search(t, engine, space, k=2), [v for v in values if v is not None]
     assert outcome.counts.by_memory == values.count(None)
     assert [c.step_ns for c in outcome.candidates[:1]] == ([min(finite)] if finite else [])

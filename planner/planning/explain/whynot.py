@@ -195,7 +195,9 @@ def _described(q: _Question, x: LayoutArray, rules: Sequence[Rule], pins: dict[s
     for rule in rules:
         row = int(order[np.argmax(rule.violated(q.task, x)[order])])
         pp = int(x.pp[row])
-        p = rule.problem(values_of(q.task, x.layout(row, even_stages(q.task.model.n_layers, pp, virtual_stages=int(x.virtual_stages[row])))))
+        p = rule.problem(
+            values_of(q.task, x.layout(row, even_stages(q.task.model.n_layers, pp, virtual_stages=int(x.virtual_stages[row]))))
+        )
         found.append(BrokenRule(pins=pins, code=p.code, name=rule.name, what=p.what, why=p.why, fix=p.fix))
     return found
 
