@@ -123,8 +123,7 @@ class Stack:
         if timed:
             taken = each(_CHUNK_TIMES)
             twice = sum(taken, np.int64(0)) + len(chunks) * np.maximum.reduce(taken)
-            held = layers.sum(axis=-1) + len(chunks) * layers.max(axis=-1)  # twice the layers whose time counts
-            values |= dict(zip(_CHUNK_TIMES, -(-twice // np.maximum((held + 1) // 2 * 2, 1)), strict=True))
+            values |= dict(zip(_CHUNK_TIMES, -(-twice // np.maximum(2 * layers.sum(axis=-1), 1)), strict=True))
         saved = each(_SAVED)
         pairs = most = np.int64(0)
         for j in range(moments.shape[-2]):

@@ -3,7 +3,7 @@
 The integer model that search, estimate and proof share. Per pipeline rank s with n layers (n1 selectively, n2 fully
 recomputed), in-flight count K, m micro-batches, v chunks:
 
-    R_s = n (F + B) + n1 r1 + n2 r2 + embedding (first) + head (last) + p2p       (with unequal chunks: `counted_layers`)
+    R_s = n (F + B) + n1 r1 + n2 r2 + embedding (first) + head (last) + p2p
     T   = ceil( ( (v m - 1) max_s R_s + sum_s R_s ) / v + max_s d_s ) + constant
     d_s = max(gradient and parameter traffic - what hides under compute, its exposed share) + optimizer
     Mem_s = max( states + K (act + boundary) + transient, update states + update transient ) + buffers
@@ -51,17 +51,11 @@ def stage_time(p: Primitives, first: Ints, last: Ints, layers: Ints, selective: 
 
     With chunks the step made of it is exact for ranks of equal layers, head and embedding included. Ranks of unequal ones
     wait for each other's chunks now and then: simulations of 600 random splits are 2 % off on average, 6 % longer at the
-    95th percentile. Where a rank's chunks take unequal times, others wait for the longest one when they meet it: half of what
-    the rest lack to it counts beside them. Simulations of 300 even splits of five sequences are 7 % longer at most, and shorter
-    mostly (tests/cost/test_chunks.py).
+    95th percentile. Where a rank's chunks mix kinds unequally (`blending`), others wait for the longest one when they meet it:
+    half of what the rest lack to it counts beside them. Simulations of 300 even splits of five sequences are 7 % longer at
+    most, and shorter mostly (tests/cost/test_chunks.py).
     """
-    n, n1, n2 = (counted_layers(k, p.chunks) for k in (layers, selective, full))
-    return n * (p.forward + p.backward) + n1 * p.recompute1 + n2 * p.recompute2 + end_time(p, first, last)
-
-
-def counted_layers(layers: Ints, chunks: Ints) -> Ints:
-    """Layers whose time counts: those there are, and half of what all chunks lack to the longest one."""
-    return (layers - layers // -chunks * chunks + 1) // 2
+    return layers * (p.forward + p.backward) + selective * p.recompute1 + full * p.recompute2 + end_time(p, first, last)
 
 
 def end_time(p: Primitives, first: Ints, last: Ints) -> Ints:

@@ -140,7 +140,7 @@ def _reasons(setting: Setting) -> dict[str, str]:
         "zero": f"stages that {engine.name} has",
         "micro_batch": f"powers of two up to {MAX_MICRO_BATCH}; a pin may name any size",
         "schedule": f"schedules that {engine.name} has; none where pp is 1",
-        "virtual_stages": f"with interleaved: up to {MAX_CHUNKS}, divisors of the {task.model.n_layers} layers and powers of two",
+        "virtual_stages": f"with interleaved: up to {MAX_CHUNKS}, divisors of {task.model.n_layers} layers, powers of two",
         "sequence_parallel": f"what {engine.name} allows; only with tp",
         "offload": f"what {engine.name} can keep in host memory",
         "order": f"rank orders of {engine.name}, where they differ: which axes are neighbours in the network",

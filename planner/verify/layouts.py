@@ -53,7 +53,7 @@ def evaluate(task: Task, layout: Layout) -> Evaluated:
         layout,
         int(step.step_cost(p, x, stages, blended).step[0]),
         cost.time,
-        np.asarray(step.counted_layers(stages.layers, ranks.chunks) * ranks.forward),
+        np.asarray(stages.layers * ranks.forward),
         int(p.embedding[0]),
         int(p.head[0]),
         int(ranks.p2p[0]),

@@ -93,7 +93,7 @@ def _least_work(rows: Priced, r: Ranks) -> tuple[Ints, Ints]:
     counts = [n for _, n in rows.task.model.kinds] if len(rows.kinds) > 1 else [rows.task.model.n_layers]
     again = [np.minimum.reduce([k.again(mode) for mode in r.modes]) for k in rows.kinds]
     each = [k.forward + k.backward + a for k, a in zip(rows.kinds, again, strict=True)]
-    ends = (tables.work(r) - r.counted * (r.p.forward + r.p.backward))[:, :, 0]
+    ends = (tables.work(r) - r.layers * (r.p.forward + r.p.backward))[:, :, 0]
     total = ends.sum(axis=1) + sum((n * t for n, t in zip(counts, each, strict=True)), np.zeros(len(rows), dtype=np.int64))
     cheapest = np.minimum.reduce(each)
     lacking = r.runs.places * r.chunks - r.runs.n_layers
@@ -156,7 +156,7 @@ def _times(part: Priced, r: Ranks, limit: Ints, factor: Ints) -> Ints:
     total, _ = _least_work(part, r)
     slowest = np.where(factor > 0, (limit - total) // np.maximum(factor, 1), NEVER)[:, None, None]
     work = tables.work(r)
-    quick = work + r.counted * tables.least_again(r) <= slowest
+    quick = work + r.layers * tables.least_again(r) <= slowest
     used = np.nonzero(quick.any(axis=(1, 2)))[0]
     time = np.full(r.shape(), NEVER)
     if len(used):

@@ -83,11 +83,6 @@ class Ranks:
         return self.runs.layers[None, None, :]
 
     @property
-    def counted(self) -> Ints:
-        """Layers whose time counts: between those there are and v times the longest chunk's, in the middle."""
-        return (self.layers + self.runs.each.max(axis=1)[None, None, :] * self.chunks + 1) // 2
-
-    @property
     def pp(self) -> int:
         """Pipeline ranks."""
         return self.flight.shape[1]
@@ -158,7 +153,7 @@ def least_again(r: Ranks) -> Ints:
 
 def work(r: Ranks) -> Ints:
     """R without recompute, ns."""
-    return r.counted * (r.p.forward + r.p.backward) + step.end_time(r.p, r.first, r.last)
+    return r.layers * (r.p.forward + r.p.backward) + step.end_time(r.p, r.first, r.last)
 
 
 def once(r: Ranks) -> Ints:
@@ -180,7 +175,7 @@ def recompute_time(r: Ranks) -> Ints:
     if r.chunks > 1:
         for mode in r.modes:
             within = r.pairs * r.p.saved(mode) <= rooms[mode]
-            best = np.where(within, np.minimum(best, r.counted * r.p.again(mode)), best)
+            best = np.where(within, np.minimum(best, r.layers * r.p.again(mode)), best)
         return np.where(beside, best, NEVER)
     most = int(r.layers.max()) if 2 in r.modes else 0
     for full in range(most + 1):

@@ -1,8 +1,8 @@
 """What a pipeline rank can hold: runs of neighbouring layers, by how many of each kind are in each of its chunks.
 
 With v chunks the layers are cut into v rounds of ceil(L / v), the last ones a layer shorter where v does not divide L. Place i
-of a chain of ceil(L / v) stands for the i-th layer of every round; a rank holds the places of one run, and thereby a run of every
-round: its chunks. The last place may stand for fewer layers than v, and is no run by itself then: every chunk holds a layer.
+of a chain of ceil(L / v) stands for the i-th layer of every round; a rank holds the places of one run, and thereby a run of
+every round: its chunks. The last place may stand for fewer layers than v, and is no run by itself then: every chunk holds a layer.
 """
 
 from __future__ import annotations

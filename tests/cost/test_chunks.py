@@ -38,7 +38,8 @@ def gaps(costs_of, seeds: range) -> np.ndarray:
         times = np.array([[whole[at[c * pp + s + 1]] - whole[at[c * pp + s]] for c in range(v)] for s in range(pp)])
         ends = np.zeros((pp, v))
         ends[0, 0], ends[-1, -1] = rng.uniform(0, 0.3), rng.uniform(0, 4)
-        rank = (times.sum(axis=1) + v * times.max(axis=1)) / 2 + ends.sum(axis=1)
+        lacking = v * times.max(axis=1) - times.sum(axis=1) if len(set(costs)) > 1 else 0  # of one kind none counts
+        rank = times.sum(axis=1) + lacking / 2 + ends.sum(axis=1)
         forward = (times + ends) / 3
         order = schedules.actions("interleaved", pp, m, v)
         span = schedules.simulate(order, forward.tolist(), (2 * forward).tolist(), [[1] * v] * pp).makespan
