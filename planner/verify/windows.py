@@ -2,7 +2,7 @@
 
 With v chunks the layers are cut into v rounds of ceil(L / v), the last ones a layer shorter where v does not divide L. Place i
 of a chain of ceil(L / v) stands for the i-th layer of every round; a rank holds the places of one run, and thereby a run of
-every round: its chunks. The last place may stand for fewer layers than v; it is no run by itself then, every chunk holds a layer.
+every round: its chunks. The last place may stand for fewer layers than v; it is no run by itself then: chunks hold a layer.
 """
 
 from __future__ import annotations
