@@ -91,7 +91,7 @@ class Stack:
         """
         if moments is not None:
             whole = self.blend(counts.sum(axis=-2), timed)
-            return replace(whole, **self._by_chunk(counts, timed, moments))
+            return replace(whole, **self._by_chunk(counts, timed, moments))  # type: ignore[arg-type]
         held = counts.sum(axis=-1)
         n, empty = np.maximum(held, 1), held == 0  # a rank without layers keeps the workspace
         skip = 0 if timed else len(_TIMES)
@@ -112,20 +112,21 @@ class Stack:
     def _by_chunk(self, counts: Ints, timed: bool, moments: Ints) -> dict[str, Ints]:
         """The fields that depend on how the layers of a rank are spread over its chunks."""
         layers, chunks = counts.sum(axis=-1), range(counts.shape[-2])
+        none: Ints = np.zeros(1, dtype=np.int64)
         if len(self.means) == 1 or np.all(counts == counts[..., :1, :]):
             return {}  # every chunk is like the mean
 
         def each(names: Sequence[str]) -> list[Ints]:
             rows = self.means[:, [_MEANS.index(name) for name in names]]
-            return [sum((counts[..., c, k] * rows[k] for k in range(len(rows))), np.int64(0)) for c in chunks]
+            return [sum((counts[..., c, k] * rows[k] for k in range(len(rows))), none) for c in chunks]
 
         values: dict[str, Ints] = {}
         if timed:
             taken = each(_CHUNK_TIMES)
-            twice = sum(taken, np.int64(0)) + len(chunks) * np.maximum.reduce(taken)
+            twice = sum(taken, none) + len(chunks) * np.maximum.reduce(taken)
             values |= dict(zip(_CHUNK_TIMES, -(-twice // np.maximum(2 * layers.sum(axis=-1), 1)), strict=True))
         saved = each(_SAVED)
-        pairs = most = np.int64(0)
+        pairs = most = none
         for j in range(moments.shape[-2]):
             held = [moments[..., j, c] for c in chunks]
             pairs = np.maximum(pairs, sum(n * layers[..., c] for c, n in zip(chunks, held, strict=True)))

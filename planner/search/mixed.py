@@ -101,8 +101,10 @@ class _Held:
 
 def pairs(x: LayoutArray, index: Ints, layers: Ints) -> Ints:
     """(layer, micro-batch) pairs in flight on ranks with `layers` layers; `index` and `layers` broadcast, rows first."""
-    columns = (a.reshape((-1,) + (1,) * (layers.ndim - 1)) for a in (x.schedule, x.pp, x.virtual_stages, x.microbatches))
-    return in_flight_layers(*columns, index, layers)
+    schedule, pp, v, m = (
+        a.reshape((-1,) + (1,) * (layers.ndim - 1)) for a in (x.schedule, x.pp, x.virtual_stages, x.microbatches)
+    )
+    return in_flight_layers(schedule, pp, v, m, index, layers)
 
 
 def fits(
