@@ -1,5 +1,9 @@
 """Primitives of ranks that mix several kinds of layers.
 
+With virtual stages a rank whose chunks take unequal times waits for others that are at their longest one: half of what its
+chunks lack to v times the longest counts beside them. What it saves is the most that its chunks hold together, over the pairs
+of layers and micro-batches.
+
 What a layer costs becomes its mean over the rank's layers, rounded up: n layers of the mean cost at most n units more than
 the sum. What lives only at the peak is that of the largest kind on the rank, what ranks send to each other that of the
 largest kind of all; embedding and head are those of one kind, the language model's last.
@@ -16,7 +20,10 @@ from planner.cost.primitives import Blend, Primitives
 from planner.cost.task import Ints
 
 _TIMES = ("forward", "backward", "weight", "recompute1", "recompute2", "comm", "hide", "floor", "update")
-HELD = ("state", "updating", "deferred", "act0", "act1", "act2")
+_CHUNK_TIMES = ("forward", "backward", "recompute1", "recompute2")
+"""Of every micro-batch."""
+_SAVED = ("act0", "act1", "act2")
+HELD = ("state", "updating", "deferred", *_SAVED)
 """Bytes of layers that add up; activations by recompute mode last."""
 _MEANS = (*_TIMES, *HELD)
 _PEAKS = (
@@ -119,8 +126,15 @@ class Stack:
         """Bytes of one layer of each kind by the names of `HELD`, shape (kinds, names, ...)."""
         return self.means[:, len(_TIMES) :]
 
-    def blend(self, counts: Ints) -> Blend:
-        """Primitives of ranks with `counts` layers, kinds on the last axis; other axes broadcast against the primitives'."""
+    def blend(self, counts: Ints, moments: Ints | None = None) -> Blend:
+        """Primitives of ranks with `counts` layers, kinds on the last axis; other axes broadcast against the primitives'.
+
+        With virtual stages `counts` has the chunks on the axis before, and `moments` (`schedules.chunk_moments`) the moments
+        and the chunks on its last two.
+        """
+        if moments is not None:
+            whole = self.blend(counts.sum(axis=-2))
+            return replace(whole, **self._by_chunk(counts, moments))  # type: ignore[arg-type]
         held = counts.sum(axis=-1)
         n, empty = np.maximum(held, 1), held == 0  # a rank without layers keeps the workspace
         total: Ints = np.zeros(1, dtype=np.int64)
@@ -135,7 +149,31 @@ class Stack:
         modes = peaks[len(_PEAKS) :]
         return Blend(**values, remade_by_mode=tuple(modes[:3]), rest_by_mode=tuple(modes[3:]))
 
+    def _by_chunk(self, counts: Ints, moments: Ints) -> dict[str, Ints]:
+        """The fields that depend on how the layers of a rank are spread over its chunks."""
+        layers, chunks = counts.sum(axis=-1), range(counts.shape[-2])
+        none: Ints = np.zeros(1, dtype=np.int64)
+        if len(self.means) == 1 or np.all(counts == counts[..., :1, :]):
+            return {}  # every chunk is like the mean
 
-def blend(kinds: Sequence[Primitives], counts: Ints, text: int = 0) -> Blend:
-    """Primitives of ranks that mix `kinds`; `counts` has the kinds on its last axis, `text` is that of embedding and head."""
-    return Stack.of(kinds, text).blend(counts)
+        def each(names: Sequence[str]) -> list[Ints]:
+            rows = self.means[:, [_MEANS.index(name) for name in names]]
+            return [sum((counts[..., c, k] * rows[k] for k in range(len(rows))), none) for c in chunks]
+
+        taken, saved = each(_CHUNK_TIMES), each(_SAVED)
+        twice = sum(taken, none) + len(chunks) * np.maximum.reduce(taken)
+        values = dict(zip(_CHUNK_TIMES, -(-twice // np.maximum(2 * layers.sum(axis=-1), 1)), strict=True))
+        pairs = most = none
+        for j in range(moments.shape[-2]):
+            held = [moments[..., j, c] for c in chunks]
+            pairs = np.maximum(pairs, sum(n * layers[..., c] for c, n in zip(chunks, held, strict=True)))
+            most = np.maximum(most, sum(n * saved[c] for c, n in zip(chunks, held, strict=True)))
+        return values | dict(zip(_SAVED, -(-most // np.maximum(pairs, 1)), strict=True))
+
+
+def blend(kinds: Sequence[Primitives], counts: Ints, text: int = 0, moments: Ints | None = None) -> Blend:
+    """Primitives of ranks that mix `kinds`; `counts` has the kinds on its last axis, `text` is that of embedding and head.
+
+    `moments`: see `Stack.blend`.
+    """
+    return Stack.of(kinds, text).blend(counts, moments=moments)

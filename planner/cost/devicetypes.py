@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from planner.cost import primitives, step
-from planner.cost.blending import Stack, blend
+from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.task import Bools, Ints, LayoutArray, StageArray, Task
 from planner.specs.layout import TYPE_ORDERS, Layout
@@ -127,6 +127,6 @@ def kinds_by_rank(task: Task, x: LayoutArray) -> tuple[Primitives, ...]:
 def cost_of(task: Task, layout: Layout, x: LayoutArray, held: StageArray, kinds: Sequence[Primitives]) -> LayoutCost:
     """The same from the primitives of each kind of layers on each rank."""
     text = task.model.text_kind if len(kinds) > 1 else 0
-    ranks = kinds[0] if len(kinds) == 1 else blend(kinds, step.layers_by_kind(task, layout), text)
+    ranks = kinds[0] if len(kinds) == 1 else step.blended_ranks(task, Stack.of(kinds, text), [layout], x.microbatches)
     p = kinds[text].take(np.array([0]))
     return LayoutCost(p, ranks, step.stage_cost(p, x, held, ranks), step.step_cost(p, x, held, ranks))

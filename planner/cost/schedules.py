@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -116,6 +117,36 @@ def _first_chunks(pp: Ints, v: Ints, m: Ints, flight: Ints, r: Ints) -> Ints:
     i = rounds * period + pp * r
     later = np.where(i <= m * v, forwards(i) - backwards(np.maximum(i - flight, 0)), 0)
     return np.maximum(after_warmup, later)
+
+
+def chunk_moments(pp: int, virtual_stages: int, microbatches: Ints) -> Ints:
+    """Micro-batches of each chunk in flight at the moments when the memory of a rank may peak, in the interleaved order.
+
+    Shape (len(microbatches), pp, moments, v). Whatever the chunks weigh, the most that a rank holds is the largest of
+    sum_c moments[..., c] weight_c. From three rounds of pp micro-batches on the moments repeat.
+    """
+    rounds, which = np.unique(np.clip(microbatches // pp, 1, 3), return_inverse=True)
+    known = [_moments(pp, virtual_stages, int(r)) for r in rounds]
+    width = max(table.shape[1] for table in known)
+    return np.stack([np.pad(table, ((0, 0), (0, width - table.shape[1]), (0, 0))) for table in known])[which.ravel()]
+
+
+@lru_cache(maxsize=512)
+def _moments(pp: int, v: int, rounds: int) -> Ints:
+    """The same for `rounds` pp micro-batches: shape (pp, moments, v), those that no other one exceeds in every chunk."""
+    period, last, chunk = pp * v, rounds * pp * v, np.arange(v) * pp
+    tables = []
+    for index in range(pp):
+        flight = min(last, (v - 1) * pp + 2 * (pp - 1 - index) + 1)
+        i = np.arange(flight, min(last, flight + period) + 1)[:, None]
+        i = i[(i[:, 0] % pp == 0) | ((i[:, 0] - flight) % pp == 0) | (i[:, 0] == last)]  # in between it changes evenly
+        forwards = i // period * pp + np.clip(i % period - chunk, 0, pp)
+        backwards = (i - flight) // period * pp + np.clip((i - flight) % period - chunk[::-1], 0, pp)
+        held = np.unique(forwards - backwards, axis=0)
+        exceeded = np.all(held[:, None] <= held[None], axis=2).sum(axis=1) > 1
+        tables.append(held[~exceeded])
+    width = max(len(table) for table in tables)
+    return np.stack([np.pad(table, ((0, width - len(table)), (0, 0))) for table in tables])
 
 
 # ---- event simulator ---------------------------------------------------------------------------------------------

@@ -104,10 +104,12 @@ class Engine:
     """Why it does not run the schedules that split the backward."""
     hybrid_sharding: bool = False
     """Whether a group of the data-parallel ranks can share states, with copies in the other groups."""
+    unequal_chunks: bool = False
+    """Whether the chunks of one rank may hold different numbers of layers."""
 
     @property
     def _choices(self) -> tuple[Rule, ...]:
-        """Rules that follow from what it offers: offload, schedules, rank orders, device types, hybrid sharding."""
+        """Rules that follow from what it offers: offload, schedules, rank orders, device types, hybrid sharding, chunks."""
         offloads, orders = ([names.index(n) for n in own] for names, own in
                             ((OFFLOADS, self.offloads), (RANK_ORDERS, self.rank_orders)))  # fmt: skip
         return (
@@ -149,6 +151,14 @@ class Engine:
                 "use --engine bundled or megatron, or one type",
                 whole_job=True,
                 on="degrees",
+            ),
+            Rule(
+                "PLN570", f"{self.name}: unequal chunks",
+                lambda t, x: (x.virtual_stages > 1) & ~_divides(t.model.n_layers, x.virtual_stages) & (not self.unequal_chunks),
+                "{n_layers} layers with {virtual_stages} virtual stages",
+                f"{self.title} cuts a rank into equal chunks only",
+                "choose virtual_stages from the divisors of {n_layers}, or use another engine",
+                on="pipeline",
             ),
         )  # fmt: skip
 
@@ -264,14 +274,6 @@ COMMON_RULES: tuple[Rule, ...] = (
         on="pipeline",
     ),
     Rule(
-        "PLN219", "layers % chunks",
-        lambda t, x: (x.virtual_stages > 1) & ~_divides(t.model.n_layers, x.virtual_stages),
-        "{n_layers} layers with {virtual_stages} virtual stages",
-        "every rank holds equal chunks, so that none waits for another chunk by chunk",
-        "choose virtual_stages from the divisors of {n_layers}",
-        on="pipeline",
-    ),
-    Rule(
         "PLN209", "interleaved: micro-batches % pp",
         lambda t, x: np.isin(x.schedule, (INTERLEAVED, INTERLEAVED_ZB)) & ~_divides(x.microbatches, x.pp),
         "{schedule} runs {microbatches} micro-batches on pp {pp}",
@@ -305,6 +307,14 @@ COMMON_RULES: tuple[Rule, ...] = (
         "schedule {schedule} on {model}, which mixes kinds of layers",
         "the closed form of its step is exact for equal chunks only, and was tested on them",
         "use interleaved or 1f1b",
+        on="pipeline",
+    ),
+    Rule(
+        "PLN586", "split backward: equal chunks",
+        lambda t, x: splits_backward(x.schedule) & ~_divides(t.model.n_layers, x.virtual_stages),
+        "schedule {schedule} on {n_layers} layers with {virtual_stages} virtual stages",
+        "the closed form of its step is exact for equal chunks only, and was tested on them",
+        "choose virtual_stages from the divisors of {n_layers}, or use interleaved",
         on="pipeline",
     ),
     Rule(
@@ -543,9 +553,10 @@ def stage_problems(model: Model, layout: Layout) -> list[Problem]:
             "every layer belongs to exactly one stage", "correct the stages' layers",
         ),
         (
-            any(s.layers < v or s.layers % v for s in layout.stages), "PLN223",
+            any(s.layers < v for s in layout.stages) or any(s.layers % v for s in layout.stages[:-1]), "PLN223",
             "a stage holds no layer" if v == 1 else f"a stage's layers are not a multiple of its {v} chunks",
-            "every chunk holds as many layers, at least one", "give each stage a multiple of its chunks, or use fewer chunks",
+            "every chunk of a stage holds as many layers, at least one; only the last stage's last chunks may be one short",
+            "give each stage but the last a multiple of its chunks, or use fewer chunks",
         ),
         (
             v > 1 and any(max(s.counts) not in (0, s.layers) for s in layout.stages), "PLN224",

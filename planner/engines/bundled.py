@@ -274,6 +274,7 @@ ACCOUNTING = Accounting(
 
 BUNDLED = Engine(
     name="bundled",
+    unequal_chunks=True,
     title="bundled PyTorch runtime",
     rules=RULES,
     accounting=ACCOUNTING,

@@ -141,6 +141,7 @@ TORCHTITAN = Engine(
     context_parallel=True,
     expert_parallel=True,
     hybrid_sharding=True,  # data_parallel_replicate_degree
+    unequal_chunks=True,
 )
 
 _MASTER = (Held("params", 4, shard=True), Held("optimizer", 8, shard=True))

@@ -140,6 +140,9 @@ def _breakdown(c: _Priced, seconds: float) -> Breakdown:
         "dp_comm": (int(once[d]) - update) / 1e9,
         "optimizer": update / 1e9,
     }
+    if v > 1 and len(c.kinds(s)) > 1:  # what its shorter chunks wait for others at their longest one
+        busy = ("compute", "recompute", "tp_comm", "cp_comm", "ep_comm", "zero_comm", "pp_comm")
+        parts["bubble"] += max(m * int(time[s]) / 1e9 - sum(parts[name] for name in busy), 0.0)
     return Breakdown(**parts, other=max(seconds - sum(parts.values()), 0.0))
 
 

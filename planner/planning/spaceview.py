@@ -143,7 +143,8 @@ def _reasons(setting: Setting) -> dict[str, str]:
         "zero": f"stages that {engine.name} has",
         "micro_batch": f"powers of two up to {MAX_MICRO_BATCH}; a pin may name any size",
         "schedule": f"schedules that {engine.name} has; none where pp is 1",
-        "virtual_stages": f"equal chunks a rank: 2 to {MAX_CHUNKS} with interleaved, interleaved-zb; 2 with zbv, dualpipev",
+        "virtual_stages": f"with interleaved, interleaved-zb: up to {MAX_CHUNKS}, divisors of {task.model.n_layers} layers, "
+        "powers of two; 2 with zbv, dualpipev",
         "sequence_parallel": f"what {engine.name} allows; only with tp",
         "offload": f"what {engine.name} can keep in host memory",
         "order": f"rank orders of {engine.name}, where they differ: which axes are neighbours in the network",
@@ -167,8 +168,8 @@ def explicit_layouts(x: LayoutArray, model: Model, modes: Sequence[int]) -> int:
     """How many layouts rows stand for: splits of L layers over pp ranks, times recompute counts of every rank. Exact.
 
     Without chunks a rank of n layers has C(n + k - 1, k - 1) mixes of k modes, so that splits and mixes together are the
-    coefficient of z^L in (1 / (1 - z)^k - 1)^pp. With v chunks a rank has k choices, and L / v positions are split;
-    a split backward leaves it one.
+    coefficient of z^L in (1 / (1 - z)^k - 1)^pp. With v chunks a rank has k choices, and ceil(L / v) positions are
+    split; where v does not divide L, the last rank has two of them at least. A split backward leaves a rank one choice.
     """
     choices = np.where(splits_backward(x.schedule), 1, len(modes))
     found, counts = np.unique(np.stack([x.pp, x.virtual_stages, choices]), axis=1, return_counts=True)
@@ -179,7 +180,8 @@ def explicit_layouts(x: LayoutArray, model: Model, modes: Sequence[int]) -> int:
 def _inside(layers: int, pp: int, v: int, modes: int) -> int:
     """Splits and recompute mixes of one row."""
     if v > 1:
-        return modes**pp * comb(layers // v - 1, pp - 1)
+        places = -(-layers // v) - (layers % v > 0)
+        return modes**pp * comb(places - 1, pp - 1)
     total = 0
     for j in range(pp + 1):
         top = modes * (pp - j)

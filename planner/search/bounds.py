@@ -21,6 +21,7 @@ from planner.cost.primitives import Primitives
 from planner.cost.schedules import ends, in_flight, in_flight_layers, put_off, splits_backward
 from planner.cost.task import Bools, Ints, LayoutArray
 from planner.specs.layout import SCHEDULES
+from planner.specs.model import Model
 
 BIG = np.int64(1) << 60
 """Stands for infinity; two of them never meet in a sum."""
@@ -49,7 +50,7 @@ class Group:
     waiting: Ints
     """Those among them that wait for their weight gradients, shape (rows, pp)."""
     stack: Stack | None = None
-    """Primitives by kind of layers, where the model mixes several; `p` is then that of its last layers."""
+    """Primitives by kind of layers, where places matter (`by_place`); `p` is then that of its last layers."""
     blended: Primitives | None = None
     """Primitives of windows of layers of several kinds, shape (rows, 1, windows): see `mixed`."""
 
@@ -232,13 +233,18 @@ def target_bound(g: Group, target: int) -> Ints:
     return result
 
 
-def same_pipeline(x: LayoutArray, rows: Ints, mixes: bool = False) -> list[Ints]:
-    """Rows in chunks that share pp and whether they have virtual stages (`mixes`: how many): what a `Group` needs.
+def by_place(model: Model, virtual_stages: Ints) -> Bools:
+    """Where the cost of a rank depends on which layers it holds, not only on how many: kinds mix, or a round is shorter."""
+    return np.asarray((model.n_layers % virtual_stages > 0) | (not model.homogeneous))
+
+
+def same_pipeline(x: LayoutArray, rows: Ints, model: Model) -> list[Ints]:
+    """Rows in chunks that share pp and whether they have virtual stages (`by_place`: how many): what a `Group` needs.
 
     Those that split their backward share their schedule and v besides.
     """
-    split = splits_backward(x.schedule[rows])
-    v = x.virtual_stages[rows] if mixes else np.where(split, x.virtual_stages[rows], x.virtual_stages[rows] > 1)
+    split, v = splits_backward(x.schedule[rows]), x.virtual_stages[rows]
+    v = np.where(split | by_place(model, v), v, (v > 1).astype(np.int64))
     kind = v * len(SCHEDULES) + np.where(split, x.schedule[rows], 0)
     most = int(kind.max(initial=0)) + 1
     key = x.pp[rows] * most + kind

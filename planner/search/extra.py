@@ -73,7 +73,7 @@ def _fitting(task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, 
     """Those of `rows` that fit the task's memory."""
     p, stack = with_limit(task, p, stack)
     found = []
-    for chunk in bounds.same_pipeline(x, rows, stack is not None):
+    for chunk in bounds.same_pipeline(x, rows, task.model):
         g = group_of(task, modes, x, p, stack, chunk)
         found.append(chunk[memory_feasible(task, g)])
     return np.concatenate([np.zeros(0, dtype=np.int64), *found])

@@ -76,7 +76,7 @@ def _fitting(state: solve._State, task: Task, candidates: Bools) -> Bools:
     """Which of the candidate rows fit under the task's limit. Exact."""
     x, (p, stack) = state.layouts, solve.with_limit(task, state.p, state.stack)
     fits, rows = np.zeros(len(x), dtype=bool), np.nonzero(candidates)[0]
-    for chunk in bounds.same_pipeline(x, rows, stack is not None):
+    for chunk in bounds.same_pipeline(x, rows, task.model):
         stopping.check()
         g = solve.group_of(task, state.space.modes, x, p, stack, chunk)
         fits[chunk] = solve.memory_feasible(task, g)

@@ -41,6 +41,8 @@ class _Ranks:
     stack: Stack
     flight: Ints
     """Chunk-micro-batches in flight, shape (rows, pp)."""
+    moments: Ints
+    """Those of each chunk when memory may peak (`schedules.chunk_moments`), shape (rows, pp, moments, chunks)."""
     windows: Windows
     modes: tuple[int, ...]
     pattern: Ints
@@ -49,23 +51,25 @@ class _Ranks:
     """By rank; those between the first and the last share one unless devices differ by rank."""
 
     def fits(self, s: int, rows: Ints, entries: Ints) -> Bools:
-        """Whether rank s of `rows` can hold windows; a byte is forgiven for each rounded mean."""
+        """Whether rank s of `rows` can hold windows; a byte is forgiven for each rounded mean: of one kind it is exact."""
         place, pattern = self.places[s], self.pattern[entries]
-        counts = self.windows.counts[entries]
-        layers, flight = counts.sum(axis=1), self.flight[rows, s]
-        total = np.einsum("rk,kfr->fr", counts, self.stack.of_rank(s).held.take(rows, axis=2))
-        whole = -(-total // layers) * layers  # the layers cost their rounded mean each
-        weight = layers // self.windows.chunks * flight
-        saved = -(-total[-3:] // layers) * weight
-        forgiven = layers + weight
+        counts, held = self.windows.counts[entries], self.stack.of_rank(s).held.take(rows, axis=2)
+        layers, flight, moments = counts.sum(axis=(1, 2)), self.flight[rows, s], self.moments[rows, s]
+        whole = np.einsum("rck,kfr->fr", counts, held[:, :-3])
+        whole = -(-whole // layers) * layers  # the layers cost their rounded mean each
+        pairs = np.einsum("rjc,rck->rjk", moments, counts)
+        weight = pairs.sum(axis=2).max(axis=1)
+        saved = np.einsum("rjk,kfr->fjr", pairs, held[:, -3:]).max(axis=1)
+        saved = -(-saved // np.maximum(weight, 1)) * weight
+        forgiven = layers + weight if len(held) > 1 else 0
         left = place.left[:, rows, pattern] + (forgiven - flight * place.output[rows] - whole[_STATE])
         fits = (saved[list(self.modes)] <= left).any(axis=0)
         return np.asarray(fits & (whole[_UPDATING] <= place.beside[rows, pattern] + forgiven))
 
 
-def hold_all(stack: Stack, flight: Ints, w: Windows, modes: tuple[int, ...]) -> Bools:
-    """Which rows have ranks that together hold all layers; `flight` of shape (rows, pp)."""
-    ranks, (rows, pp) = _ranks(stack, flight, w, modes), flight.shape
+def hold_all(stack: Stack, flight: Ints, moments: Ints, w: Windows, modes: tuple[int, ...]) -> Bools:
+    """Which rows have ranks that together hold all layers; `flight` of shape (rows, pp), `moments` as in `chunk_moments`."""
+    ranks, (rows, pp) = _ranks(stack, flight, moments, w, modes), flight.shape
     at, alive = np.zeros(rows, dtype=np.int64), np.arange(rows)
     size = np.full(rows, w.positions // pp, dtype=np.int64)
     for s in range(pp):
@@ -79,13 +83,13 @@ def hold_all(stack: Stack, flight: Ints, w: Windows, modes: tuple[int, ...]) -> 
     return result
 
 
-def _ranks(stack: Stack, flight: Ints, w: Windows, modes: tuple[int, ...]) -> _Ranks:
+def _ranks(stack: Stack, flight: Ints, moments: Ints, w: Windows, modes: tuple[int, ...]) -> _Ranks:
     """The ranks, and what they hold besides layers."""
-    kinds, pattern = np.unique(w.counts > 0, axis=0, return_inverse=True)
+    kinds, pattern = np.unique(w.counts.sum(axis=1) > 0, axis=0, return_inverse=True)
     pp = flight.shape[1]
     same = [(s if stack.ranked else 0, s == 0, s == pp - 1) for s in range(pp)]
     each = {key: _place(stack.of_rank(key[0]), kinds.astype(np.int64), key[1:], modes) for key in set(same)}
-    return _Ranks(stack, flight, w, modes, pattern.ravel(), tuple(each[key] for key in same))
+    return _Ranks(stack, flight, moments, w, modes, pattern.ravel(), tuple(each[key] for key in same))
 
 
 def _place(stack: Stack, kinds: Ints, ends: tuple[bool, bool], modes: tuple[int, ...]) -> _Place:
@@ -101,6 +105,7 @@ def _place(stack: Stack, kinds: Ints, ends: tuple[bool, bool], modes: tuple[int,
 def _longest(ranks: _Ranks, s: int, rows: Ints, at: Ints, guess: Ints) -> Ints:
     """The longest window from `at` that rank s of `rows` can hold, in positions; 0 for none. `guess` is tried first."""
     w, later = ranks.windows, ranks.flight.shape[1] - 1 - s
+    later += int(later > 0 and not w.whole.all())  # the last rank holds another position if the last one lacks layers
     low, high = np.zeros_like(at), np.maximum(w.positions - at - later, 0)  # every later rank holds a position
     probe, stride = np.clip(guess, 1, np.maximum(high, 1)), 1
     while len(open_ := np.nonzero(low < high)[0]):

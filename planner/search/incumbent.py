@@ -91,7 +91,8 @@ def _cost(task: Task, x: LayoutArray, p: Primitives, stack: Stack | None, mode: 
     if stack is None:
         return step.step_cost(p, x, even_runs(x, task.model.n_layers, mode))
     stages = _every_rank(task, x, mode)
-    return step.step_cost(p, x, stages, stack.take(stages.row).blend(_counts(task, x, stages)))
+    layouts = [x.layout(row, even_stages(task.model.n_layers, int(x.pp[row]))) for row in range(len(x))]
+    return step.step_cost(p, x, stages, step.blended_ranks(task, stack.take(stages.row), layouts, x.microbatches))
 
 
 def _every_rank(task: Task, x: LayoutArray, mode: int) -> StageArray:
@@ -102,14 +103,3 @@ def _every_rank(task: Task, x: LayoutArray, mode: int) -> StageArray:
     index = np.concatenate([np.arange(pp, dtype=np.int64) for pp in x.pp.tolist()])
     none = np.zeros_like(held)
     return StageArray(row, index, np.ones_like(held), held, held if mode == 1 else none, held if mode == 2 else none)
-
-
-def _counts(task: Task, x: LayoutArray, stages: StageArray) -> Ints:
-    """Layers of each kind on every rank, kinds on the last axis."""
-    counts = np.zeros((len(stages.row), len(task.model.kinds)), dtype=np.int64)
-    for pp, v in sorted(set(zip(x.pp.tolist(), x.virtual_stages.tolist(), strict=True))):
-        same = (x.pp[stages.row] == pp) & (x.virtual_stages[stages.row] == v)
-        example = int(np.nonzero((x.pp == pp) & (x.virtual_stages == v))[0][0])
-        layout = x.layout(example, even_stages(task.model.n_layers, pp))
-        counts[same] = step.layers_by_kind(task, layout)[stages.index[same]]
-    return counts

@@ -12,21 +12,42 @@ from dataclasses import replace
 import numpy as np
 
 from planner.cost import step
-from planner.cost.task import Bools, Ints, Task
+from planner.cost.blending import Stack
+from planner.cost.primitives import Blend
+from planner.cost.schedules import chunk_moments
+from planner.cost.task import Bools, Ints, LayoutArray, Task
 from planner.search import bounds, holding
 from planner.search.alike import distinct
 from planner.search.bounds import BIG, Group
-from planner.search.windows import Windows, windows
+from planner.search.windows import Windows, positions, windows
 
 _ENTRIES = 1_000_000
 """Entries of a table of (rows, ranks, windows) that are worked on at once."""
 
 
 def blended(g: Group, counts: Ints) -> Group:
-    """The group with the primitives of windows; `counts` of shape (rows or 1, 1 or ranks, windows, kinds)."""
+    """The group with the primitives of windows; `counts` of shape (rows or 1, 1 or ranks, windows, chunks, kinds)."""
     assert g.stack is not None
-    # A stack by rank (several device types) has that axis already.
-    return replace(g, blended=g.stack.deep(5 - g.stack.means.ndim).blend(counts))
+    moments, deep = _moments(g), g.stack.deep(5 - g.stack.means.ndim)  # a stack by rank has the axis of ranks already
+    if moments is None:
+        return replace(g, blended=deep.blend(counts[..., 0, :]))
+    return replace(g, blended=deep.blend(counts, moments=moments[:, :, None]))
+
+
+def blend_rank(stack: Stack, x: LayoutArray, s: int, counts: Ints) -> Blend:
+    """Primitives of rank s of rows with one v, with `counts` (rows, chunks, kinds) layers."""
+    v = int(x.virtual_stages[0])
+    return (
+        stack.blend(counts[:, 0])
+        if v == 1
+        else stack.blend(counts, moments=chunk_moments(int(x.pp[0]), v, x.microbatches)[:, s])
+    )
+
+
+def _moments(g: Group) -> Ints | None:
+    """Micro-batches of each chunk in flight (`chunk_moments`), shape (rows, ranks, moments, chunks); None without chunks."""
+    v = int(g.layouts.virtual_stages[0])
+    return chunk_moments(g.pp, v, g.layouts.microbatches) if v > 1 else None
 
 
 def rows_of(g: Group, rows: Ints) -> Group:
@@ -41,17 +62,19 @@ def rows_of(g: Group, rows: Ints) -> Group:
 def memory_feasible(task: Task, g: Group) -> Bools:
     """Which rows have any split and recompute that fits: surely not the others (`holding`)."""
     assert g.stack is not None
-    v = int(g.layouts.virtual_stages[0])
-    some, kind = distinct(np.concatenate([g.stack.bytes, g.flight.T]))
-    w = windows(task.model.kind_of_layer, v, g.n_layers // v)
-    return holding.hold_all(g.stack.take(some), g.flight[some], w, g.modes)[kind]
+    v, x = int(g.layouts.virtual_stages[0]), g.layouts
+    # With chunks the moments of a rank follow from full rounds of micro-batches, of which no more than three matter.
+    some, kind = distinct(np.concatenate([g.stack.bytes, g.flight.T, np.minimum(x.microbatches // x.pp, 3)[None]]))
+    w = windows(task.model.kind_of_layer, v, positions(g.n_layers, v))
+    flight = g.flight[some]
+    moments = chunk_moments(g.pp, v, x.microbatches[some]) if v > 1 else flight[:, :, None, None]
+    return holding.hold_all(g.stack.take(some), flight, moments, w, g.modes)[kind]
 
 
 def fitting(g: Group, layers: Ints) -> Bools:
     """Whether windows fit under some recompute mode, and the optimizer beside them, shape (rows, ranks, windows)."""
-    v = int(g.layouts.virtual_stages[0])
     p, first, last, flight = g.deep, g.first[:, :, None], g.last[:, :, None], g.flight[:, :, None]
-    held, weight = layers * p.state, flight * (layers // v)
+    held, weight = layers * p.state, g.weight(np.broadcast_to(layers, (len(g.layouts), g.pp, layers.shape[2])))
     left = p.capacity - step.stage_base_bytes(p, first, last, flight) - held
     best = np.zeros(left.shape, dtype=bool)
     for mode in g.modes:
@@ -59,11 +82,12 @@ def fitting(g: Group, layers: Ints) -> Bools:
     return np.asarray(best & (step.stage_update_bytes(p, first, last, layers) <= p.capacity))
 
 
-def excess(task: Task, g: Group, counts: Ints, mode: int) -> Ints:
-    """Bytes beyond what each row may hold when its ranks hold `counts` (ranks, kinds) layers, all under one recompute mode."""
-    g = blended(g, counts[None, :, None, :])
-    p, layers, v = g.deep, counts.sum(axis=1)[None, :, None], g.layouts.virtual_stages[:, None, None]
-    weight = g.flight[:, :, None] * -(-layers // v)
+def excess(g: Group, counts: Ints, mode: int) -> Ints:
+    """Bytes beyond what each row may hold when its ranks hold `counts` (ranks, chunks, kinds) layers, all under one recompute
+    mode."""
+    g = blended(g, counts[None, :, None])
+    p, layers = g.deep, counts.sum(axis=(1, 2))[None, :, None]
+    weight = g.weight(np.broadcast_to(layers, (len(g.layouts), g.pp, 1)))
     backward = layers * p.state + weight * p.saved(mode) - g.deep_room(mode)
     update = step.stage_update_bytes(p, g.first[:, :, None], g.last[:, :, None], layers) - p.capacity
     return np.asarray(np.maximum(backward, update).max(axis=(1, 2)))
@@ -115,7 +139,9 @@ def reach_below(task: Task, g: Group, target: int) -> Ints:
     """The most layers that one rank can hold in a plan below `target`, shape (rows,)."""
     room = _allowed_bottleneck(task, g, target) - g.extra_time().min(axis=1)
     by_time = np.where(room < 0, 0, room // np.maximum(_least_layer(g), 1))
-    return np.minimum(by_time, g.n_layers - (g.pp - 1) * g.layouts.virtual_stages)
+    v = g.layouts.virtual_stages
+    lacking = -g.n_layers % v  # the last rank's, which count as positions
+    return np.minimum(by_time + lacking, (-(-g.n_layers // v) - (g.pp - 1)) * v)
 
 
 def _allowed_bottleneck(task: Task, g: Group, target: int) -> Ints:
@@ -133,7 +159,7 @@ def target_bound(task: Task, g: Group, target: int) -> Ints:
     while start < len(order):
         # Rows of similar reach share a table, so that little of it is padding.
         most = int(reach[order[start]]) * 5 // 4 + 1
-        width = len(windows(task.model.kind_of_layer, v, max(min(most, g.n_layers) // v, 1)).counts)
+        width = len(windows(task.model.kind_of_layer, v, max(min(most // v, positions(g.n_layers, v)), 1)).counts)
         stop = start + max(1, _ENTRIES // (g.pp * width))
         stop = min(stop, start + int(np.searchsorted(reach[order[start:]], most, side="right")))
         chunk = order[start : max(stop, start + 1)]
@@ -152,7 +178,7 @@ def _table_bound(task: Task, g: Group, target: int, reach: int) -> Ints:
     g = blended(g, w.counts[None, None])
     layers = w.layers[None, None, :]
     first, last, p = g.first[:, :, None], g.last[:, :, None], g.deep
-    again = np.where(fitting(g, layers), bounds.least_recompute(g, layers), BIG)
+    again = np.where(fitting(g, layers) & w.whole, bounds.least_recompute(g, layers), BIG)
     linear = layers * (p.forward + p.backward) + step.end_time(p, first, last)
     time = np.where(again >= BIG, BIG, again + linear)
     time = np.where(time > allowed[:, None, None], BIG, time)
@@ -170,7 +196,7 @@ def _useful(task: Task, g: Group, w: Windows, allowed: Ints) -> Bools:
     """Windows that a chain under the allowed bottlenecks of some row can have: work of no more than one rank and no less than
     what the other ranks leave. Nothing else need be priced."""
     room = allowed - g.extra_time().min(axis=1)
-    work, least = w.counts @ _least_layers(g), _work(task, g) - (g.pp - 1) * np.maximum(room, 0)
+    work, least = w.counts.sum(axis=1) @ _least_layers(g), _work(task, g) - (g.pp - 1) * np.maximum(room, 0)
     return np.asarray(((work <= room) & (work >= least)).any(axis=1))
 
 
@@ -186,7 +212,7 @@ def least_sum(values: Ints, w: Windows) -> Ints:
 
 def _chain(values: Ints, w: Windows, join: np.ufunc) -> Ints:
     rows, pp, _ = values.shape
-    usable = [np.unique(w.layers[(values[:, s] < BIG).any(axis=0)]) // w.chunks for s in range(pp)]
+    usable = [np.unique(w.sizes[(values[:, s] < BIG).any(axis=0)]) for s in range(pp)]
     if not all(map(len, usable)):
         return np.full(rows, BIG, dtype=np.int64)
     low, high = _meetings(usable, w.positions)

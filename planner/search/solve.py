@@ -99,11 +99,6 @@ class _State:
         """Rows with one pp as a `Group`."""
         return group_of(self.task, self.space.modes, self.layouts, self.p, self.stack, rows)
 
-    @property
-    def mixing(self) -> Task | None:
-        """The task, where its model mixes kinds of layers."""
-        return self.task if self.stack is not None else None
-
     def kth(self, k: int) -> int:
         """The k-th best value over distinct groups, BIG while there are fewer."""
         values = sorted(self.best.values())
@@ -178,7 +173,7 @@ def _prepare(task: Task, space: Space, rows: Rows) -> _State:
     size = len(x)
     none = np.zeros(size, dtype=bool)
     state = _State(task, space, x, p, np.full(size, BIG), none.copy(), none.copy(), none.copy(), stack)
-    for chunk in bounds.same_pipeline(x, np.arange(size), stack is not None):
+    for chunk in bounds.same_pipeline(x, np.arange(size), task.model):
         stopping.check()
         g = state.group(chunk)
         fits = memory_feasible(task, g)
@@ -223,11 +218,14 @@ def with_limit(task: Task, p: Primitives, stack: Stack | None) -> tuple[Primitiv
 
 
 def group_of(task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, stack: Stack | None, rows: Ints) -> Group:
-    """Rows with one pipeline degree (and one v, where the model mixes kinds of layers) as a `Group`."""
+    """Rows with one pipeline degree (and one v, where places matter: `by_place`) as a `Group`."""
     if task.types:
         return hetero.group_of(task, modes, x, p, stack, rows)
-    g = bounds.group_of(p.take(rows), x.take(rows), task.model.n_layers, modes)
-    return g if stack is None else replace(g, stack=stack.take(rows))
+    own = p.take(rows)
+    g = bounds.group_of(own, x.take(rows), task.model.n_layers, modes)
+    if not bounds.by_place(task.model, x.virtual_stages[rows[:1]])[0]:
+        return g
+    return replace(g, stack=Stack.of([own]) if stack is None else stack.take(rows))
 
 
 def memory_feasible(task: Task, g: Group) -> Bools:
@@ -263,7 +261,7 @@ def _raise_target(state: _State, k: int, report: Progress) -> None:
 def _refine(state: _State, target: int, k: int) -> None:
     """Raise the bounds of rows below the target, where they could still matter."""
     rows = np.nonzero(state.fits & ~state.known & (state.bound < min(target, state.kth(k) + 1)))[0]
-    for chunk in bounds.same_pipeline(state.layouts, rows, state.stack is not None):
+    for chunk in bounds.same_pipeline(state.layouts, rows, state.task.model):
         stopping.check()
         g = state.group(chunk)
         better = np.minimum(_target_bound(state.task, g, target), target)
@@ -279,7 +277,7 @@ def _solve(state: _State, row: int, target: int, k: int) -> None:
     if reach < int(state.layouts.virtual_stages[row]):  # not even one layer a chunk stays below the cutoff
         state.examined[row], state.bound[row] = True, max(int(state.bound[row]), cutoff)
         return
-    t = stages.tables(g, reach, state.mixing)
+    t = stages.tables(g, state.task, reach)
     v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row].max())
     below = (cutoff - constant - 1) * v + 1
     found = stages.best_split(t, below, stopping.check)
@@ -296,10 +294,9 @@ def _solve(state: _State, row: int, target: int, k: int) -> None:
 
 def _reach(state: _State, g: Group, cutoff: int) -> int:
     """The most layers that a rank of a group of one row can hold in a plan below `cutoff`."""
-    mixing = state.mixing
     if state.task.types:
         return int(hetero.reach_below(state.task, g, cutoff)[0])
-    return int((mixed.reach_below(mixing, g, cutoff) if mixing else bounds.reach_below(g, cutoff))[0])
+    return int((mixed.reach_below(state.task, g, cutoff) if g.stack else bounds.reach_below(g, cutoff))[0])
 
 
 def _agree(t: stages.Tables, below: int, found: tuple[int, list[int]] | None) -> None:
@@ -390,7 +387,7 @@ def _candidate(state: _State, row: int) -> Candidate:
     """The canonical plan of a row; re-evaluated by the cost model, which must give the same integer."""
     value, _ = state.values[row]
     g = state.group(np.array([row]))
-    t = stages.tables(g, _reach(state, g, value + 1), state.mixing)
+    t = stages.tables(g, state.task, _reach(state, g, value + 1))
     v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row].max())
     verdict = stages.cp_sat(t, (value - constant) * v + 1, canonical=True)
     if verdict.status != "OPTIMAL" or verdict.split is None:
@@ -427,7 +424,8 @@ def _evaluate(state: _State, row: int, layout: Layout, x: LayoutArray) -> step.S
     only, ranks = np.array([row]), StageArray.of([layout])
     blended = None
     if state.stack is not None:
-        blended = state.stack.take(only).take(ranks.row).blend(step.layers_by_kind(state.task, layout))
+        kinds = state.stack.take(only).take(ranks.row)
+        blended = step.blended_ranks(state.task, kinds, [layout], x.microbatches)
     return step.step_cost(state.p.take(only), x, ranks, blended)
 
 

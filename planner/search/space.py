@@ -83,7 +83,7 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
     fast = min(h.network[0].size or h.node_size for h in task.profiles)
     divisors = _divisors(task.gpus)
     layers = task.model.n_layers
-    chunks = range(2, min(MAX_CHUNKS, layers) + 1)
+    chunks = interleaved_chunks(layers, any(SHORT.get(name, name) == "virtual_stages" for name in pins))
     codes_run = sorted(schedule_codes(engine), key=lambda code: code in (INTERLEAVED, INTERLEAVED_ZB))
     schedules = [(NONE, 1), *((code, v) for code in codes_run for v in _chunk_choices(code, chunks))]
     values: dict[str, tuple[int, ...]] = {
@@ -136,6 +136,15 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
 def _chunk_choices(code: int, chunks: Sequence[int]) -> Sequence[int]:
     """Chunks that a rank may hold under a schedule, of those in the declared range."""
     return chunks if code in (INTERLEAVED, INTERLEAVED_ZB) else [v for v in (2,) if v in chunks] if code in V_CODES else (1,)
+
+
+def interleaved_chunks(layers: int, pinned: bool) -> list[int]:
+    """Chunks a rank of interleaved pipelines: divisors of the layers and powers of two; any number where they are pinned.
+
+    Others leave the last rank's chunks unequal all the same, and take no bottleneck away that these do not.
+    """
+    every = range(2, min(MAX_CHUNKS, layers) + 1)
+    return [v for v in every if pinned or layers % v == 0 or v & (v - 1) == 0]
 
 
 def _expert_degrees(task: Task, engine: Engine) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from planner.cost.primitives import Primitives
 from planner.cost.task import Bools, Ints, Task
 from planner.search import mixed
 from planner.search.bounds import BIG, Group, most_layers
-from planner.search.windows import windows
+from planner.search.windows import positions, windows
 
 DETERMINISTIC_TIME = 60.0
 """CP-SAT's own clock, the only limit that could stop a proof: the same on every machine."""
@@ -53,10 +53,10 @@ class Tables:
     credit: int = 0
     """What a split backward takes off the pipeline's time (`step.pipeline_time`)."""
 
-    @property
+    @cached_property
     def positions(self) -> int:
         """Positions of the sequence that the ranks divide."""
-        return self.n_layers // self.chunks
+        return positions(self.n_layers, self.chunks)
 
     @cached_property
     def least_bottleneck(self) -> int | None:
@@ -99,11 +99,16 @@ class Tables:
         missing = (entry < 0) | (start < 0)
         return np.where(missing, self.time.shape[1], entry), np.where(missing, length + 1, start)
 
+    def split(self, sizes: list[int]) -> list[int]:
+        """Layers of each rank from its positions: what v rounds lack of whole ones is missing on the last rank."""
+        whole = [n * self.chunks for n in sizes]
+        return [*whole[:-1], whole[-1] - (self.positions * self.chunks - self.n_layers)]
+
     def columns(self, split: list[int]) -> list[int]:
         """The entry that each rank holds under a split into layers."""
         found, start = [], 0
         for n in split:
-            size = n // self.chunks
+            size = -(-n // self.chunks)
             found.append(int(self.at[0 if self.anywhere else start, size]))
             start += size
         return found
@@ -121,12 +126,12 @@ class Tables:
         return pipeline + self.chunks * once
 
 
-def tables(g: Group, reach: int | None = None, task: Task | None = None) -> Tables:
-    """The exact tables of a group of one row, for up to `reach` layers a rank. `task` where the model mixes kinds."""
+def tables(g: Group, task: Task, reach: int | None = None) -> Tables:
+    """The exact tables of a group of one row, for up to `reach` layers a rank."""
     v = int(g.layouts.virtual_stages[0])
-    top = g.n_layers - (g.pp - 1) * v
+    top = (positions(g.n_layers, v) - (g.pp - 1)) * v
     top = max(v, min(top, reach if reach is not None else top))
-    if task is not None:
+    if g.stack is not None:
         return _window_tables(g, task, top)
     most = most_layers(g)[0]
     top = max(v, min(top, int(most.max())))
@@ -139,7 +144,7 @@ def _window_tables(g: Group, task: Task, top: int) -> Tables:
     w = windows(task.model.kind_of_layer, int(g.layouts.virtual_stages[0]), top // int(g.layouts.virtual_stages[0]))
     g = mixed.blended(g, w.counts[None, None])
     beside = step.stage_update_bytes(g.deep, g.first[:, :, None], g.last[:, :, None], w.layers) <= g.p.capacity[:, :, None]
-    return _priced(g, w.layers, w.at, beside[0])
+    return _priced(g, w.layers, w.at, beside[0] & w.whole)
 
 
 def _priced(g: Group, layers: Ints, at: Ints, allowed: Bools) -> Tables:
@@ -317,11 +322,11 @@ def _least_sum(t: Tables, mask: np.ndarray) -> tuple[int, list[int]] | None:
         before.append(start[every, chosen])
     if best[-2] >= BIG:
         return None
-    split, at = [], t.positions
+    sizes, at = [], t.positions
     for starts in reversed(before):
-        split.append(at - int(starts[at]))
-        at -= split[-1]
-    return int(best[-2]), [n * t.chunks for n in reversed(split)]
+        sizes.append(at - int(starts[at]))
+        at -= sizes[-1]
+    return int(best[-2]), t.split(sizes[::-1])
 
 
 # ---- CP-SAT --------------------------------------------------------------------------------------------------------
@@ -363,7 +368,7 @@ def cp_sat(t: Tables, below: int, canonical: bool = False) -> Verdict:
         model.add(slowest >= sum(time[i] * x[i] for i in mine))
         model.add(largest >= sum(once[i] * x[i] for i in mine))
     if t.anywhere:
-        model.add(sum(n * b for n, b in zip(layers, x, strict=True)) == t.n_layers)
+        model.add(sum(n * b for n, b in zip(sizes, x, strict=True)) == t.positions)
     else:
         _join(model, x, rows, starts, sizes)
     total = t.factor * slowest + sum(c * b for c, b in zip(time, x, strict=True)) + t.chunks * largest
@@ -381,10 +386,11 @@ def cp_sat(t: Tables, below: int, canonical: bool = False) -> Verdict:
     status = solver.solve(model)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return Verdict(solver.status_name(status), None, None)
-    split = [0] * len(kept)
-    for s, n, b in zip(rows, layers, x, strict=True):
+    held = [0] * len(kept)
+    for s, n, b in zip(rows, sizes, x, strict=True):
         if solver.value(b):
-            split[s] = n
+            held[s] = n
+    split = t.split(held)
     return Verdict(solver.status_name(status), t.value(split), split)
 
 

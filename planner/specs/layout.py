@@ -178,18 +178,28 @@ def last_rank(schedule: str, pp: int) -> int:
 def chunk_layers(layers: int, virtual_stages: int) -> list[int]:
     """Split a rank's layers over its chunks: sizes differ by at most one, the first chunks take the extra ones.
 
-    The last chunk of the last rank, which also holds the head, is so never longer than the others.
+    The last chunk of the last rank, which also holds the head, is so never longer than the others. The rules let only the last
+    rank have unequal chunks: where v does not divide the model's layers, its last ones are one layer short.
     """
     base, extra = divmod(layers, virtual_stages)
     return [base + (1 if c < extra else 0) for c in range(virtual_stages)]
 
 
-def even_stages(layers: int, pp: int, recompute: str = "none") -> list[Stage]:
-    """Layers spread as evenly as they go, the last stages (and the first) one short when they do not divide."""
-    base, extra = divmod(layers, pp)
+def even_stages(layers: int, pp: int, recompute: str = "none", virtual_stages: int = 1) -> list[Stage]:
+    """Layers spread as evenly as they go, the last stages (and the first) one short when they do not divide.
+
+    With virtual stages every rank holds whole multiples of them, but for what the last one lacks.
+    """
+    v = virtual_stages
+    short = -layers % v
+    base, extra = divmod(-(-layers // v), pp)
     order = [*range(1, pp - 1), 0, pp - 1] if pp > 1 else [0]
+    if short and base == 1:  # a rank of one layer a chunk has none to lack
+        order = [pp - 1, *order[:-1]]
     heavy = set(order[:extra])
-    return [Stage(layers=base + (1 if s in heavy else 0), recompute=recompute) for s in range(pp)]
+    counts = [v * (base + (1 if s in heavy else 0)) for s in range(pp)]
+    counts[-1] = max(counts[-1] - short, 0)
+    return [Stage(layers=n, recompute=recompute) for n in counts]
 
 
 class Share(Spec):

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from planner.cost import intervals, risk, step
-from planner.cost.blending import blend
+from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives, PrimitiveTable, TimeParts, primitive_table
 from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
 from planner.engines.registry import accounting_named
@@ -254,7 +254,8 @@ def priced(batch: Batch, task: Task) -> tuple[list[PrimitiveTable], Primitives, 
 
 def _blended(tables: list[Primitives], batch: Batch) -> Primitives:
     """Primitives of each rank of a model that mixes kinds of layers."""
-    return blend([p.take(batch.stages.row) for p in tables], batch.kind_counts, batch.task.model.text_kind)
+    stack = Stack.of([p.take(batch.stages.row) for p in tables], batch.task.model.text_kind)
+    return step.blended_ranks(batch.task, stack, [e.run.layout for e in batch.entries], batch.layouts.microbatches)
 
 
 def figures(batch: Batch, task: Task | None = None) -> Figures:

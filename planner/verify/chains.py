@@ -14,7 +14,7 @@ from planner.verify.windows import Runs
 
 def exists(allowed: Bools, w: Runs) -> Bools:
     """Whether some chain uses allowed entries only, shape (rows,). Exact."""
-    if _by_length(w):
+    if w.by_length:
         simple, answer = _prefixes(allowed, w)
         rest = np.nonzero(~simple)[0]
     else:
@@ -39,11 +39,6 @@ def _reaches(allowed: Bools, w: Runs) -> Bools:
                 following[:, starts + length] |= here[:, starts] & allowed[:, s, w.number[starts, length]]
         here = following
     return np.asarray(here[:, w.places])
-
-
-def _by_length(w: Runs) -> bool:
-    """Whether a run's number is its length less one: layers of one kind."""
-    return w.counts.shape[1] == 1
 
 
 def _prefixes(allowed: Bools, w: Runs) -> tuple[Bools, Bools]:

@@ -97,7 +97,8 @@ def _least_work(rows: Priced, r: Ranks) -> tuple[Ints, Ints]:
     ends = (tables.work(r) - r.layers * (r.p.forward + r.p.backward))[:, :, 0]
     total = ends.sum(axis=1) + sum((n * t for n, t in zip(counts, each, strict=True)), np.zeros(len(rows), dtype=np.int64))
     cheapest = np.minimum.reduce(each)
-    fullest = -(-r.runs.places // r.pp) * r.chunks * cheapest + ends.min(axis=1)
+    lacking = r.runs.places * r.chunks - r.runs.n_layers
+    fullest = (-(-r.runs.places // r.pp) * r.chunks - lacking) * cheapest + ends.min(axis=1)
     alone = (ends + r.chunks * cheapest[:, None]).max(axis=1)
     return total, np.maximum.reduce([-(-total // r.pp), fullest, alone])
 
@@ -119,9 +120,9 @@ def _longest(rows: Priced, batch: Ints, modes: tuple[int, ...], cutoff: Ints) ->
     r = tables.ranks_of(part, modes, 1)
     total, _ = _least_work(part, r)
     slowest = (_limit(r, cutoff[batch]) - total + r.credit) // np.maximum(_factor(r), 1)
-    place = np.minimum.reduce(tables.least_layers(part, modes)) * r.chunks
-    most = r.runs.places - r.pp + 1
-    fitting = np.clip(slowest // np.maximum(place, 1), 1, most)
+    layer = np.minimum.reduce(tables.least_layers(part, modes))
+    most, lacking = r.runs.places - r.pp + 1, r.runs.places * r.chunks - r.runs.n_layers
+    fitting = np.clip((slowest // np.maximum(layer, 1) + lacking) // r.chunks, 1, most)
     return np.where(_factor(r) > 0, fitting, most)
 
 

@@ -30,9 +30,11 @@ def documented_axes(task: Task, engine: Engine, inputs: Inputs) -> Declared:
     width = math.gcd(*(m.width for m in task.model.routed_mlps))
     codes = schedule_codes(engine)
     schedules = {"none": [1]} | {SCHEDULES[c]: [1] for c in codes}
+    every = "virtual_stages" in {_SHORT.get(name, name) for name in inputs.pins}
     for c in codes:
         if c in (INTERLEAVED, INTERLEAVED_ZB):
-            schedules[SCHEDULES[c]] = list(range(2, min(16, n) + 1))
+            chunks = [v for v in range(2, min(16, n) + 1) if every or n % v == 0 or v in (2, 4, 8, 16)]
+            schedules[SCHEDULES[c]] = chunks
         elif c in V_CODES:
             schedules[SCHEDULES[c]] = [2] if n >= 2 else []
     declared = Declared(

@@ -18,7 +18,7 @@ import numpy as np
 from planner.cost import devicetypes, primitives, step
 from planner.cost.blending import blend
 from planner.cost.primitives import Primitives
-from planner.cost.schedules import in_flight, put_off, splits_backward
+from planner.cost.schedules import chunk_moments, in_flight, put_off, splits_backward
 from planner.cost.task import Bools, Ints, LayoutArray, Task
 from planner.specs.layout import SCHEDULES, last_rank
 from planner.verify.windows import Runs, runs
@@ -81,7 +81,8 @@ def same_memory(rows: Priced, batch: Ints) -> tuple[Ints, Ints]:
     flight = in_flight(x.schedule[:, None], x.pp[:, None], x.virtual_stages[:, None], x.microbatches[:, None], index)
     names = [f.name for f in fields(Primitives) if f.name not in _TIMES]
     columns = [getattr(kind, name)[:, :, 0] for kind in _by_rank(part) for name in names]
-    table = np.ascontiguousarray(np.concatenate([*columns, flight], axis=1))
+    rounds = np.minimum(x.microbatches // x.pp, 3)[:, None]  # what the moments of chunks depend on
+    table = np.ascontiguousarray(np.concatenate([*columns, flight, rounds], axis=1))
     sorts: dict[bytes, int] = {}
     sort = np.array([sorts.setdefault(row.tobytes(), len(sorts)) for row in table])
     return batch[np.unique(sort, return_index=True)[1]], sort
@@ -99,6 +100,8 @@ class Ranks:
     flight: Ints
     """Micro-batches (of a chunk each) in flight, K."""
     chunks: int
+    pairs: Ints
+    """(Layer, micro-batch) pairs in flight."""
     m: Ints
     """Micro-batches of a step, shape (rows,)."""
     constant: Ints
@@ -127,9 +130,10 @@ def ranks_of(batch: Priced, modes: tuple[int, ...], longest: int) -> Ranks:
     """The tables' inputs for a batch, with runs of up to `longest` places (at least one)."""
     x, model = batch.layouts, batch.task.model
     pp, v = int(x.pp[0]), int(x.virtual_stages[0])
-    w = runs(model.kind_of_layer, v, max(1, min(longest, model.n_layers // v - pp + 1)))
-    deep = _by_rank(batch)
-    p = deep[0] if len(deep) == 1 else blend(deep, w.counts[None, None], model.text_kind)
+    w = runs(model.kind_of_layer, v, max(1, min(longest, -(-model.n_layers // v) - pp + 1)))
+    deep, moments = _by_rank(batch), chunk_moments(pp, v, x.microbatches)[:, :, None] if v > 1 else None
+    counts = w.counts if v > 1 else w.counts[:, 0]
+    p = deep[0] if len(deep) == 1 else blend(deep, counts[None, None], model.text_kind, moments)
     index = np.arange(pp, dtype=np.int64)[None, :]
     flight = in_flight(x.schedule[:, None], x.pp[:, None], x.virtual_stages[:, None], x.microbatches[:, None], index)
     split, ends = bool(splits_backward(x.schedule[:1])[0]), (0, last_rank(SCHEDULES[int(x.schedule[0])], pp))
@@ -139,7 +143,9 @@ def ranks_of(batch: Priced, modes: tuple[int, ...], longest: int) -> Ranks:
     modes = (0,) if split else modes
     # What ranks share; two types run no split backward (a rule), so their credit is 0.
     constant, credit = (c.max(axis=1) if batch.task.types else c for c in (base.constant, base.credit))
-    return Ranks(p, w, modes, first, last, flight[:, :, None], v, x.microbatches, constant, waiting, credit)
+    flight = flight[:, :, None]
+    pairs = _pairs(w, flight, moments)
+    return Ranks(p, w, modes, first, last, flight, v, pairs, x.microbatches, constant, waiting, credit)
 
 
 def _by_rank(batch: Priced) -> list[Primitives]:
@@ -156,6 +162,15 @@ def least_layers(batch: Priced, modes: tuple[int, ...]) -> list[Ints]:
     return [k.min(axis=1) for k in each] if batch.task.types else each
 
 
+def _pairs(w: Runs, flight: Ints, moments: Ints | None) -> Ints:
+    """(Layer, micro-batch) pairs that ranks hold when they hold most."""
+    if moments is None or w.places * w.chunks == w.n_layers:  # equal chunks
+        return flight * (w.layers // w.chunks)
+    each = w.each.T
+    by_moment = (np.sum([moments[..., j, c] * each[c] for c in range(w.chunks)], axis=0) for j in range(moments.shape[-2]))
+    return np.maximum.reduce(list(by_moment))
+
+
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
@@ -163,11 +178,6 @@ def _rooms(r: Ranks, modes: tuple[int, ...]) -> list[Ints]:
     """Bytes left for saved activations when each of `modes` is the strongest in use."""
     left = r.p.capacity - step.stage_base_bytes(r.p, r.first, r.last, r.flight) - r.layers * r.p.state
     return [left - step.stage_transient(r.p, r.first, r.last, mode) for mode in modes]
-
-
-def _weight(r: Ranks) -> Ints:
-    """(Layer, micro-batch) pairs in flight; the chunks of a rank are equally long."""
-    return r.flight * (r.layers // r.chunks)
 
 
 def _late(r: Ranks) -> Ints:
@@ -183,12 +193,12 @@ def fits(r: Ranks) -> Bools:
     found = np.zeros(r.shape(), dtype=bool)
     for mode, room in zip(r.modes, _rooms(r, r.modes), strict=True):
         if r.chunks > 1:
-            saved = _weight(r) * r.p.saved(mode) + _late(r)
+            saved = r.pairs * r.p.saved(mode) + _late(r)
         else:
             weaker = np.minimum.reduce([r.p.saved(other) for other in r.modes if other <= mode])
             saved = r.flight * (r.p.saved(mode) + (r.layers - 1) * weaker)
         found |= saved <= room
-    return found & (step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity)
+    return found & r.runs.complete & (step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity)
 
 
 # ---- time ----------------------------------------------------------------------------------------------------------
@@ -218,11 +228,11 @@ def recompute_time(r: Ranks) -> Ints:
     if np.any(r.p.recompute1 < 0) or np.any(r.p.recompute2 < 0):
         raise ArithmeticError("recompute takes negative time")
     best = np.full(r.shape(), NEVER)
-    beside = step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity
+    beside = r.runs.complete & (step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity)
     rooms = _rooms(r, (0, 1, 2))
     if r.chunks > 1:
         for mode in r.modes:
-            within = _weight(r) * r.p.saved(mode) + _late(r) <= rooms[mode]
+            within = r.pairs * r.p.saved(mode) + _late(r) <= rooms[mode]
             best = np.where(within, np.minimum(best, r.layers * r.p.again(mode)), best)
         return np.where(beside, best, NEVER)
     most = int(r.layers.max()) if 2 in r.modes else 0

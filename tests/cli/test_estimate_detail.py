@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 
 import planner as package
 from planner.cost import step
-from planner.cost.blending import blend
+from planner.cost.blending import Stack
 from planner.cost.primitives import price
 from planner.cost.task import LayoutArray, StageArray, Task
 from planner.engines.registry import engine_named
@@ -177,14 +177,15 @@ def test_mixed_layers_add_up_by_kind(engine, degrees):
     task = Task(model, job, hardware, layout.world_size, engine_named(engine).accounting)
     x, stages = LayoutArray.of([layout], job), StageArray.of([layout])
     kinds = [price(task.only(k), x) for k in range(3)]
-    blended = blend([p.take(stages.row) for p in kinds], step.layers_by_kind(task, layout))
+    blended = step.blended_ranks(task, Stack.of([p.take(stages.row) for p in kinds]), [layout], x.microbatches)
     cost = step.step_cost(kinds[0], x, stages, blended)
     allocated = step.stage_cost(kinds[0], x, stages, blended).allocated
     seconds = float(cost.step[0]) / 1e9
     estimate = SimpleNamespace(step_time_s=seconds, memory=SimpleNamespace(limit_gib=72.0))
     plan: Any = SimpleNamespace(
-        model=model, job=job, hardware=hardware, cluster=SimpleNamespace(gpus=layout.world_size, types=()), engine=engine,
-        policy=Policy(), layout=layout, estimate=estimate, profiles=(),
+        model=model, job=job, hardware=hardware, profiles=(hardware,),
+        cluster=SimpleNamespace(gpus=layout.world_size, types=()), engine=engine,
+        policy=Policy(), layout=layout, estimate=estimate,
     )  # fmt: skip
     detail = detail_of(plan)
     assert sum(t.total for t in detail.time) == pytest.approx(seconds, rel=1e-6)

@@ -99,6 +99,19 @@ def test_the_order_of_types_needs_two():
     assert codes("bundled", 2, pp=2, type_order="reversed") == {"PLN579"}
 
 
+def test_only_the_last_stage_may_have_unequal_chunks():
+    chunked = {"schedule": "interleaved", "virtual_stages": 4, "pp": 4, "dp": 1}
+    fine, short = [{"layers": 4}] * 3 + [{"layers": 7}], [{"layers": 4}] * 2 + [{"layers": 7}, {"layers": 4}]
+    for engine in ("bundled", "megatron", "torchtitan"):
+        assert codes(engine, 4, llama(19), **chunked, stages=fine) == set()
+        assert codes(engine, 4, llama(19), **chunked, stages=short) == {"PLN223"}
+    assert codes("nanotron", 4, llama(19), **chunked, stages=fine) == {"PLN552", "PLN570"}
+    assert "PLN570" in codes("deepspeed", 4, llama(19), **chunked, stages=fine)
+    short = {"pp": 2, "dp": 1, "virtual_stages": 2, "stages": [{"layers": 10}, {"layers": 9}]}
+    for schedule in ("interleaved-zb", "zbv", "dualpipev"):
+        assert codes("bundled", 2, llama(19), **short, schedule=schedule) == {"PLN586"}
+
+
 def test_tied_embeddings_cannot_be_pipelined_by_the_bundled_runtime():
     assert codes("bundled", 2, gpt(tied=True), pp=2) == {"PLN512"}
     assert codes("bundled", 2, gpt(tied=True), dp=2) == set()

@@ -109,7 +109,7 @@ def plan(
     pp, tp, cp, dp = (layout.get(name, 1) for name in ("pp", "tp", "cp", "dp"))
     layout.setdefault("schedule", "none" if pp == 1 else "1f1b")
     layout.setdefault("micro_batch", global_batch // dp // (2 if pp == 1 else 4))
-    counts = layers or [s.layers for s in even_stages(model.n_layers, pp)]
+    counts = layers or [s.layers for s in even_stages(model.n_layers, pp, virtual_stages=layout.get("virtual_stages", 1))]
     modes = [recompute] * pp if isinstance(recompute, str) else recompute
     stages = [Stage(layers=n, recompute=mode) for n, mode in zip(counts, modes, strict=True)]
     size = pp * tp * cp * dp

@@ -8,8 +8,8 @@ from machines import llama, mixture, profile, task
 
 from planner.cost import primitives
 from planner.engines.registry import engine_named
-from planner.search import bounds
-from planner.search.solve import search
+from planner.search import bounds, mixed
+from planner.search.solve import group_of, price, search
 from planner.search.space import declared_space, enumerate_rows
 from planner.specs.layout import SCHEDULES, SPLIT_BACKWARD
 from search.brute import all_rows
@@ -110,7 +110,9 @@ def test_bounds_never_exceed_exact_values(seed):
     task, engine, space = instance(1000 + seed)
     x, values = all_rows(task, engine, space)
     p = primitives.price(task, x)
-    for rows in bounds.same_pipeline(x, np.arange(len(x))):
+    for rows in bounds.same_pipeline(x, np.arange(len(x)), task.model):
+        if bounds.by_place(task.model, x.virtual_stages[rows])[0]:
+            continue
         group = bounds.group_of(p.take(rows), x.take(rows), task.model.n_layers, space.modes)
         fits, simple = bounds.memory_feasible(group), bounds.simple_bound(group)
         exact = np.array([-1 if values[r] is None else values[r] for r in rows])
@@ -151,7 +153,7 @@ def test_zero_bubble_rows_equal_brute_force(seed, engine):
     assert outcome.counts.by_memory == values.count(None)
     assert outcome.counts.open == 0
     p = primitives.price(t, x)
-    for rows in bounds.same_pipeline(x, np.arange(len(x))):
+    for rows in bounds.same_pipeline(x, np.arange(len(x)), model):
         group = bounds.group_of(p.take(rows), x.take(rows), layers, space.modes)
         exact = np.array([bounds.BIG if values[r] is None else values[r] for r in rows])
         assert np.array_equal(bounds.memory_feasible(group), exact < bounds.BIG)
@@ -174,7 +176,9 @@ def test_deep_interleaved_rows_equal_brute_force(seed):
     finite = [v for v in values if v is not None]
     assert [c.step_ns for c in outcome.candidates[:1]] == ([min(finite)] if finite else [])
     assert outcome.counts.by_memory == values.count(None)
-    group = bounds.group_of(primitives.price(t, x), x, layers, space.modes)
-    exact = np.array([bounds.BIG if v is None else v for v in values])
-    for target in (min(finite, default=1) * 2, int(bounds.INFINITE)):
-        assert np.all(bounds.target_bound(group, target) <= np.minimum(exact, target))
+    (p, stack), exact = price(t, x), np.array([bounds.BIG if v is None else v for v in values])
+    for rows in bounds.same_pipeline(x, np.arange(len(x)), t.model):
+        group = group_of(t, space.modes, x, p, stack, rows)
+        for target in (min(finite, default=1) * 2, int(bounds.INFINITE)):
+            bound = mixed.target_bound(t, group, target) if group.stack else bounds.target_bound(group, target)
+            assert np.all(bound <= np.minimum(exact[rows], target))

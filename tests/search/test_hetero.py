@@ -140,7 +140,7 @@ def _check_bounds(t: Task, space, x: LayoutArray, values: list[int | None]) -> N
     if not len(x):
         return
     p, stack = solve.price(t, x)
-    for rows in bounds.same_pipeline(x, np.arange(len(x)), stack is not None):
+    for rows in bounds.same_pipeline(x, np.arange(len(x)), t.model):
         g = solve.group_of(t, space.modes, x, p, stack, rows)
         exact = np.array([-1 if values[r] is None else values[r] for r in rows])
         fits = solve.memory_feasible(t, g)

@@ -186,7 +186,7 @@ def test_runs_of_chunks_hold_what_the_cost_model_says():
     t = task(model, 4, 512, 8, "megatron", profile())
     w = runs(model.kind_of_layer, 3, 4)
     layout = Layout(pp=2, virtual_stages=3, schedule="interleaved", stages=[Stage(layers=3), Stage(layers=9)])
-    held = step.layers_by_kind(t, layout)
+    held = step.chunks_by_kind(t, layout)
     assert held.tolist() == [w.counts[w.number[0, 1]].tolist(), w.counts[w.number[1, 3]].tolist()]
 
 

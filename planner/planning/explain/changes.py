@@ -122,9 +122,9 @@ def _recomputed(task: Task, layout: Layout) -> Layout | None:
     x = LayoutArray.of([layout], task.job)
     p, stack = price(task, x)
     g = group_of(task, tuple(range(len(RECOMPUTE_MODES))), x, p, stack, np.array([0]))
-    t = stages.tables(g, task=task if stack else None)
+    t = stages.tables(g, task)
     split = [stage.layers for stage in layout.stages]
-    if max(split) // t.chunks >= t.at.shape[1]:  # more layers than any rank can hold
+    if -(-max(split) // t.chunks) >= t.at.shape[1]:  # more layers than any rank can hold
         return None
     if any(t.time[s, entry] >= BIG for s, entry in enumerate(t.columns(split))):
         return None

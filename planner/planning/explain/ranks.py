@@ -9,11 +9,11 @@ from typing import Literal
 import numpy as np
 
 from planner.cost import devicetypes, step
-from planner.cost.blending import Stack, blend
+from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.task import LayoutArray, StageArray, Task
 from planner.planning.explain.answers import Binding, Bottleneck, LessRecompute, OneMore, Rank
-from planner.search import solve, stages
+from planner.search import mixed, solve, stages
 from planner.search.bounds import BIG
 from planner.search.windows import Windows, windows
 from planner.specs.layout import Layout, format_recompute
@@ -63,7 +63,7 @@ class _Row:
     @cached_property
     def windows(self) -> Windows:
         """What a rank can hold."""
-        longest = max(s.layers for s in self.layout.stages) // self.chunks + 1
+        longest = max(self.size(s) for s in range(self.layout.pp)) + 1
         return windows(self.task.model.kind_of_layer, self.chunks, longest)
 
     @cached_property
@@ -71,7 +71,7 @@ class _Row:
         """The cheapest recompute of every rank and window."""
         reach = self.windows.reach * self.chunks
         g = solve.group_of(self.task, self.modes, self.x, self.p, self.stack, np.array([0]))
-        return stages.tables(g, reach, self.task if self.stack else None)
+        return stages.tables(g, self.task, reach)
 
     @property
     def chunks(self) -> int:
@@ -82,6 +82,10 @@ class _Row:
         """Where the window of rank s begins, in positions."""
         return sum(stage.layers for stage in self.layout.stages[:s]) // self.chunks
 
+    def size(self, s: int) -> int:
+        """Positions of rank s's window."""
+        return -(-self.layout.stages[s].layers // self.chunks)
+
     def cost(self, s: int, start: int, layers: int, selective: int, full: int) -> _Cost:
         """Rank s with the window of `layers` layers from `start`."""
         a = np.array
@@ -89,7 +93,8 @@ class _Row:
         kinds = [k.take(a([s])) for k in self.kinds]
         p = kinds[0]
         if self.stack is not None:
-            p = blend(kinds, self.windows.counts[[self.windows.at[start, layers // self.chunks]]], self.task.model.text_kind)
+            counts = self.windows.counts[[self.windows.at[start, -(-layers // self.chunks)]]]
+            p = mixed.blend_rank(Stack.of(kinds, self.task.model.text_kind), self.x, s, counts)
         c = step.stage_cost(p, self.x, held, p)
         return _Cost(int(c.time[0]), int(c.backward_bytes[0]), int(c.update_bytes[0]))
 
@@ -103,7 +108,7 @@ class _Row:
 
         None where no other rank could give a layer up.
         """
-        start, size = self.start(s), self.layout.stages[s].layers // self.chunks
+        start, size = self.start(s), self.size(s)
         if size + self.layout.pp > self.windows.positions:
             return None
         if start + size < self.windows.positions:
@@ -147,14 +152,15 @@ def _rank(row: _Row, s: int, cost: _Cost, slowest: int) -> Rank:
 
 def _one_more(row: _Row, s: int) -> OneMore | None:
     """The next layer too, kept as the rank's recompute says; and the cheapest recompute with which it fits."""
-    start, stage, v = row.wider(s), row.layout.stages[s], row.chunks
+    start, stage = row.wider(s), row.layout.stages[s]
     if start is None:
         return None
-    layers, (selective, full) = stage.layers + v, stage.counts
+    size, (selective, full) = row.size(s) + 1, stage.counts
+    layers = int(row.windows.layers[row.windows.at[start, size]])
     if selective == stage.layers or full == stage.layers:  # uniform: the new layer too
         selective, full = layers * (selective > 0), layers * (full > 0)
     cost, t = row.cost(s, start, layers, selective, full), row.tables
-    size, recompute, time = layers // v, None, None
+    recompute, time = None, None
     line = t.at[0 if t.anywhere else start]
     entry = int(line[size]) if size < len(line) else -1
     if entry >= 0 and t.time[s, entry] < BIG:
