@@ -6,8 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 
+import numpy as np
+
 from planner.cost import memory, step
+from planner.cost.schedules import chunk_moments
 from planner.cost.states import embedding_rest, params_by_place
+from planner.cost.task import Floats
 from planner.planning.detail.case import Case, Kind
 from planner.planning.detail.held import Held
 from planner.planning.detail.peak import peak_lines, update_lines
@@ -84,9 +88,11 @@ def _saved_lines(held: Held) -> None:
     c, s = held.c, held.rank
     pairs, selective, full = (int(weights[s]) for weights in (c.held.layers, c.held.selective, c.held.full))
     weights = (pairs - selective - full, selective, full)
-    n = int(c.stages.layers[s])
+    n, shares = int(c.stages.layers[s]), [_shares(c, s, mode) for mode in range(3)]
     for kind, count in held.kinds:
-        for name, (n_bytes, inputs) in _saved_tensors(c, kind, [w * count / n for w in weights]).items():
+        at = next(i for i, k in enumerate(c.kinds) if k is kind)
+        own = [w * float(share[at]) for w, share in zip(weights, shares, strict=True)]
+        for name, (n_bytes, inputs) in _saved_tensors(c, kind, own).items():
             inputs["in flight at most"] = int(c.held.flight[s])
             held.add("activations", f"{kind.label}saved: {name}", n_bytes, inputs, "engine.saved")
         late, tokens = int(c.held.deferred[s]) * count / n, float(kind.shapes.tokens[0])
@@ -96,6 +102,20 @@ def _saved_lines(held: Held) -> None:
             held.add(
                 "activations", f"{kind.label}output gradients {item.name}", tokens * each * late, inputs, "engine.deferred"
             )
+
+
+def _shares(c: Case, s: int, mode: int) -> Floats:
+    """Each kind's share of the (layer, micro-batch) pairs that rank s holds when activations under a mode take the most.
+
+    With chunks of different layers it is that of the chunks in flight at that moment (`schedules.chunk_moments`).
+    """
+    chunks = step.chunks_by_kind(c.task, c.layout)[s]
+    if len(c.kinds) == 1 or np.all(chunks == chunks[:1]):
+        return np.asarray(c.counts[s] / max(int(c.stages.layers[s]), 1), dtype=float)
+    moments = chunk_moments(c.layout.pp, c.layout.virtual_stages, c.x.microbatches)[0, s]
+    saved = moments @ (chunks @ np.array([int(getattr(k.p, f"act{mode}")[0]) for k in c.kinds]))
+    pairs = int((moments @ chunks.sum(axis=1)).max())
+    return np.asarray((moments[int(saved.argmax())] @ chunks) / max(pairs, 1), dtype=float)
 
 
 def _saved_tensors(c: Case, kind: Kind, weights: Sequence[float]) -> dict[str, tuple[float, Inputs]]:
