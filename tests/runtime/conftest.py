@@ -13,13 +13,6 @@ from launching import HERE, launch
 pytest.importorskip("torch")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker runs all of these tests: they start process groups of their own, and share the groups' results."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("runtime"))
-
-
 @pytest.fixture(scope="session")
 def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory with the one-process gradients of each model."""
