@@ -17,7 +17,7 @@ pytest.importorskip("torch")
 def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory with the one-process gradients of each model."""
     directory = tmp_path_factory.mktemp("runtime")
-    done = launch([str(HERE / "worker.py"), "reference", str(directory)], 120)
+    done = launch([str(HERE / "worker.py"), "reference", str(directory)], 800)
     assert done.returncode == 0, done.stderr[-3000:]
     return directory
 
@@ -37,7 +37,7 @@ class Jobs:
             names = [other for other in cases.CASES[processes] if cases.is_slow(other) == job[1]]
             path = self.directory / f"results-{processes}.json"
             path.unlink(missing_ok=True)
-            done = launch([str(HERE / "worker.py"), str(processes), str(self.directory), *names], 430)
+            done = launch([str(HERE / "worker.py"), str(processes), str(self.directory), *names], 800)
             self.results[job] = json.loads(path.read_text()) if path.exists() else {}
             self.errors[job] = done.stderr[-3000:]
         assert name in self.results[job], self.errors[job]

@@ -10,7 +10,7 @@ from launching import HERE, launch
 
 
 def job(directory: Path, processes: int, *names: str) -> dict[str, list[float]]:
-    done = launch([str(HERE / "resuming.py"), str(processes), str(directory), *names], 400)
+    done = launch([str(HERE / "resuming.py"), str(processes), str(directory), *names], 800)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, list[float]] = json.loads((directory / f"losses-{processes}.json").read_text())
     return found

@@ -43,7 +43,7 @@ class Job:
         command += ["-m", "planner.runtime.train"] if fault is None else [str(HERE / "faulty.py"), *map(str, fault)]
         command += [str(self.folder / "plan.json"), "--steps", str(STEPS), "--out", str(self.out), "--lr", "0.01"]
         command += ["--data", str(self.data), "--save-every", str(EVERY), *flags]
-        return launch(command, 200)
+        return launch(command, 800)
 
     def metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]

@@ -21,7 +21,7 @@ def test_the_grid_is_wide() -> None:
     assert {x.schedule for x in layouts if x.pp > 1} == {"gpipe", "1f1b", "interleaved"}
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", _MARKED)
 def test_bytes(name: str) -> None:
     """Formulas may overstate (most where ranks between the ends of a pipeline hold few layers), never understate by much."""
@@ -32,7 +32,7 @@ def test_bytes(name: str) -> None:
         assert sum(report.categories_gib.values()) == pytest.approx(report.peak_allocated_gib)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_collectives_are_those_of_the_layout() -> None:
     """Zero 3 reduces each unit once a micro-batch; tp gathers and scatters four times a layer, and at both ends."""
     plan = CASES["tp2-dp4-zero3-none"]
@@ -53,7 +53,7 @@ _LONG: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", _LONG)
 def test_a_shortened_step_is_the_whole_one(name: str) -> None:
     plan = plans.plan(plans.llama(4), **{"micro_batch": 1, **_LONG[name]})

@@ -16,7 +16,7 @@ ALL = [
 ]
 
 
-@pytest.mark.timeout(450)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("processes", "name"), ALL)
 def test_layout_equals_one_process(jobs: Any, references: Path, processes: int, name: str) -> None:
     ranks = jobs.get(processes, name)

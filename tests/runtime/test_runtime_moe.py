@@ -105,7 +105,7 @@ def test_the_gradient_scale_makes_up_for_other_groups() -> None:
 
 @pytest.mark.timeout(200)
 def test_exchanges_and_checkpoints(tmp_path: Path) -> None:
-    done = launch([str(HERE / "moe_worker.py"), str(tmp_path)], 180)
+    done = launch([str(HERE / "moe_worker.py"), str(tmp_path)], 800)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
     # Two exchanges of rows a routed layer and micro-batch each way, two more in full recompute, and one of counts with each

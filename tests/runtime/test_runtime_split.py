@@ -90,12 +90,12 @@ def test_the_engine_refuses(processes: int, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_zero_3_still_computes_wrong_gradients(references: Path, tmp_path: Path) -> None:
     """Each schedule leaves parameters without gradient, or gradients whose norm is wrong by far more than rounding."""
     for model in cases.MODELS:
         (tmp_path / f"{model}.pt").symlink_to(references / f"{model}.pt")
-    done = launch([str(HERE / "worker.py"), "4", str(tmp_path), *cases.REFUSED[4]], 280)
+    done = launch([str(HERE / "worker.py"), "4", str(tmp_path), *cases.REFUSED[4]], 800)
     assert done.returncode == 0, done.stderr[-3000:]
     results: dict[str, list[dict[str, Any]]] = json.loads((tmp_path / "results-4.json").read_text())
     for name in cases.REFUSED[4]:
