@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import io
 import json
 import os
@@ -18,7 +19,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import typer
 
 from planner import stopping
-from planner.errors import InputError, PlannerError, Problem, input_error
+from planner.errors import InputError, MissingPartError, PlannerError, Problem, input_error
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -215,6 +216,13 @@ def parse_assignments(items: list[str], flag: str) -> dict[str, list[object]]:
     if problems:
         raise InputError(problems)
     return result
+
+
+def needs_torch() -> None:
+    """Raises MissingPartError where torch is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        problem = Problem("PLN550", "torch is not installed", "the runtime needs it", "pip install 'planner[runtime]'")
+        raise MissingPartError(problem)
 
 
 def machine(items: list[str]) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from planner.cli import common
-from planner.errors import MissingPartError, Problem, input_error
+from planner.errors import input_error
 
 if TYPE_CHECKING:
     from planner.planfile import Plan
@@ -50,9 +49,7 @@ def dry_run(plan: Plan, rank: str, exact: bool, output_format: str) -> None:
 
 def _can_be_stepped(plan: Plan) -> None:
     """Raises MissingPartError without torch, InputError for what fake tensors cannot show."""
-    if importlib.util.find_spec("torch") is None:
-        problem = Problem("PLN550", "torch is not installed", "the runtime needs it", "pip install 'planner[runtime]'")
-        raise MissingPartError(problem)
+    common.needs_torch()
     reasons = {
         "compiled blocks": "compile" in plan.engine.split("+"),
         "an offloaded optimizer": plan.layout.offload != "none",

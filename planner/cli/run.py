@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -13,7 +12,7 @@ import typer
 
 from planner.cli import common, dryrun, training
 from planner.cli.supervise import supervise
-from planner.errors import InputError, MissingPartError, Problem, input_error
+from planner.errors import InputError, input_error
 
 if TYPE_CHECKING:
     from planner.planfile import Plan
@@ -108,9 +107,7 @@ def _report(plan: Plan, summary: dict[str, Any], measure: Path | None, output_fo
 
 def _can_run_here(plan: Plan) -> None:
     """Whether torch and enough devices are here. Raises MissingPartError or InputError."""
-    if importlib.util.find_spec("torch") is None:
-        problem = Problem("PLN550", "torch is not installed", "the runtime needs it", "pip install 'planner[runtime]'")
-        raise MissingPartError(problem)
+    common.needs_torch()
     from planner.runtime.devices import local_devices
 
     if plan.cluster.types and plan.cluster.device_kind != "cpu":

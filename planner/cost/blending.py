@@ -116,8 +116,7 @@ class Stack:
 
     def least_layers(self, modes: Sequence[int]) -> Ints:
         """Least time of one layer of each kind and micro-batch under any of the recompute modes, shape (kinds, ...)."""
-        names = ("forward", "backward", "recompute1", "recompute2")
-        forward, backward, selective, full = (self.means[:, _MEANS.index(name)] for name in names)
+        forward, backward, selective, full = (self.means[:, _MEANS.index(name)] for name in _CHUNK_TIMES)
         again = [(0 * selective, selective, full)[mode] for mode in modes]
         return np.asarray(forward + backward + np.minimum.reduce(again))
 

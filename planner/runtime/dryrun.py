@@ -245,14 +245,15 @@ class _Snapshot:
             self.categories[known.get(key) or self._use(key, size, origin, logits)] += size
 
     def _logit_sizes(self) -> set[int]:
-        """Bytes of one micro-batch's logits in 2 and 4 bytes, over the split vocabulary and over the whole."""
+        """Bytes of one micro-batch's logits in 2 and 4 bytes, over the split vocabulary and the whole; none without a head."""
+        if all(part.head is None for part in self.trainer.parts.values()):
+            return set()
         plan, layout = self.trainer.plan, self.trainer.layout
         values = layout.micro_batch * plan.job.seq_len // layout.cp
         return {rounded(values * width * n) for width in (plan.model.vocab, -(-plan.model.vocab // layout.tp)) for n in (2, 4)}
 
     def _use(self, key: int, size: int, origin: Origin, logit_sizes: set[int]) -> str:
-        head = any(part.head is not None for part in self.trainer.parts.values())
-        if head and size in logit_sizes and origin.operation in _OF_THE_HEAD:
+        if size in logit_sizes and origin.operation in _OF_THE_HEAD:
             return "logits and loss"
         if key in self.meter.sent:
             return "communication buffers"

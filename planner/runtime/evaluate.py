@@ -31,18 +31,9 @@ class Evaluation:
 
     def _batch(self, step: int) -> float:
         tokens, targets = self.batches.get(step)
-        trainer, losses = self.trainer, []
+        trainer = self.trainer
         if trainer.schedule is None:
             (part,) = trainer.parts.values()
-            size = trainer.layout.micro_batch
-            for i in range(trainer.microbatches):
-                rows = slice(i * size, (i + 1) * size)
-                losses.append(loss.plain(loss.token_loss(part(tokens[rows]), targets[rows])))
-            return trainer.mean_loss(losses)
-        trainer.schedule.eval(
-            *((tokens,) if trainer.world.is_first_stage else ()),
-            target=targets if trainer.world.is_last_stage else None,
-            losses=losses,
-            return_outputs=False,
-        )
-        return trainer.mean_loss([loss.plain(value) for value in losses]) / trainer.scale.value
+            pairs = trainer.micro_batches(tokens, targets)
+            return trainer.mean_loss([loss.plain(loss.token_loss(part(own), wanted)) for own, wanted in pairs])
+        return trainer.mean_loss(trainer.through(trainer.schedule.eval, tokens, targets)) / trainer.scale.value

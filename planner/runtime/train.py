@@ -6,7 +6,8 @@ happens between steps is in `loop`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,20 +100,28 @@ class Trainer:
     def _accumulate(self, tokens: Tensor, targets: Tensor) -> list[Tensor]:
         """One micro-batch after another, without a pipeline."""
         (part,) = self.parts.values()
-        size, losses = self.layout.micro_batch, []
-        for i in range(self.microbatches):
-            rows = slice(i * size, (i + 1) * size)
+        losses = []
+        for i, (own, wanted) in enumerate(self.micro_batches(tokens, targets)):
             parallelize.prepare_accumulation(part, self.zero, last=i == self.microbatches - 1)
-            value = self._scaled_loss(part(tokens[rows]), targets[rows])
+            value = self._scaled_loss(part(own), wanted)
             (value / self.microbatches).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.plain(value))
         return losses
 
+    def micro_batches(self, tokens: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's batch in micro-batches."""
+        size = self.layout.micro_batch
+        return zip(torch.split(tokens, size), torch.split(targets, size), strict=True)
+
     def _pipeline(self, tokens: Tensor, targets: Tensor) -> list[Tensor]:
-        """All micro-batches through the schedule; losses appear on the last stage only."""
+        """Forward and backward of all micro-batches through the schedule."""
         assert self.schedule is not None
+        return self.through(self.schedule.step, tokens, targets)
+
+    def through(self, run: Callable[..., Any], tokens: Tensor, targets: Tensor) -> list[Tensor]:
+        """Losses of all micro-batches by one of the schedule's methods, times the loss scale; on the last stage only."""
         losses: list[Tensor] = []
-        self.schedule.step(
+        run(
             *((tokens,) if self.world.is_first_stage else ()),
             target=targets if self.world.is_last_stage else None,
             losses=losses,

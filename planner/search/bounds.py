@@ -11,6 +11,7 @@ Every bound is admissible because it only drops constraints:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -213,24 +214,28 @@ def simple_bound(g: Group) -> Ints:
 
 def target_bound(g: Group, target: int) -> Ints:
     """Lower bound on T, valid below `target`: min(bound, target) for each row. ns, shape (rows,)."""
-    rows = len(g.layouts)
-    result = np.full(rows, target, dtype=np.int64)
-    least = int(g.least.min())
-    reach = reach_below(g, target)
+    result = np.full(len(g.layouts), target, dtype=np.int64)
+    least, reach = int(g.least.min()), reach_below(g, target)
     alive = np.nonzero(reach >= g.least[:, 0])[0]
-    if not len(alive):
-        return result
-    order = alive[np.argsort(reach[alive], kind="stable")]
+    for chunk in of_similar_reach(reach, alive, _TABLE_ENTRIES // g.pp, lambda most: most - least):
+        result[chunk] = _table_bound(rows_of(g, chunk), target, int(reach[chunk].max()))
+    return result
+
+
+def of_similar_reach(reach: Ints, rows: Ints, entries: int, width: Callable[[int], int]) -> Iterator[Ints]:
+    """`rows` in chunks of similar reach, which share a table so that little of it is padding.
+
+    `entries` bounds the rows of a chunk times its table's `width`, the windows of a rank that holds so many layers at most.
+    """
+    order = rows[np.argsort(reach[rows], kind="stable")]
     start = 0
     while start < len(order):
-        # Rows of similar reach share a table, so that little of it is padding.
-        width = max(1, int(reach[order[start]]) * 5 // 4 + 1 - least)
-        stop = start + max(1, _TABLE_ENTRIES // (g.pp * width))
-        stop = min(stop, start + int(np.searchsorted(reach[order[start:]], least + width, side="right")))
+        most = int(reach[order[start]]) * 5 // 4 + 1
+        stop = start + max(1, entries // width(most))
+        stop = min(stop, start + int(np.searchsorted(reach[order[start:]], most, side="right")))
         chunk = order[start : max(stop, start + 1)]
-        result[chunk] = _table_bound(rows_of(g, chunk), target, int(reach[chunk].max()))
+        yield chunk
         start += len(chunk)
-    return result
 
 
 def by_place(model: Model, virtual_stages: Ints) -> Bools:

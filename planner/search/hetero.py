@@ -26,11 +26,8 @@ from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.task import Ints, LayoutArray, Task
 from planner.search import bounds, mixed
-from planner.search.bounds import BIG, Group
+from planner.search.bounds import Group
 from planner.search.windows import Windows, windows
-
-_ENTRIES = 1_000_000
-"""Entries of a table of (rows, ranks, windows) that are worked on at once."""
 
 
 def price(task: Task, x: LayoutArray) -> tuple[Primitives, Stack | None]:
@@ -126,17 +123,12 @@ def target_bound(task: Task, g: Group, target: int) -> Ints:
     result = np.full(len(g.layouts), target, dtype=np.int64)
     reach = reach_below(task, g, target)
     alive = np.nonzero(reach >= 1)[0]
-    order = alive[np.argsort(reach[alive], kind="stable")]
-    start = 0
-    while start < len(order):
-        # Rows of similar reach share a table, so that little of it is padding.
-        most = int(reach[order[start]]) * 5 // 4 + 1
-        width = len(_windows(task, min(most, g.n_layers)).counts)
-        stop = start + max(1, _ENTRIES // (g.pp * width))
-        stop = min(stop, start + int(np.searchsorted(reach[order[start:]], most, side="right")))
-        chunk = order[start : max(stop, start + 1)]
+
+    def width(most: int) -> int:
+        return len(_windows(task, min(most, g.n_layers)).counts)
+
+    for chunk in bounds.of_similar_reach(reach, alive, mixed.ENTRIES // g.pp, width):
         result[chunk] = _table_bound(task, _rows_of(g, chunk), target, int(reach[chunk].max()))
-        start += len(chunk)
     return result
 
 
@@ -146,21 +138,6 @@ def _rows_of(g: Group, rows: Ints) -> Group:
 
 def _table_bound(task: Task, g: Group, target: int, reach: int) -> Ints:
     """`target_bound` for rows whose ranks hold at most `reach` layers."""
-    w = _windows(task, reach)
-    if g.stack is not None:
-        g = mixed.blended(g, w.counts[None, None])
-    layers, p = w.layers[None, None, :], g.deep
-    first, last = g.first[:, :, None], g.last[:, :, None]
-    again = np.where(mixed.fitting(g, layers), bounds.least_recompute(g, layers), BIG)
-    time = np.where(again >= BIG, BIG, again + layers * (p.forward + p.backward) + step.end_time(p, first, last))
-    time = np.where(time > _allowed(task, g, target)[:, None, None], BIG, time)
-    once = np.where(time < BIG, step.stage_once(p, first, last, layers), BIG)
-    slowest, total, step_wise = (
-        mixed.least_maximum(time, w), mixed.least_sum(time, w), mixed.least_maximum(once, w),
-    )  # fmt: skip
-    found = (slowest < BIG) & (total < BIG)
-    value = bounds.to_step(
-        g, np.where(found, slowest, 0), np.where(found, np.maximum(total, _least_total(task, g)), 0),
-        np.maximum(np.where(found, step_wise, 0), _least_once(g)),
-    )  # fmt: skip
-    return np.where(found, np.minimum(value, target), target)
+    w, allowed = _windows(task, reach), _allowed(task, g, target)
+    priced = g if g.stack is None else mixed.blended(g, w.counts[None, None])
+    return mixed.chain_bound(priced, w, allowed, _least_total(task, g), _least_once(g), target)

@@ -21,7 +21,7 @@ from planner.search.alike import distinct
 from planner.search.bounds import BIG, Group
 from planner.search.windows import Windows, positions, windows
 
-_ENTRIES = 1_000_000
+ENTRIES = 1_000_000
 """Entries of a table of (rows, ranks, windows) that are worked on at once."""
 
 
@@ -154,17 +154,12 @@ def target_bound(task: Task, g: Group, target: int) -> Ints:
     result = np.full(len(g.layouts), target, dtype=np.int64)
     reach, v = reach_below(task, g, target), int(g.layouts.virtual_stages[0])
     alive = np.nonzero(reach >= v)[0]
-    order = alive[np.argsort(reach[alive], kind="stable")]
-    start = 0
-    while start < len(order):
-        # Rows of similar reach share a table, so that little of it is padding.
-        most = int(reach[order[start]]) * 5 // 4 + 1
-        width = len(windows(task.model.kind_of_layer, v, max(min(most // v, positions(g.n_layers, v)), 1)).counts)
-        stop = start + max(1, _ENTRIES // (g.pp * width))
-        stop = min(stop, start + int(np.searchsorted(reach[order[start:]], most, side="right")))
-        chunk = order[start : max(stop, start + 1)]
+
+    def width(most: int) -> int:
+        return len(windows(task.model.kind_of_layer, v, max(min(most // v, positions(g.n_layers, v)), 1)).counts)
+
+    for chunk in bounds.of_similar_reach(reach, alive, ENTRIES // g.pp, width):
         result[chunk] = _table_bound(task, rows_of(g, chunk), target, int(reach[chunk].max()))
-        start += len(chunk)
     return result
 
 
@@ -175,7 +170,12 @@ def _table_bound(task: Task, g: Group, target: int, reach: int) -> Ints:
     w = w.only(_useful(task, g, w, allowed))
     if not len(w.counts):
         return np.full(len(g.layouts), target, dtype=np.int64)
-    g = blended(g, w.counts[None, None])
+    return chain_bound(blended(g, w.counts[None, None]), w, allowed, _base_total(task, g), _least_once(g), target)
+
+
+def chain_bound(g: Group, w: Windows, allowed: Ints, least_total: Ints, least_once: Ints, target: int) -> Ints:
+    """min(bound, target) for each row of a group priced for every window, from the least max R, sum R and max D over chains of
+    windows; no R is above `allowed`, sum R and max D are at least `least_total` and `least_once`, shape (rows,)."""
     layers = w.layers[None, None, :]
     first, last, p = g.first[:, :, None], g.last[:, :, None], g.deep
     again = np.where(fitting(g, layers) & w.whole, bounds.least_recompute(g, layers), BIG)
@@ -186,8 +186,8 @@ def _table_bound(task: Task, g: Group, target: int, reach: int) -> Ints:
     slowest, total, step_wise = least_maximum(time, w), least_sum(time, w), least_maximum(once, w)
     found = (slowest < BIG) & (total < BIG)
     value = bounds.to_step(
-        g, np.where(found, slowest, 0), np.where(found, np.maximum(total, _base_total(task, g)), 0),
-        np.maximum(np.where(found, step_wise, 0), _least_once(g)),
+        g, np.where(found, slowest, 0), np.where(found, np.maximum(total, least_total), 0),
+        np.maximum(np.where(found, step_wise, 0), least_once),
     )  # fmt: skip
     return np.where(found, np.minimum(value, target), target)
 

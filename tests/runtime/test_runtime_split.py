@@ -30,10 +30,10 @@ REFUSALS = {"selective": "PLN584", "full": "PLN584", "zero3": "PLN583"}
 
 def middle(recompute: str) -> Decoder:
     """Two layers of the middle of a model."""
-    model = plans.llama(layers=2, hidden=64, width=96, qk_norm=False)
+    model, cpu = plans.llama(layers=2, hidden=64, width=96, qk_norm=False), torch.device("cpu")
     with torch.device("meta"):
         part = Decoder(model, range(2), first=False, last=False)
-    initialise(part, TOKENS, 0, torch.device("cpu"))
+    initialise(part, range(TOKENS), 0, cpu, cpu, torch.float32)
     for block in part.blocks():
         block.recompute = recompute
     return part
