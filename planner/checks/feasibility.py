@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from planner import planfile
-from planner.engines.base import layout_problems
+from planner.engines.problems import layout_problems
 from planner.errors import InputError, Location, Problem, input_error
 from planner.planfile import Estimate
 from planner.planning.estimate import estimate_layout

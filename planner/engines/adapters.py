@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.engines.base import Rule
+from planner.engines.rule import Rule
 
 
 @dataclass(frozen=True)

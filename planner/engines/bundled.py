@@ -16,8 +16,10 @@ from planner.cost.accounting import (
     TpTraffic,
 )
 from planner.cost.schedules import splits_backward
-from planner.engines.base import Engine, Rule, exchange_divisible, kv_heads_divisible, microbatches_below_pp
+from planner.engines.base import Engine
 from planner.engines.fsdp2 import ZERO
+from planner.engines.predicates import exchange_divisible, kv_heads_divisible, microbatches_below_pp
+from planner.engines.rule import Rule
 from planner.specs.features import features
 from planner.specs.layers import Attention
 from planner.specs.layout import SCHEDULES, SPLIT_BACKWARD

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from planner.cost.accounting import COMPUTE, EAGER_KERNELS, TP_CALL, Held, Saved, TpTraffic, Traffic, ZeroRule
 from planner.engines import megatron, sharding
-from planner.engines.base import Engine, Rule, gpipe, kv_heads_replicable, unsupported_layers
+from planner.engines.base import Engine
+from planner.engines.predicates import gpipe, kv_heads_replicable, unsupported_layers
+from planner.engines.rule import Rule
 
 RULES: tuple[Rule, ...] = (
     Rule(

@@ -18,7 +18,9 @@ from planner.cost.accounting import (
     Traffic,
     ZeroRule,
 )
-from planner.engines.base import Engine, Rule, gpipe, kv_heads_replicable, routed_without_sequence_parallel
+from planner.engines.base import Engine
+from planner.engines.predicates import gpipe, kv_heads_replicable, routed_without_sequence_parallel
+from planner.engines.rule import Rule
 
 RULES: tuple[Rule, ...] = (
     Rule(

@@ -9,8 +9,10 @@ from dataclasses import replace
 
 from planner.cost.accounting import COMPUTE, EAGER_KERNELS, Held, Saved, TpTraffic, Traffic, ZeroRule
 from planner.engines import bundled, megatron, sharding
-from planner.engines.base import Engine, Rule, kv_heads_divisible, unsupported_layers
+from planner.engines.base import Engine
 from planner.engines.fsdp2 import ZERO
+from planner.engines.predicates import kv_heads_divisible, unsupported_layers
+from planner.engines.rule import Rule
 
 RULES: tuple[Rule, ...] = (
     Rule(

@@ -15,7 +15,7 @@ import numpy as np
 from planner.cost.accounting import COMPUTE, EAGER_KERNELS, TP_CALL, Accounting, Elementwise, Held, Saved, Traffic, ZeroRule
 from planner.cost.schedules import splits_backward
 from planner.engines import megatron, sharding
-from planner.engines.base import Rule
+from planner.engines.rule import Rule
 from planner.specs.layout import SCHEDULES, SPLIT_BACKWARD
 
 

@@ -12,7 +12,7 @@ RUNNABLE = frozenset(("bundled", "compile"))
 def refusals(plan: Plan) -> list[Problem]:
     """Why the bundled runtime will not run a plan: the rules of its engine, from the same table that the search uses."""
     from planner.cost.task import Subject
-    from planner.engines.base import layout_problems
+    from planner.engines.problems import layout_problems
     from planner.engines.registry import engine_named
 
     if not RUNNABLE.issuperset(plan.engine.split("+")) or not plan.engine.startswith("bundled"):

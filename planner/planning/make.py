@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner import stopping
 from planner.cost.task import DeviceType
-from planner.engines.base import job_problems, layout_problems
+from planner.engines.problems import job_problems, layout_problems
 from planner.errors import InfeasibleError, InputError, Problem, input_error
 from planner.planfile import TWO_TYPES_VERSION, Alternative, Certificate, Choice, Estimate, LowestMemory, Memory, Plan
 from planner.planning import choice

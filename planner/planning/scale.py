@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from planner import stopping
-from planner.engines.base import job_problems
+from planner.engines.problems import job_problems
 from planner.errors import InfeasibleError, InputError, Problem, input_error
 from planner.planfile import CountChoice, Objective, Plan
 from planner.planning import make

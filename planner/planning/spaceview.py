@@ -16,7 +16,7 @@ import numpy as np
 
 from planner.cost.schedules import splits_backward
 from planner.cost.task import LayoutArray, Task
-from planner.engines.base import job_problems
+from planner.engines.problems import job_problems
 from planner.errors import InputError
 from planner.planning.request import Request, Setting, prepare
 from planner.search.space import MAX_CHUNKS, MAX_MICRO_BATCH, NAMED, SHORT, Space, declared_space, enumerate_rows

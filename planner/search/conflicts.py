@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from planner.cost.task import Bools, LayoutArray, Task
-from planner.engines.base import Engine, Rule
+from planner.engines.base import Engine
+from planner.engines.rule import Rule
 from planner.search.bounds import BIG
 from planner.search.solve import SearchError
 from planner.search.stages import Tables, deterministic_solver

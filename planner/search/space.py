@@ -17,7 +17,8 @@ import numpy as np
 
 from planner import stopping
 from planner.cost.task import INTERLEAVED, INTERLEAVED_ZB, NONE, SPLIT_CODES, V_CODES, LayoutArray, Task
-from planner.engines.base import Engine, Rule, schedule_codes
+from planner.engines.base import Engine, schedule_codes
+from planner.engines.rule import Rule
 from planner.errors import input_error
 from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES, TYPE_ORDERS
 

@@ -12,7 +12,7 @@ import numpy as np
 from planner import planfile
 from planner.cost import devicetypes
 from planner.cost.task import Bools, Ints
-from planner.engines.base import layout_problems
+from planner.engines.problems import layout_problems
 from planner.verify import rows, simulation, space, tables
 from planner.verify.case import Case, key_of, name_of
 from planner.verify.layouts import Evaluated, evaluate

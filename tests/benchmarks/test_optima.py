@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from planner.engines.base import job_problems
+from planner.engines.problems import job_problems
 from planner.planning.pareto import pareto
 from planner.planning.request import Request, prepare
 from planner.search.solve import search

@@ -15,7 +15,7 @@ from cost.test_experts import deepseek_v2
 from planner.cost import adapters, frozen, memory, operators, primitives
 from planner.cost.accounting import Held, Traffic
 from planner.cost.task import LayoutArray
-from planner.engines.base import job_problems, layout_problems
+from planner.engines.problems import job_problems, layout_problems
 from planner.engines.registry import engine_named
 from planner.errors import InputError
 from planner.specs.job import Job

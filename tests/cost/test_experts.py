@@ -237,7 +237,7 @@ def test_expert_traffic_is_a_part_of_the_step():
 
 
 def test_engines_without_experts_refuse_them():
-    from planner.engines.base import job_problems
+    from planner.engines.problems import job_problems
 
     t = task(mixture(4), 8, 1024, 16, "megatron")
     assert not job_problems(t, engine_named("megatron"))

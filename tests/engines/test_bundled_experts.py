@@ -8,7 +8,7 @@ import pytest
 from machines import task
 
 import planner
-from planner.engines.base import layout_problems
+from planner.engines.problems import layout_problems
 from planner.engines.registry import engine_named
 from planner.specs.layout import Layout
 from planner.specs.model import Model

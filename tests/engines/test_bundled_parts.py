@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from planner.cost.task import Subject
-from planner.engines.base import layout_problems
+from planner.engines.problems import layout_problems
 from planner.engines.registry import engine_named
 from planner.specs.features import features
 from planner.specs.job import Job

@@ -8,7 +8,7 @@ import pytest
 from machines import gpt, llama, task
 
 from planner.cost.task import DeviceType
-from planner.engines.base import layout_problems
+from planner.engines.problems import layout_problems
 from planner.engines.registry import ENGINES, engine_named
 from planner.errors import InputError
 from planner.search.space import declared_space, enumerate_rows

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from planner.cost.task import Task
-from planner.engines.base import Engine, Rule, values_of
+from planner.engines.base import Engine
+from planner.engines.rule import Rule, values_of
 from planner.planfile import Space
 from planner.planning.explain.answers import Excluded
 from planner.specs.layout import Layout

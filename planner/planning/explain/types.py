@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from planner.cost.task import Task
-from planner.engines.base import Engine, job_problems
+from planner.engines.base import Engine
+from planner.engines.problems import job_problems
 from planner.errors import InputError
 from planner.planfile import Plan
 from planner.planning.explain.answers import OneType

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from planner.cost.task import LayoutArray, Task
-from planner.engines.base import Engine, Rule, values_of
+from planner.engines.base import Engine
+from planner.engines.rule import Rule, values_of
 from planner.planfile import Estimate, Plan
 from planner.planning.estimate import estimate_layout
 from planner.planning.explain.answers import BrokenRule, Conflict, Shortfall, WhyNot
