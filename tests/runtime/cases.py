@@ -122,7 +122,21 @@ def _eight() -> dict[str, tuple[str, dict[str, Any]]]:
     }
 
 
-CASES = {n: {**own, **moe_cases.CASES[n], **moe_cases.SLOW[n]} for n, own in ((2, _two()), (4, _four()), (8, _eight()))}
+CASES = {n: {**own, **moe_cases.CASES[n]} for n, own in ((2, _two()), (4, _four()), (8, _eight()))}
+QUICK = {
+    2: (
+        "dp2-zero0-full", "dp2-zero1-one-microbatch", "dp2-zero2-bf16", "dp2-zero3-mixed", "dp2-zero3-tied",
+        "tp2-selective", "tp2-tied", "tp2-bf16", "cp2-zero3-learned",
+        "pp2-gpipe-full", "pp2-gpt-mixed", "pp2-interleaved-none", *(f"pp2-{schedule}" for schedule in SPLIT_BACKWARD),
+        "moe-dp2-zero3", "ep2-zero2", "ep2-padded", "ep2-zero3-bf16", "tp2-ep2", "tp2-etp2", "mla-ep2", "moe-pp2",
+    ),
+    4: (
+        "tp2-pp2-full", "tp2-dp2-tied-zero3", "dp4-shard2-zero3", "cp2-dp2-gemma-zero2",
+        "pp2-dp2-zero1", "pp2-dp2-zero3-offload", "pp2-dp2-zero3-fp16", "pp2-dp2-interleaved-zero3", "pp2-dp2-zbv-zero2",
+        "pp2-dp2-olmo-zero2", "pp2-ep2-zero3-interleaved", "tp2-dp2-ep2-etp2-zero1",
+    ),
+}  # fmt: skip
+"""The default tier: every mechanism alone on two processes, and each beside another one on four. The rest is slow."""
 REFUSED: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
     2: {
         f"pp2-{schedule}-{mode}": ("deep", {"pp": 2, "schedule": schedule, "virtual_stages": 2, "recompute": mode})
@@ -142,9 +156,21 @@ def case(processes: int, name: str) -> tuple[str, dict[str, Any]]:
     return (CASES[processes] | REFUSED.get(processes, {}))[name]
 
 
-def is_slow(name: str) -> bool:
-    """Whether a case belongs to the slow tier: compiling takes half a minute a plan."""
-    return "compiled" in name or any(name in group for group in moe_cases.SLOW.values())
+def is_slow(processes: int, name: str) -> bool:
+    """Whether a case belongs to the slow tier."""
+    return name not in QUICK.get(processes, ())
+
+
+PER_JOB = 16
+"""Slow cases that share a job: a failed one must not take all night with it."""
+
+
+def job_of(processes: int, name: str) -> tuple[str, ...]:
+    """The cases that run in one job with this one."""
+    slow = is_slow(processes, name)
+    group = [other for other in CASES[processes] if is_slow(processes, other) == slow]
+    first = group.index(name) // PER_JOB * PER_JOB if slow else 0
+    return tuple(group[first : first + PER_JOB] if slow else group)
 
 
 def build(processes: int, name: str) -> Plan:

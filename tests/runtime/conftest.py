@@ -1,25 +1,22 @@
-"""Fixtures: the one-process gradients, and jobs that run many plans at once."""
+"""Fixtures: the one-process gradients, jobs that run many plans at once, and a process group of this process alone."""
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 import cases
+import plans
 import pytest
-from launching import HERE, launch
 
 pytest.importorskip("torch")
 
+import torch
+import worker
+import worlds
 
-@pytest.fixture(scope="session")
-def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory with the one-process gradients of each model."""
-    directory = tmp_path_factory.mktemp("runtime")
-    done = launch([str(HERE / "worker.py"), "reference", str(directory)], 800)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return directory
+from planner.runtime.mesh import start_processes
 
 
 class Jobs:
@@ -27,25 +24,34 @@ class Jobs:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.results: dict[tuple[int, bool], dict[str, Any]] = {}
-        self.errors: dict[tuple[int, bool], str] = {}
+        self.results: dict[tuple[int, tuple[str, ...]], dict[str, Any]] = {}
+
+    def reference(self, model: str) -> Path:
+        """The file with a model's loss and gradients in one process."""
+        path = self.directory / f"{model}.pt"
+        if not path.exists():
+            worlds.run(1, worker.write_references, self.directory, list(cases.MODELS))
+        return path
 
     def get(self, processes: int, name: str) -> list[dict[str, Any]]:
         """What each rank found for a case."""
-        job = processes, cases.is_slow(name)
+        job = processes, cases.job_of(processes, name)
         if job not in self.results:
-            names = [other for other in cases.CASES[processes] if cases.is_slow(other) == job[1]]
-            path = self.directory / f"results-{processes}.json"
-            path.unlink(missing_ok=True)
-            done = launch([str(HERE / "worker.py"), str(processes), str(self.directory), *names], 800)
-            self.results[job] = json.loads(path.read_text()) if path.exists() else {}
-            self.errors[job] = done.stderr[-3000:]
-        assert name in self.results[job], self.errors[job]
+            self.reference(cases.case(processes, name)[0])
+            self.results[job] = worlds.run(processes, worker.compare_all, processes, job[1], self.directory)
         ranks: list[dict[str, Any]] = self.results[job][name]
         return ranks
 
 
 @pytest.fixture(scope="session")
-def jobs(references: Path) -> Jobs:
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     """Access to the jobs' results."""
-    return Jobs(references)
+    return Jobs(tmp_path_factory.mktemp("runtime"))
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process group of this process only, one a test run."""
+    if not torch.distributed.is_initialized():
+        monkeypatch.setenv("MASTER_PORT", str(29000 + os.getpid() % 900))
+    start_processes(plans.plan())

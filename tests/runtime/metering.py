@@ -1,25 +1,17 @@
-"""Peak allocated bytes of real runs by the storage meter, beside what the planner predicts.
-
-`python metering.py N FILE` runs every case of N processes in one job and writes {name: [bytes of each rank]}.
-"""
+"""Peak allocated bytes of real runs by the storage meter, beside what the planner predicts."""
 
 from __future__ import annotations
 
 import gc
-import json
-import os
-import sys
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import moe_metering
 import plans
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from planner.planfile import Plan
-from planner.runtime.mesh import start_processes
 from planner.runtime.meter import Meter
 from planner.runtime.train import Options, Trainer
 from planner.specs.layout import SPLIT_BACKWARD
@@ -73,30 +65,20 @@ CASES = {n: {**own, **moe_metering.CASES[n]} for n, own in _cases().items()}
 
 
 def peak(plan: Plan) -> int:
-    """Peak bytes of the third step: all lasting state exists by then."""
-    trainer = Trainer(plan, start_processes(plan), Options())
-    for step in range(2):
-        trainer.train_step(step)
+    """Peak bytes of the second step: all lasting state exists by then."""
+    trainer = Trainer(plan, torch.device("cpu"), Options())
+    trainer.train_step(0)
     with Meter() as meter:
-        trainer.train_step(2)
+        trainer.train_step(1)
     return meter.peak
 
 
-def process(rank: int, processes: int, path: Path) -> None:
-    """One process of the job."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank))
-    torch.set_num_threads(1)
-    found = {}
-    for name, plan in CASES[processes].items():
+def peaks(processes: int, names: Iterable[str]) -> dict[str, list[int]]:
+    """For a job of several processes: the peak of each rank, by case."""
+    found: dict[str, list[int]] = {}
+    for name in names:
         everyone: list[Any] = [None] * processes
-        dist.is_initialized() or start_processes(plan)
-        dist.all_gather_object(everyone, peak(plan))
+        dist.all_gather_object(everyone, peak(CASES[processes][name]))
         found[name] = everyone
         gc.collect()
-        if rank == 0:
-            path.write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    mp.spawn(process, args=(int(sys.argv[1]), Path(sys.argv[2])), nprocs=int(sys.argv[1]))
+    return found

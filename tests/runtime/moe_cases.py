@@ -42,6 +42,12 @@ Case = tuple[str, dict[str, Any]]
 
 def _two() -> dict[str, Case]:
     cases: dict[str, Case] = {f"ep2-zero{zero}": ("moe", {"dp": 2, "ep": 2, "zero": zero}) for zero in range(4)}
+    cases["moe-dp2-zero1"] = ("shared", {"dp": 2, "zero": 1})
+    cases["ep2-zero1-full"] = ("shared", {"dp": 2, "ep": 2, "zero": 1, "recompute": "full"})
+    cases["ep2-gelu"] = ("gelu", {"dp": 2, "ep": 2, "zero": 1, "recompute": "selective"})
+    cases["ep2-bf16"] = ("all", {"dp": 2, "ep": 2, "zero": 2, "precision": "bf16"})
+    cases["tp2-ep2-shared"] = ("shared", {"tp": 2, "ep": 2})
+    cases["tp2-ep2-bf16"] = ("all", {"tp": 2, "ep": 2, "precision": "bf16"})
     cases["moe-dp2-zero3"] = ("moe", {"dp": 2, "zero": 3, "recompute": "selective"})
     cases["ep2-full"] = ("shared", {"dp": 2, "ep": 2, "zero": 2, "recompute": "full"})
     cases["ep2-padded"] = ("padded", {"dp": 2, "ep": 2, "zero": 1})
@@ -65,22 +71,6 @@ def _four() -> dict[str, Case]:
         "tp2-dp2-ep2-etp2-zero1": ("moe", {"tp": 2, "dp": 2, "ep": 2, "etp": 2, "zero": 1}),
         "pp2-ep2-zero3-interleaved": ("shared", {**interleaved, "dp": 2, "ep": 2, "zero": 3, "recompute": "full"}),
         "pp2-tp2-moe": ("moe", {"pp": 2, "tp": 2}),
-    }
-
-
-CASES: dict[int, dict[str, Case]] = {2: _two(), 4: _four(), 8: {}}
-
-
-def _slow() -> dict[int, dict[str, Case]]:
-    two: dict[str, Case] = {
-        "moe-dp2-zero1": ("shared", {"dp": 2, "zero": 1}),
-        "ep2-zero1-full": ("shared", {"dp": 2, "ep": 2, "zero": 1, "recompute": "full"}),
-        "ep2-gelu": ("gelu", {"dp": 2, "ep": 2, "zero": 1, "recompute": "selective"}),
-        "ep2-bf16": ("all", {"dp": 2, "ep": 2, "zero": 2, "precision": "bf16"}),
-        "tp2-ep2-shared": ("shared", {"tp": 2, "ep": 2}),
-        "tp2-ep2-bf16": ("all", {"tp": 2, "ep": 2, "precision": "bf16"}),
-    }
-    four: dict[str, Case] = {
         **{f"dp4-ep2-zero{zero}": ("shared", {"dp": 4, "ep": 2, "zero": zero}) for zero in range(4)},
         "tp2-dp2-ep2-zero0": ("shared", {"tp": 2, "dp": 2, "ep": 2}),
         "tp2-dp2-ep4-zero1": ("moe", {"tp": 2, "dp": 2, "ep": 4, "zero": 1}),
@@ -93,9 +83,11 @@ def _slow() -> dict[int, dict[str, Case]]:
         "pp2-tp2-ep2": ("shared", {"pp": 2, "tp": 2, "ep": 2, "recompute": "selective"}),
         "tp2-dp2-ep2-zero2-bf16": ("all", {"tp": 2, "dp": 2, "ep": 2, "zero": 2, "precision": "bf16"}),
     }
-    three = {"tp": 2, "pp": 2, "dp": 2}
-    return {2: two, 4: four, 8: {"tp2-pp2-dp2-ep4-zero3": ("shared", {**three, "ep": 4, "zero": 3, "recompute": "full"})}}
 
 
-SLOW = _slow()
-"""More of the same, for the slow tier."""
+def _eight() -> dict[str, Case]:
+    layout = {"tp": 2, "pp": 2, "dp": 2, "ep": 4, "zero": 3, "recompute": "full"}
+    return {"tp2-pp2-dp2-ep4-zero3": ("shared", layout)}
+
+
+CASES: dict[int, dict[str, Case]] = {2: _two(), 4: _four(), 8: _eight()}

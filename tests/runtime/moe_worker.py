@@ -1,13 +1,7 @@
-"""Two processes: count what a mixture of experts exchanges, and carry a checkpoint between expert-parallel degrees.
-
-`python moe_worker.py DIR` writes DIR/found.json.
-"""
+"""Two processes: count what a mixture of experts exchanges, and carry a checkpoint between expert-parallel degrees."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +10,9 @@ import plans
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from planner.runtime.mesh import start_processes
 from planner.runtime.train import Options, Trainer
 
 
@@ -44,7 +36,7 @@ class Exchanges(TorchDispatchMode):
 def count(recompute: str) -> dict[str, int]:
     """Of one step of two micro-batches; bytes of both ranks."""
     plan = plans.plan(cases.MODELS["moe"], dp=2, ep=2, zero=1, recompute=recompute, micro_batch=2)
-    trainer = Trainer(plan, start_processes(plan), Options())
+    trainer = Trainer(plan, torch.device("cpu"), Options())
     with Exchanges() as mode:
         trainer.forward_backward(0)
     sent = torch.tensor(mode.found["sent"])
@@ -55,7 +47,7 @@ def count(recompute: str) -> dict[str, int]:
 def trained(seed: int, **layout: Any) -> Trainer:
     """A trainer of other values than another seed's."""
     plan = plans.plan(cases.MODELS["moe"], dp=2, **layout)
-    return Trainer(plan, start_processes(plan), Options(seed=seed))
+    return Trainer(plan, torch.device("cpu"), Options(seed=seed))
 
 
 def full(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -83,16 +75,6 @@ def carry(directory: Path) -> dict[str, Any]:
     }
 
 
-def process(rank: int, directory: Path) -> None:
-    """One process of the job."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
-    torch.set_num_threads(1)
-    found: dict[str, Any] = {mode: count(mode) for mode in ("none", "full")} | carry(directory)
-    if rank == 0:
-        (directory / "found.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    mp.spawn(process, args=(Path(sys.argv[1]),), nprocs=2)
+def found(directory: Path) -> dict[str, Any]:
+    """All of it."""
+    return {mode: count(mode) for mode in ("none", "full")} | carry(directory)

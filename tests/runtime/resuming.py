@@ -1,26 +1,17 @@
-"""Save under one plan and resume under others, in one job: `python resuming.py N DIR NAME...`.
-
-Writes DIR/losses-N.json: {name: losses of the steps after the resume, with an evaluation before the last}. `save:NAME`
-saves after 3 steps and trains on.
-"""
+"""Save under one plan and resume under others, in one job (see `worlds`)."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import plans
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from planner.planfile import Plan
 from planner.runtime.checkpoint import Checkpoints
 from planner.runtime.evaluate import Evaluation
-from planner.runtime.mesh import start_processes
 from planner.runtime.storage import Progress
 from planner.runtime.train import Trainer
 from planner.specs.training import Options
@@ -53,7 +44,7 @@ def losses(name: str, directory: Path, save: bool) -> list[float]:
     """Train, from the checkpoint unless it is to be made."""
     plan, folder = build(name), directory / "checkpoints"
     options = Options(lr=1e-2, steps=10, lr_schedule="linear", out=str(directory), checkpoint_dir=str(folder))
-    trainer = Trainer(plan, start_processes(plan), options)
+    trainer = Trainer(plan, torch.device("cpu"), options)
     checkpoints = Checkpoints(trainer, options, folder, lambda text: None)
     first = 0
     if not save:
@@ -71,18 +62,10 @@ def losses(name: str, directory: Path, save: bool) -> list[float]:
     return found
 
 
-def process(rank: int, processes: int, directory: Path, names: list[str]) -> None:
-    """One process of the job."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank))
-    torch.set_num_threads(1)
+def all_losses(directory: Path, *names: str) -> dict[str, list[float]]:
+    """Losses of the steps after the resume by name, with an evaluation before the last; `save:NAME` saves and trains on."""
     results = {}
     for name in names:
         results[name] = losses(name.removeprefix("save:"), directory, name.startswith("save:"))
         dist.barrier()
-    if rank == 0:
-        (directory / f"losses-{processes}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    mp.spawn(process, args=(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]), nprocs=int(sys.argv[1]))
+    return results

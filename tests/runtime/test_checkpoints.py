@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from launching import HERE, launch
+import resuming
+import worlds
 
 
 def job(directory: Path, processes: int, *names: str) -> dict[str, list[float]]:
-    done = launch([str(HERE / "resuming.py"), str(processes), str(directory), *names], 800)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, list[float]] = json.loads((directory / f"losses-{processes}.json").read_text())
+    found: dict[str, list[float]] = worlds.run(processes, resuming.all_losses, directory, *names)
     return found
 
 
@@ -20,7 +18,7 @@ def same(found: list[float], wanted: list[float]) -> None:
     assert found == pytest.approx(wanted, rel=2e-6)
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(900)
 def test_resumes_under_other_plans(tmp_path: Path) -> None:
     names = ["dp2-zero3", "tp2", "pp2-interleaved"]
     two = job(tmp_path, 2, "save:dp2-zero3", *names)
@@ -32,7 +30,7 @@ def test_resumes_under_other_plans(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(900)
 def test_resumes_across_eight_four_and_one_process(tmp_path: Path) -> None:
     eight = "tp2-pp2-dp2-interleaved-zero3"
     saved = job(tmp_path, 8, f"save:{eight}", eight)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import cases
@@ -10,20 +9,26 @@ import pytest
 import torch
 
 ALL = [
-    pytest.param(n, name, id=f"{n}-{name}", marks=[pytest.mark.slow] if cases.is_slow(name) else [])
+    pytest.param(n, name, id=f"{n}-{name}", marks=[pytest.mark.slow] if cases.is_slow(n, name) else [])
     for n, group in cases.CASES.items()
     for name in group
 ]
 
 
+def test_tiers_are_whole() -> None:
+    assert all(set(quick) <= cases.CASES[n].keys() for n, quick in cases.QUICK.items())
+    assert len(cases.CASES[4]) >= 40
+    assert len(cases.CASES[8]) >= 6
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("processes", "name"), ALL)
-def test_layout_equals_one_process(jobs: Any, references: Path, processes: int, name: str) -> None:
+def test_layout_equals_one_process(jobs: Any, processes: int, name: str) -> None:
     ranks = jobs.get(processes, name)
     for rank in ranks:
         assert "error" not in rank, rank["error"]
     model, options = cases.CASES[processes][name]
-    _, wanted = torch.load(references / f"{model}.pt")
+    _, wanted = torch.load(jobs.reference(model))
     assert set().union(*(rank["names"] for rank in ranks)) == set(wanted), "parameters are missing"
     narrow = options.get("precision") in ("bf16", "fp16")
     for rank in ranks:

@@ -5,15 +5,14 @@ A test of a refused plan that fails says that torch has changed: look at its rul
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import cases
 import plans
 import pytest
 import torch
-from launching import HERE, launch
+import worker
+import worlds
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from planner.cost import memory
@@ -91,13 +90,10 @@ def test_the_engine_refuses(processes: int, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_zero_3_still_computes_wrong_gradients(references: Path, tmp_path: Path) -> None:
+def test_zero_3_still_computes_wrong_gradients(jobs: Any) -> None:
     """Each schedule leaves parameters without gradient, or gradients whose norm is wrong by far more than rounding."""
-    for model in cases.MODELS:
-        (tmp_path / f"{model}.pt").symlink_to(references / f"{model}.pt")
-    done = launch([str(HERE / "worker.py"), "4", str(tmp_path), *cases.REFUSED[4]], 800)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results: dict[str, list[dict[str, Any]]] = json.loads((tmp_path / "results-4.json").read_text())
+    jobs.reference("deep")
+    results = worlds.run(4, worker.compare_all, 4, list(cases.REFUSED[4]), jobs.directory)
     for name in cases.REFUSED[4]:
         for rank in results[name]:
             assert "error" in rank or rank["missing"] or rank["norm"] > 1e-3, name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,19 +15,11 @@ import torch
 from planner.errors import InputError
 from planner.runtime import optim, pipeline
 from planner.runtime.data import SyntheticTokens
-from planner.runtime.mesh import check_world_size, start_processes
+from planner.runtime.mesh import check_world_size
 from planner.runtime.meter import Meter
 from planner.runtime.norms import Norm
 from planner.runtime.precision import LossScale
 from planner.runtime.train import Options, Trainer
-
-
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process group of this process only, one a test run."""
-    if not torch.distributed.is_initialized():
-        monkeypatch.setenv("MASTER_PORT", str(29000 + os.getpid() % 900))
-    start_processes(plans.plan())
 
 
 def test_stages_are_numbered_chunk_major() -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+import exporting
 import plans
 import pytest
 import torch
-from launching import HERE, launch
+import worlds
 
 from planner.errors import InputError
 from planner.runtime import weights
-from planner.runtime.mesh import start_processes
 from planner.runtime.train import Trainer
 from planner.specs import files
 
@@ -26,14 +25,6 @@ SIZES: dict[str, Any] = {
 KINDS: dict[str, dict[str, Any]] = {
     "Llama": {}, "Qwen2": {}, "Qwen3": {"tie_word_embeddings": True}, "Mistral": {"sliding_window": None},
 }  # fmt: skip
-
-
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process group of this process only, one a test run."""
-    if not torch.distributed.is_initialized():
-        monkeypatch.setenv("MASTER_PORT", str(29000 + os.getpid() % 900))
-    start_processes(plans.plan())
 
 
 def source(folder: Path, kind: str) -> Any:
@@ -104,8 +95,7 @@ def test_every_layout_writes_what_it_read(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     source(tmp_path / "source", "Llama")
-    done = launch([str(HERE / "exporting.py"), str(tmp_path)], 800)
-    assert done.returncode == 0, done.stderr[-3000:]
+    worlds.run(2, exporting.carry, tmp_path)
     wanted = load_file(tmp_path / "source" / "model.safetensors")
     for name in ("tp2", "dp2-zero3", "pp2"):
         found = {k: v for p in (tmp_path / name).glob("*.safetensors") for k, v in load_file(p).items()}
