@@ -16,7 +16,7 @@ from planner.cost.blending import Stack
 from planner.cost.primitives import Blend
 from planner.cost.schedules import chunk_moments
 from planner.cost.task import Bools, Ints, LayoutArray, Task
-from planner.search import bounds, holding
+from planner.search import bounds, filling
 from planner.search.alike import distinct
 from planner.search.bounds import BIG, Group
 from planner.search.windows import Windows, positions, windows
@@ -60,7 +60,7 @@ def rows_of(g: Group, rows: Ints) -> Group:
 
 
 def memory_feasible(task: Task, g: Group) -> Bools:
-    """Which rows have any split and recompute that fits: surely not the others (`holding`)."""
+    """Which rows have any split and recompute that fits: surely not the others (`filling`)."""
     assert g.stack is not None
     v, x = int(g.layouts.virtual_stages[0]), g.layouts
     # With chunks the moments of a rank follow from full rounds of micro-batches, of which no more than three matter.
@@ -68,7 +68,7 @@ def memory_feasible(task: Task, g: Group) -> Bools:
     w = windows(task.model.kind_of_layer, v, positions(g.n_layers, v))
     flight = g.flight[some]
     moments = chunk_moments(g.pp, v, x.microbatches[some]) if v > 1 else flight[:, :, None, None]
-    return holding.hold_all(g.stack.take(some), flight, moments, w, g.modes)[kind]
+    return filling.hold_all(g.stack.take(some), flight, moments, w, g.modes)[kind]
 
 
 def fitting(g: Group, layers: Ints) -> Bools:
