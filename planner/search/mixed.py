@@ -16,7 +16,7 @@ from planner.cost.blending import Stack
 from planner.cost.primitives import Blend
 from planner.cost.schedules import chunk_moments
 from planner.cost.task import Bools, Ints, LayoutArray, Task
-from planner.search import bounds, holding
+from planner.search import bounds, filling
 from planner.search.alike import distinct
 from planner.search.bounds import BIG, Group
 from planner.search.windows import Windows, positions, windows
@@ -60,7 +60,7 @@ def rows_of(g: Group, rows: Ints) -> Group:
 
 
 def memory_feasible(task: Task, g: Group) -> Bools:
-    """Which rows have any split and recompute that fits: surely not the others (`holding`)."""
+    """Which rows have any split and recompute that fits: surely not the others (`filling`)."""
     assert g.stack is not None
     v, x = int(g.layouts.virtual_stages[0]), g.layouts
     # With chunks the moments of a rank follow from full rounds of micro-batches, of which no more than three matter.
@@ -68,7 +68,7 @@ def memory_feasible(task: Task, g: Group) -> Bools:
     w = windows(task.model.kind_of_layer, v, positions(g.n_layers, v))
     flight = g.flight[some]
     moments = chunk_moments(g.pp, v, x.microbatches[some]) if v > 1 else flight[:, :, None, None]
-    return holding.hold_all(g.stack.take(some), flight, moments, w, g.modes)[kind]
+    return filling.hold_all(g.stack.take(some), flight, moments, w, g.modes)[kind]
 
 
 def fitting(g: Group, layers: Ints) -> Bools:
@@ -176,20 +176,35 @@ def _table_bound(task: Task, g: Group, target: int, reach: int) -> Ints:
 def chain_bound(g: Group, w: Windows, allowed: Ints, least_total: Ints, least_once: Ints, target: int) -> Ints:
     """min(bound, target) for each row of a group priced for every window, from the least max R, sum R and max D over chains of
     windows; no R is above `allowed`, sum R and max D are at least `least_total` and `least_once`, shape (rows,)."""
-    layers = w.layers[None, None, :]
-    first, last, p = g.first[:, :, None], g.last[:, :, None], g.deep
-    again = np.where(fitting(g, layers) & w.whole, bounds.least_recompute(g, layers), BIG)
-    linear = layers * (p.forward + p.backward) + step.end_time(p, first, last)
-    time = np.where(again >= BIG, BIG, again + linear)
-    time = np.where(time > allowed[:, None, None], BIG, time)
-    once = np.where(time < BIG, step.stage_once(p, first, last, layers), BIG)
-    slowest, total, step_wise = least_maximum(time, w), least_sum(time, w), least_maximum(once, w)
-    found = (slowest < BIG) & (total < BIG)
-    value = bounds.to_step(
-        g, np.where(found, slowest, 0), np.where(found, np.maximum(total, least_total), 0),
-        np.maximum(np.where(found, step_wise, 0), least_once),
-    )  # fmt: skip
-    return np.where(found, np.minimum(value, target), target)
+    result = np.full(len(g.layouts), target, dtype=np.int64)
+    layers, first, last = w.layers[None, None, :], g.first[:, :, None], g.last[:, :, None]
+    linear = layers * (g.deep.forward + g.deep.backward) + step.end_time(g.deep, first, last)
+    linear = np.where(w.whole & (linear <= allowed[:, None, None]), linear, BIG)
+    # What is dearer is worked out for rows that the cheaper leaves below the target: memory, then sums and step-wise terms.
+    rows = np.nonzero(_step_of(g, least_maximum(linear, w), least_total, least_once) < target)[0]
+    if not len(rows):
+        return result
+    if len(rows) < len(result):
+        blended = None if g.blended is None else g.blended.take(rows)
+        g, linear = replace(bounds.rows_of(g, rows), blended=blended), linear[rows]
+    time = np.where(fitting(g, layers), bounds.least_recompute(g, layers), BIG) + linear
+    time = np.where(time > allowed[rows, None, None], BIG, time)
+    slowest = least_maximum(time, w)
+    close = np.nonzero(_step_of(g, slowest, least_total[rows], least_once[rows]) < target)[0]
+    if not len(close):
+        return result
+    once, time = np.broadcast_to(step.stage_once(g.deep, first, last, layers), time.shape)[close], time[close]
+    total, step_wise = least_sum(time, w), least_maximum(np.where(time < BIG, once, BIG), w)
+    rows, g = rows[close], bounds.rows_of(g, close)
+    value = _step_of(g, slowest[close], np.maximum(total, least_total[rows]), np.maximum(step_wise, least_once[rows]))
+    result[rows] = np.minimum(value, target)
+    return result
+
+
+def _step_of(g: Group, slowest: Ints, total: Ints, once: Ints) -> Ints:
+    """T of rows from max R, sum R and max d, ns; BIG where one of them is."""
+    found = (slowest < BIG) & (total < BIG) & (once < BIG)
+    return np.where(found, bounds.to_step(g, *(np.where(found, term, 0) for term in (slowest, total, once))), BIG)
 
 
 def _useful(task: Task, g: Group, w: Windows, allowed: Ints) -> Bools:
@@ -212,7 +227,9 @@ def least_sum(values: Ints, w: Windows) -> Ints:
 
 def _chain(values: Ints, w: Windows, join: np.ufunc) -> Ints:
     rows, pp, _ = values.shape
-    usable = [np.unique(w.sizes[(values[:, s] < BIG).any(axis=0)]) for s in range(pp)]
+    held = np.zeros((len(w.counts), w.reach + 1), dtype=bool)
+    held[np.arange(len(held)), w.sizes] = True
+    usable = [np.nonzero(sizes)[0] for sizes in (values < BIG).any(axis=0) @ held]
     if not all(map(len, usable)):
         return np.full(rows, BIG, dtype=np.int64)
     low, high = _meetings(usable, w.positions)

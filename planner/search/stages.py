@@ -184,28 +184,31 @@ def _uniform(g: Group, p: Primitives, layers: Ints) -> tuple[Bools, Ints, Ints]:
 def _mixed(g: Group, p: Primitives, layers: Ints) -> tuple[Bools, Ints, Ints]:
     """(fits, selective, full) of the cheapest mix that fits, shape (pp, n): every number of fully recomputed layers."""
     shape = (g.pp, layers.shape[1])
-    best = np.full(shape, BIG, dtype=np.int64)
-    best1, best2 = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    flight = g.flight[0][:, None]
-    save1, save2 = p.act0 - p.act1, p.act0 - p.act2
-    cost1, cost2 = p.recompute1, p.recompute2
-    rooms = [g.deep_room(mode)[0] for mode in range(3)]
-    full_counts = range(int(layers.max()) + 1) if 2 in g.modes else range(1)
-    for n2 in full_counts:
+    columns = (
+        layers, g.flight[0][:, None], layers * p.state, p.act0, p.act0 - p.act1, p.act0 - p.act2, p.recompute1, p.recompute2,
+        *(g.deep_room(mode)[0] for mode in range(3)),
+    )  # fmt: skip
+    table = np.stack([np.broadcast_to(column, shape).ravel() for column in columns])
+    best = np.full(table.shape[1], BIG, dtype=np.int64)
+    best1, best2 = np.zeros_like(best), np.zeros_like(best)
+    at = np.arange(len(best))
+    for n2 in range(int(layers.max()) + 1) if 2 in g.modes else range(1):
+        # More full layers cost more by themselves: they are of no use where they alone exceed the value found.
+        left = (n2 <= table[0]) & (n2 * table[7] < best[at])
+        table, at = table[:, left], at[left]
+        if not len(at):
+            break
+        held, flight, states, act0, save1, save2, cost1, cost2, *rooms = table
         for strongest in (2,) if n2 else (0, 1):
             if strongest not in g.modes:
                 continue
-            short = layers * p.state + flight * (layers * p.act0 - n2 * save2) - rooms[strongest]
-            n1 = _selective_needed(short, flight * save1, layers, n2, strongest, g.modes)
-            time = np.where((n1 + n2 <= layers) & (n2 <= layers), n1 * cost1 + n2 * cost2, BIG)
-            time = np.where(n1 >= 0, time, BIG)
-            better = time < best
-            best = np.where(better, time, best)
-            best1, best2 = np.where(better, n1, best1), np.where(better, n2, best2)
-        # More full layers cost more by themselves: stop when they alone exceed every value found.
-        if n2 and np.all((n2 + 1) * cost2 >= best):
-            break
-    return best < BIG, best1, best2
+            short = states + flight * (held * act0 - n2 * save2) - rooms[strongest]
+            n1 = _selective_needed(short, flight * save1, held, n2, strongest, g.modes)
+            time = np.where((n1 >= 0) & (n1 + n2 <= held), n1 * cost1 + n2 * cost2, BIG)
+            better = time < best[at]
+            best[at[better]] = time[better]
+            best1[at[better]], best2[at[better]] = n1[better], n2
+    return (best < BIG).reshape(shape), best1.reshape(shape), best2.reshape(shape)
 
 
 def _selective_needed(short: Ints, saved: Ints, layers: Ints, n2: int, strongest: int, modes: tuple[int, ...]) -> Ints:
