@@ -44,7 +44,7 @@ def test_rows_are_settled_as_brute_force_does(maker, seed):
     """Which rows fit, and which have a layout below any cutoff: every row of small spaces, with its least time."""
     t, engine, declared = maker(seed)
     x = space.enumerate_space(t, engine, declared_of(declared)).layouts
-    values = [row_values(t, x, row, declared.modes) for row in range(len(x))]
+    values = row_values(t, x, declared.modes)
     priced = tables.price(t, x)
     fits = rows.fitting(priced, declared.modes, lambda *_: None)
     assert fits.tolist() == [v is not None for v in values]
