@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from planner.specs.layout import SCHEDULES
 from planner.search.space import enumerate_rows
+from planner.specs.layout import SCHEDULES
 from search.strategies import instances
 from search.test_exact import check_outcome
 

@@ -14,7 +14,7 @@ from search.brute import mixes, row_values
 from search.instances import instance, mixed_instance
 
 from planner import planfile
-from planner.cost import step
+from planner.cost import simulated, step
 from planner.errors import InputError
 from planner.planfile import Declared, Inputs
 from planner.specs.layout import RECOMPUTE_MODES, SCHEDULES, Layout, Stage
@@ -158,7 +158,7 @@ def test_long_steps_are_extrapolated_exactly(schedule, v, seed, monkeypatch):
     for times in (([[0] * v] * pp, [[25] * v] * (pp - 1) + [[40] * v]), (forward, backward)):
         full = simulation.run(layout_of(schedule, pp, v), m, *times)
         with monkeypatch.context() as patched:
-            patched.setattr(simulation, "MOST_ACTIONS", 100 * pp * v)
+            patched.setattr(simulated, "MOST_ACTIONS", 100 * pp * v)
             short = simulation.run(layout_of(schedule, pp, v), m, *times)
         assert len(full.simulated) == 1
         assert max(short.simulated) < m
@@ -173,7 +173,7 @@ def test_pieces_add_up_to_ranks(seed):
         return
     t = task(plan.model, plan.cluster.gpus, plan.job.seq_len, plan.job.global_batch, plan.engine, plan.hardware)
     e = evaluate(replace(t, job=plan.job), plan.layout)
-    forward, backward, _ = simulation.pieces(e)
+    forward, backward = e.pieces.forward, e.pieces.backward
     for s, whole in enumerate(e.time.tolist()):
         assert sum(forward[s]) + sum(backward[s]) == whole * plan.layout.virtual_stages
         assert min(*forward[s], *backward[s]) >= 0
