@@ -111,8 +111,10 @@ class Breakdown(Spec):
     """Fixed cost of a step."""
 
 
-class Estimate(Spec):
+class Estimate(Sparse):
     """What the cost model predicts for one layout."""
+
+    unwritten: ClassVar[tuple[str, ...]] = ("simulated_step_time_s",)
 
     step_time_s: float
     interval: TimeInterval
@@ -135,3 +137,6 @@ class Estimate(Spec):
     memory: Memory
     provenance: Provenance
     """The least certain origin among the profile's figures."""
+    simulated_step_time_s: float | None = None
+    """Of a plan whose ranks hold several chunks: the step with its schedule run action by action, every chunk at its own time.
+    `step_time_s`, which the search compares, takes a rank's chunks to be equal. None where simulating would take long."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner import stopping
+from planner.cost.simulated import step_of_chunks
 from planner.cost.task import DeviceType
 from planner.engines.problems import job_problems, layout_problems
 from planner.errors import InfeasibleError, InputError, Problem, input_error
@@ -99,6 +100,9 @@ def _assemble(
     others: Sequence[Alternative] = (),
     why: Choice | None = None,
 ) -> Plan:
+    simulated = step_of_chunks(setting.task, layout)
+    if simulated is not None:
+        estimate = estimate.model_copy(update={"simulated_step_time_s": simulated / 1e9})
     return Plan(
         model=setting.task.model,
         job=setting.task.job,

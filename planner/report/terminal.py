@@ -73,7 +73,22 @@ def _headline(plan: Plan, out: Console) -> None:
     out.print(f"{verdict}: {gib(m.peak_gib * GIB)} of {gib(m.limit_gib * GIB)}, {speed}")
     if plan.choice is not None and plan.choice.rule != "fastest":
         out.print(Text(plan.choice.reason))
+    if note := _simulated_text(e):
+        out.print(Text(note))
     out.print()
+
+
+_SIMULATED_APART = 0.02
+"""Share by which the schedule's simulation has to differ from the predicted step to be worth a line."""
+
+
+def _simulated_text(e: Estimate) -> str:
+    """What the schedule takes action by action, where unequal chunks make that another time than the one predicted."""
+    simulated = e.simulated_step_time_s
+    if simulated is None or abs(simulated / e.step_time_s - 1) < _SIMULATED_APART:
+        return ""
+    apart = simulated / e.step_time_s - 1
+    return f"its chunks take unequal times: simulated action by action the step takes {seconds(simulated)} ({apart:+.1%})"
 
 
 def _parameters(plan: Plan) -> str:

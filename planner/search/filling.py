@@ -82,7 +82,7 @@ def _weighed(ranks: Ranks, rows: Ints) -> tuple[Bools, Ints]:
 
 
 def _sorts(w: Windows) -> tuple[Ints, Ints, Ints]:
-    """Layers of each kind in each chunk by sort of position, shape (sorts, chunks, kinds); a window of each; each one's sort."""
+    """Layers of each kind in each chunk by sort of position, shape (sorts, chunks, kinds); a window of each; its sort."""
     alone = w.at[:-1, 1]
     entries, which = np.unique(alone, return_inverse=True)  # windows of equal layers share an entry
     return w.counts[entries], entries, which.ravel()

@@ -274,8 +274,8 @@ def _first_target(state: _State, k: int) -> int:
     sample = rows[np.arange(len(rows)) - first < 2 * (k + 1)].tolist()
     families = [list(some) for _, some in itertools.groupby(sample, lambda r: (x.pp[r], x.virtual_stages[r] > 1))]
     least, limit = np.full(int(state.groups.max()) + 1, BIG), min(2 * lowest, int(bounds.INFINITE))
-    for family in sorted(families, key=lambda some: int(state.bound[some[0]])):
-        some = np.array(family)
+    for members in sorted(families, key=lambda some: int(state.bound[some[0]])):
+        some = np.array(members)
         some = some[state.bound[some] < limit]
         _bound_below(state, some, limit)
         close = some[state.bound[some] < limit]

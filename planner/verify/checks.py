@@ -196,7 +196,7 @@ def _simulation(s: State, found: Findings) -> None:
     }  # fmt: skip
     equal = "the same integer" if whole.makespan == closed else f"{other:+.2%} of the closed form"
     by = "" if len(whole.simulated) == 1 else f", extrapolated from {', '.join(map(str, whole.simulated))} micro-batches"
-    found.text = f"{e.microbatches} micro-batches simulated{by}: {equal}; forward and backward apart {gap:+.2%}"
+    found.text = f"{e.microbatches} micro-batches simulated{by}: {equal}; forward, backward and chunks apart {gap:+.2%}"
 
 
 def _axes(s: State, found: Findings) -> None:

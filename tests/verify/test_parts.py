@@ -14,7 +14,7 @@ from search.brute import mixes, row_values
 from search.instances import instance, mixed_instance
 
 from planner import planfile
-from planner.cost import step
+from planner.cost import simulated, step
 from planner.errors import InputError
 from planner.planfile import Declared, Inputs
 from planner.specs.layout import RECOMPUTE_MODES, SCHEDULES, Layout, Stage
@@ -44,7 +44,7 @@ def test_rows_are_settled_as_brute_force_does(maker, seed):
     """Which rows fit, and which have a layout below any cutoff: every row of small spaces, with its least time."""
     t, engine, declared = maker(seed)
     x = space.enumerate_space(t, engine, declared_of(declared)).layouts
-    values = [row_values(t, x, row, declared.modes) for row in range(len(x))]
+    values = row_values(t, x, declared.modes)
     priced = tables.price(t, x)
     fits = rows.fitting(priced, declared.modes, lambda *_: None)
     assert fits.tolist() == [v is not None for v in values]
@@ -158,7 +158,7 @@ def test_long_steps_are_extrapolated_exactly(schedule, v, seed, monkeypatch):
     for times in (([[0] * v] * pp, [[25] * v] * (pp - 1) + [[40] * v]), (forward, backward)):
         full = simulation.run(layout_of(schedule, pp, v), m, *times)
         with monkeypatch.context() as patched:
-            patched.setattr(simulation, "MOST_ACTIONS", 100 * pp * v)
+            patched.setattr(simulated, "MOST_ACTIONS", 100 * pp * v)
             short = simulation.run(layout_of(schedule, pp, v), m, *times)
         assert len(full.simulated) == 1
         assert max(short.simulated) < m
@@ -173,7 +173,7 @@ def test_pieces_add_up_to_ranks(seed):
         return
     t = task(plan.model, plan.cluster.gpus, plan.job.seq_len, plan.job.global_batch, plan.engine, plan.hardware)
     e = evaluate(replace(t, job=plan.job), plan.layout)
-    forward, backward, _ = simulation.pieces(e)
+    forward, backward = e.pieces.forward, e.pieces.backward
     for s, whole in enumerate(e.time.tolist()):
         assert sum(forward[s]) + sum(backward[s]) == whole * plan.layout.virtual_stages
         assert min(*forward[s], *backward[s]) >= 0
