@@ -20,20 +20,28 @@ from torch.utils._pytree import tree_leaves
 ROUND = 512
 
 
-def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
+def rounded(n_bytes: int) -> int:
+    """What the caching allocator hands out for a request."""
+    return -(-n_bytes // ROUND) * ROUND
+
+
+def storages(value: Any) -> Iterator[torch.UntypedStorage]:
     """The real storages behind a tensor or a wrapper of tensors."""
     if not isinstance(value, torch.Tensor):
         return
     if is_traceable_wrapper_subclass(value):
         for name in value.__tensor_flatten__()[0]:
-            yield from _storages(getattr(value, name))
+            yield from storages(getattr(value, name))
     elif value.device.type != "meta" and value.layout is torch.strided:
         with torch._C._DisableTorchDispatch():
             yield value.untyped_storage()
 
 
 class Meter(TorchDispatchMode):
-    """Context that counts live bytes. `current` and `peak` are bytes; storages alive at entry count."""
+    """Context that counts live bytes. `current` and `peak` are bytes; storages alive at entry count.
+
+    On real tensors fake ones are DTensor's, which work out shapes, and do not count.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -41,6 +49,10 @@ class Meter(TorchDispatchMode):
         self.peak = 0
         self._sizes: dict[int, int] = {}
         self._refs: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def counts(self, value: torch.Tensor) -> bool:
+        """Whether this tensor's memory is the job's."""
+        return type(value).__name__ != "FakeTensor"
 
     def _set(self, key: int, n_bytes: int) -> None:
         self.current += n_bytes - self._sizes.get(key, 0)
@@ -58,7 +70,7 @@ class Meter(TorchDispatchMode):
         if ref is None or ref() is not storage:
             self._drop(key)
             self._refs[key] = weakref.ref(storage, lambda _, key=key: self._drop(key))  # type: ignore[misc]
-        self._set(key, -(-storage.nbytes() // ROUND) * ROUND)
+        self._set(key, rounded(storage.nbytes()))
 
     def _track_living(self) -> None:
         """Count all that exists already: weights, optimizer states, buffers that FSDP2 and the pipeline hold."""
@@ -70,8 +82,8 @@ class Meter(TorchDispatchMode):
                     is_tensor = isinstance(thing, torch.Tensor)
                 except ReferenceError:  # a proxy of something gone
                     continue
-                if is_tensor and type(thing).__name__ != "FakeTensor":
-                    for storage in _storages(thing):
+                if is_tensor and self.counts(thing):
+                    for storage in storages(thing):
                         self.track(storage)
 
     def __enter__(self) -> Meter:
@@ -101,8 +113,8 @@ class Meter(TorchDispatchMode):
         # NCCL's does not.
         fresh = not getattr(func, "is_view", False)
         for value in tree_leaves(out):
-            if isinstance(value, torch.Tensor) and type(value).__name__ != "FakeTensor":
-                for storage in _storages(value):
+            if isinstance(value, torch.Tensor) and self.counts(value):
+                for storage in storages(value):
                     if fresh or id(storage) in self._refs:
                         self.track(storage)
         return out

@@ -241,13 +241,22 @@ class Decoder(nn.Module):
 
 
 def initialise(part: Decoder, seq_len: int, seed: int, device: torch.device) -> None:
-    """Give a meta-device part its memory and first values, the same in every layout.
+    """Give a meta-device part its memory, its tables and its first values, the same in every layout."""
+    part.to_empty(device=device)
+    part.tie()
+    fill(part, seed, device)
+    if part.model.positions == "rotary" and len(part.layers):
+        tables = rotary_tables(part.model, seq_len, device)
+        for block in part.blocks():
+            block.attn.cos, block.attn.sin = tables
+
+
+def fill(part: Decoder, seed: int, device: torch.device) -> None:
+    """Write first values.
 
     Each parameter has its own generator, seeded by its name; the whole tensor is drawn, then the local part kept. One
     tensor at a time, so that the peak is one full parameter above the sharded model.
     """
-    part.to_empty(device=device)
-    part.tie()
     scale = 0.02 / math.sqrt(2 * part.model.n_layers)
     with torch.no_grad():
         for name, param in part.named_parameters():
@@ -257,10 +266,6 @@ def initialise(part: Decoder, seq_len: int, seed: int, device: torch.device) -> 
                 param.to_local().copy_(placed.to_local())
             else:
                 param.copy_(full)
-    if part.model.positions == "rotary" and len(part.layers):
-        tables = rotary_tables(part.model, seq_len, device)
-        for block in part.blocks():
-            block.attn.cos, block.attn.sin = tables
 
 
 def _first_value(name: str, shape: torch.Size, seed: int, scale: float, device: torch.device) -> Tensor:

@@ -70,8 +70,12 @@ class Trainer:
             if layout.tp > 1:
                 parallelize.apply_tp(part, mesh["tp"])
             parallelize.apply_zero(part, layout, self.plan.job, mesh["dp"])
-            initialise(part, self.plan.job.seq_len, self.options.seed, self.world.device)
+            self.allocate(part)
         return parts
+
+    def allocate(self, part: Decoder) -> None:
+        """Give a part its memory and first values."""
+        initialise(part, self.plan.job.seq_len, self.options.seed, self.world.device)
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters by name; names do not depend on the plan."""
