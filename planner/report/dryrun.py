@@ -19,7 +19,9 @@ def print_dry_run(found: dict[str, Any], out: Console) -> None:
     out.print(Text(f"peak on rank {worst['rank']}: {worst['cause']}"))
     out.print(_collective_table([c for c in found["collectives"] if c["rank"] == worst["rank"]], worst["rank"]))
     if worst["microbatches_run"] < found["microbatches"]:
-        note = f"stepped through {worst['microbatches_run']} of {found['microbatches']} micro-batches; each further round of the"
+        note = (
+            f"stepped through {worst['microbatches_run']} of {found['microbatches']} micro-batches; each further round of the"
+        )
         out.print(Text(f"{note} pipeline adds the same bytes and calls (--exact-steps steps through all)"))
 
 

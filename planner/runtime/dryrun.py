@@ -253,7 +253,9 @@ class _Snapshot:
             return "logits and loss"
         if key in self.meter.sent:
             return "communication buffers"
-        return {"forward": "activations", "backward": "backward temporaries", "optimizer": "optimizer temporaries"}[origin.phase]
+        return {"forward": "activations", "backward": "backward temporaries", "optimizer": "optimizer temporaries"}[
+            origin.phase
+        ]
 
     def _states(self) -> Iterator[tuple[str, Tensor | None]]:
         for _, param in self.trainer.named_parameters():

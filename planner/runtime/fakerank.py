@@ -165,7 +165,9 @@ class FakeMeter(Meter):
     def _phase(self) -> str:
         if self.optimizing:
             return "optimizer"
-        return "forward" if torch._C._current_graph_task_id() == -1 else "backward"  # callbacks after backward count as backward
+        return (
+            "forward" if torch._C._current_graph_task_id() == -1 else "backward"
+        )  # callbacks after backward count as backward
 
     def _log(self, func: Any, args: Any, out: Any) -> None:
         name = func._opname.lstrip("_")

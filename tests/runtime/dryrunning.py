@@ -1,0 +1,98 @@
+"""Layouts whose dry run must agree with the planner's formulas: bytes within 3 %, collectives exactly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import plans
+from machines import figure, profile
+
+from planner.cost.task import Task
+from planner.engines.registry import engine_named
+from planner.planfile import Plan
+from planner.planning.detail.case import case_of
+from planner.planning.detail.comm import collectives_of
+from planner.planning.estimate import estimate_layout
+from planner.runtime.dryrun import RankReport
+from planner.specs.layers import Attention, LayerGroup, Mlp
+from planner.specs.model import Model
+
+NO_WORKSPACE = profile(workspace=figure("0 GiB"))
+
+
+def _llama(layers: int) -> Model:
+    """Layers of Llama 3 8B."""
+    group = LayerGroup(count=layers, attention=Attention(heads=32, kv_heads=8), mlp=Mlp(kind="gated", width=14336))
+    return Model(name="llama", hidden=4096, vocab=128256, layers=[group])
+
+
+def _gpt(layers: int) -> Model:
+    """Layers of GPT-3 6.7B: layer norms and biases."""
+    attention = Attention(heads=32, qkv_bias=True, out_bias=True)
+    group = LayerGroup(count=layers, attention=attention, mlp=Mlp(kind="gelu", width=16384, bias=True))
+    options: dict[str, Any] = {"norm": "layernorm", "positions": "learned", "max_positions": 4096}
+    return Model(name="gpt", hidden=4096, vocab=50304, layers=[group], **options)
+
+
+def _cases() -> dict[str, Plan]:
+    found: dict[str, Plan] = {}
+
+    def add(name: str, model: Model, **options: Any) -> None:
+        found[name] = plans.plan(model, **{"precision": "bf16", "seq_len": 4096, "micro_batch": 1, **options})
+
+    for zero in range(4):
+        for recompute in ("none", "full"):
+            for m in (1, 3):
+                name = f"dp8-zero{zero}-{recompute}-m{m}"
+                add(name, _llama(4), dp=8, zero=zero, recompute=recompute, global_batch=8 * m)
+        for recompute in ("none", "selective", "full"):
+            name = f"tp2-dp4-zero{zero}-{recompute}"
+            add(name, _llama(3), tp=2, dp=4, zero=zero, recompute=recompute, global_batch=8)
+        for recompute in ("none", "full"):
+            name = f"pp4-dp4-zero{zero}-{recompute}"
+            add(name, _llama(12), pp=4, dp=4, zero=zero, recompute=recompute, global_batch=24)
+        add(f"gpt-dp4-zero{zero}", _gpt(4), dp=4, zero=zero, recompute="selective", global_batch=8, seq_len=2048)
+        add(f"pp2-tp2-dp2-zero{zero}", _llama(6), pp=2, tp=2, dp=2, zero=zero, global_batch=8)
+    for recompute in ("none", "selective", "full"):
+        add(f"tp4-{recompute}", _llama(4), tp=4, recompute=recompute, global_batch=2)
+        add(f"pp2-gpipe-{recompute}", _llama(6), pp=2, schedule="gpipe", recompute=recompute, global_batch=4)
+        interleaved: dict[str, Any] = {"schedule": "interleaved", "virtual_stages": 2}
+        add(f"pp2-interleaved-{recompute}", _llama(8), pp=2, **interleaved, recompute=recompute, global_batch=4)
+    add("tp8-gpt", _gpt(4), tp=8, global_batch=2, seq_len=2048)
+    add("one", _llama(4), global_batch=2)
+    add("fp32-one", _llama(2), precision="fp32", global_batch=2)
+    add("fp32-dp4-zero2", _llama(2), precision="fp32", dp=4, zero=2, global_batch=8)
+    return found
+
+
+CASES = _cases()
+QUICK = ("dp8-zero3-full-m3", "tp2-dp4-zero1-selective", "pp4-dp4-zero2-full")
+"""For the default tier."""
+
+
+def task_of(plan: Plan) -> Task:
+    """The plan's costs, without what the device's libraries take."""
+    return Task(plan.model, plan.job, NO_WORKSPACE, plan.cluster.gpus, engine_named("bundled").accounting)
+
+
+def predicted_gib(plan: Plan, stage: int) -> float:
+    """Peak allocated GiB of a pipeline rank."""
+    return estimate_layout(task_of(plan), plan.layout).memory.stages[stage].allocated
+
+
+def predicted_calls(plan: Plan, stage: int) -> Counter[tuple[str, str]]:
+    """Collectives of a step of one rank, by group and operation."""
+    found: Counter[tuple[str, str]] = Counter()
+    for c in collectives_of(case_of(task_of(plan), plan, stage)):
+        found[c.group, c.op] += round(c.calls)
+    return found
+
+
+def stepped_calls(report: RankReport) -> Counter[tuple[str, str]]:
+    """The same of a dry run, without those of scalars and norm weights; a send and its receive are one."""
+    found: Counter[tuple[str, str]] = Counter()
+    for c in report.collectives:
+        if not c.small and c.op != "receive":
+            found[c.group, "send and receive" if c.op == "send" else c.op] += c.count
+    return found
