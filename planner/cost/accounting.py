@@ -232,6 +232,11 @@ class Accounting:
     host's work for each expert's parameters as so many launches."""
     kernels_padded: float = 1.6
     """Factor on `kernels_expert` in narrow types: the rows of each expert are padded, cast and scaled apart."""
+    padding_bytes: float = 0.0
+    """Bytes moved for each element of a routed row, forward and again backward, where rows of narrow products are padded
+    before the experts and cut after them in passes of their own."""
+    expert_slots: float = 1.0
+    """Rows of the experts' buffers over those they get, where kernels run over whole buffers."""
     pipeline_zero: int | None = None
     """ZeRO stage that the engine uses under a pipeline in place of 3: it keeps parameters gathered between micro-batches."""
     balanced_stages: bool = False

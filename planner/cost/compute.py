@@ -102,10 +102,11 @@ def streaming_seconds(n_bytes: Floats, device: Device) -> Floats:
     return n_bytes / (device.memory_bandwidth.base * device.memory_efficiency.base)
 
 
-def overlapped(compute: Floats, comm: Floats, slowdown: float, floor: float) -> Floats:
+def overlapped(compute: Floats, comm: Floats, slowdown: float, floor: float, idle: Floats | float = 0.0) -> Floats:
     """Exposed time of communication beside compute.
 
-    What does not fit under the compute, at least `floor` of it; and the compute runs slower while both run.
+    What does not fit under the compute, at least `floor` of it; and the compute runs slower while both run. `idle`: seconds
+    without compute in which the communication's own network is free too.
     """
-    exposed = np.maximum(comm - compute, floor * comm)
+    exposed = np.maximum(comm - compute - idle, floor * comm)
     return exposed + (slowdown - 1.0) * np.minimum(compute, comm)

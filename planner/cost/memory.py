@@ -15,16 +15,12 @@ import numpy as np
 
 from planner.cost import adapters
 from planner.cost.accounting import Held, Saved
+from planner.cost.rounding import ceil
 from planner.cost.task import Floats, Ints, LayoutArray, Task
 from planner.specs.layers import Mlp
 from planner.specs.layout import RECOMPUTE_MODES
 
 PARTS = ("params", "grads", "optimizer")
-
-
-def ceil(values: Any) -> Ints:
-    """Round up to int64; a relative slack of 1e-12 keeps whole numbers whole in spite of float rounding."""
-    return np.ceil(values * (1.0 - 1e-12)).astype(np.int64)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,9 @@ class Shapes:
     split: Floats
     """What sequence parallelism divides by: tp with it, 1 without."""
     routed: Floats
-    """Rows that the experts of one rank process: tokens times top_k (and capacity), over all its experts."""
+    """Rows that the experts of one rank get: tokens times top_k (and capacity), over all its experts."""
+    slots: Floats
+    """Rows that their kernels run over."""
 
 
 def layer_seconds(task: Task, combos: LayoutArray) -> LayerSeconds:
@@ -158,7 +160,7 @@ def shapes_of(task: Task, combos: LayoutArray) -> Shapes:
     tokens = micro * task.job.seq_len / cp
     mlp = task.model.layer.mlp
     routed = tokens / split * etp * mlp.top_k * slots(mlp, combos.ep)
-    return Shapes(tokens, tp, cp, ep, etp, micro, split, routed)
+    return Shapes(tokens, tp, cp, ep, etp, micro, split, routed, routed * task.accounting.expert_slots)
 
 
 def _recompute(task: Task, parts: dict[str, Floats], mode: str, host: Floats, tp: Floats) -> Floats:
@@ -276,7 +278,7 @@ def _expert_products(task: Task, s: Shapes) -> list[Product]:
     if not mlp.routed:
         return []
     groups = np.maximum(mlp.experts / s.ep, 1.0)
-    m, h, inner = s.routed / groups, np.full_like(s.tp, float(task.model.hidden)), mlp.width / s.etp
+    m, h, inner = s.slots / groups, np.full_like(s.tp, float(task.model.hidden)), mlp.width / s.etp
     return [
         Product("experts", f"experts' {_up(task)}", m, (mlp.matrices - 1.0) * inner, h, groups),
         Product("experts", "experts' down", m, h, inner, groups),
@@ -336,7 +338,8 @@ def _elementwise(task: Task, s: Shapes, forward: bool) -> Floats:
     split = e.mlp * mlp.dense_width + e.q * model.q_width + e.kv * model.kv_width
     moved = s.tokens * ((e.hidden + e.norm + norms) * model.hidden / s.split + split / s.tp)
     if mlp.routed:
-        moved = moved + s.routed * (e.routed * model.hidden + e.experts * e.mlp * mlp.width / s.etp)
+        padding = 0.0 if task.job.linears == "same" else a.padding_bytes
+        moved = moved + s.slots * ((e.routed + padding) * model.hidden + e.experts * e.mlp * mlp.width / s.etp)
     moved = moved * task.job.compute_bytes / 2.0 + adapters.added_bytes(task, s, 0 if forward else 1)
     seconds = streaming_seconds(moved, task.hardware.device)
     return seconds + _casts(task, s, e.experts) * (1.0 if forward else 2.0)
@@ -348,7 +351,7 @@ def _casts(task: Task, s: Shapes, experts: float) -> Floats:
         return np.zeros_like(s.tp)
     model, mlp = task.model, task.model.layer.mlp
     split = s.tokens * (2.0 * model.hidden / s.split + (model.q_width + mlp.dense_width) / s.tp)
-    routed = experts * s.routed * (model.hidden + mlp.width / s.etp) if mlp.routed else 0.0
+    routed = experts * s.slots * (model.hidden + mlp.width / s.etp) if mlp.routed else 0.0
     return streaming_seconds(3.0 * (split + routed), task.hardware.device)
 
 

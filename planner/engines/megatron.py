@@ -165,6 +165,7 @@ ACCOUNTING = Accounting(
     kernels_backward=110,
     kernels_tp=(0, 0),
     kernels_expert=(25, 50),
+    padding_bytes=8.0,
     kernels_gather=(0, 0),
     optimizer_bytes=36.0,
     optimizer_whole_bytes=6.0,
@@ -179,6 +180,8 @@ ACCOUNTING = Accounting(
         "tp_overlap": "fitted on published runs of current NVIDIA stacks",
         "kernels_expert": "grouped linears of Transformer Engine loop over experts in Python: on published runs with 16 to 40 "
         "experts a rank 0.35 ms each for a layer on H100 and B200 hosts in bf16, 0.55 ms in fp8 without token drop",
+        "padding_bytes": "counted: Fp8Padding and Fp8Unpadding around the experts (Megatron-Core, transformer/moe/experts.py) "
+        "each read and write a row of h",
         "kernels_forward": "assumed: Transformer Engine layers launch fewer kernels than eager ones, each with more checks",
         "optimizer_bytes": "36 to 62 on published runs; the lower end",
         "reserved_ratio": "median 1.033 over 240 rank readings on B200",

@@ -237,7 +237,12 @@ TRAITS: dict[str, Trait] = {
             zero_stages=(2, 3),
             lifts=("PLN521",),
         ),
-        Trait("deep-ep", "a token is sent once to each rank and node", _set(ep_once=True), "DeepEP and HybridEP dispatchers"),
+        Trait(
+            "deep-ep",
+            "a token is sent once to each rank and node, rows are permuted and padded in one pass",
+            _set(ep_once=True, padding_bytes=0.0),
+            "DeepEP and HybridEP dispatchers",
+        ),
         Trait(
             "fused-experts",
             "grouped products with activation and quantisation fused, permutation by the dispatcher",
@@ -245,9 +250,15 @@ TRAITS: dict[str, Trait] = {
             "Megatron-Core of mid 2026: fused grouped products",
         ),
         Trait(
+            "static-experts",
+            "experts' buffers of a fixed size, half as large again as what they hold, processed whole",
+            _set(expert_slots=1.5),
+            "moe_expert_rank_capacity_factor: 1.5 of Megatron-Bridge's recipes for CUDA graphs of whole iterations",
+        ),
+        Trait(
             "token-drop",
             "every expert gets the same number of rows, others are dropped",
-            _set(kernels_padded=1.0),
+            _set(kernels_padded=1.0, padding_bytes=0.0),
             "moe_expert_capacity_factor and moe_pad_expert_input_to_capacity of Megatron-Core: nothing is padded for fp8",
         ),
         Trait(

@@ -12,6 +12,7 @@ from planner.cost import frozen, intervals, memory, primitives, risk, step
 from planner.cost.blending import blend
 from planner.cost.primitives import Primitives, TimeParts
 from planner.cost.schedules import in_flight
+from planner.cost.states import params_by_place
 from planner.cost.step import StageCost
 from planner.cost.task import Ints, LayoutArray, StageArray, Task
 from planner.planfile import Breakdown, Estimate, Memory, MemoryInterval, StageMemory, TimeInterval
@@ -224,7 +225,7 @@ def _states(c: _Priced, s: int, updating: bool) -> dict[str, int]:
 def _states_of(c: _Priced, source: int, s: int, updating: bool) -> dict[str, int]:
     """The same of the parameters under one rule: trained (0) or frozen (1)."""
     x, (task, base, _) = c.x, c.base.sources[source]
-    places, each = primitives.params_by_place(base), [k.sources[source].counts for k in c.kinds]
+    places, each = params_by_place(base), [k.sources[source].counts for k in c.kinds]
     shared, routed = (memory.state_bytes(task, x, shard) for shard in (x.shard, x.expert_shard))
     held, experts = (shared.update, routed.update) if updating else (shared.backward, routed.backward)
     layers = [int(n) for n in c.counts[s]]

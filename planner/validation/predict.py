@@ -110,7 +110,8 @@ def load_table(path: str, rules: ProfileMap, quality: frozenset[str] | None = No
     skipped: Counter[str] = Counter()
     profiles: dict[str, HardwareProfile] = {}
     batches: dict[tuple[str, ...], Batch] = {}
-    for line, row in read_table(path):
+    for line, stated in read_table(path):
+        row = rules.completed(stated)
         outcome = _outcome(row)
         if quality is not None and outcome == "ran" and row.get("quality", "") not in {"", *quality}:
             skipped[f"quality {row['quality']}"] += 1

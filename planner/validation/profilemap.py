@@ -93,6 +93,13 @@ class Exclusion(Rule):
     why: str = Field(min_length=1)
 
 
+class BlankRule(Rule):
+    """A column that a framework fills with another one's value where a source leaves it blank."""
+
+    column: str
+    source: str = Field(alias="as")
+
+
 class StalledRule(Spec):
     """Bounds on the measured times of like runs beyond which one stalled, see `planner.validation.stalled`."""
 
@@ -109,6 +116,7 @@ class ProfileMap(Spec):
     engines: list[EngineRule] = Field(default_factory=list)
     traits: list[TraitRule] = Field(default_factory=list)
     exclude: list[Exclusion] = Field(default_factory=list)
+    blanks: list[BlankRule] = Field(default_factory=list)
     stalled: StalledRule | None = None
     """Bounds for runs that stalled; without them none is left out for it."""
 
@@ -124,6 +132,14 @@ class ProfileMap(Spec):
         present = rule.engine.split("+")
         added = [t.add for t in self.traits if t.matches({**row, "engine": rule.engine}) and t.add not in present]
         return rule.model_copy(update={"engine": "+".join([rule.engine, *dict.fromkeys(added)])})
+
+    def completed(self, row: Mapping[str, str]) -> dict[str, str]:
+        """The row with its framework's defaults in blank columns."""
+        found = dict(row)
+        for rule in self.blanks:
+            if not found.get(rule.column) and rule.matches(found):
+                found[rule.column] = found.get(rule.source, "")
+        return found
 
     def excluded(self, row: Mapping[str, str], metric: str) -> str:
         """Why a row stays out of a metric, empty when it does not."""
@@ -142,9 +158,12 @@ def load_map(path: str | None) -> ProfileMap:
     profiles = [
         r.model_copy(update={"profile": str(base / r.profile)}) if (base / r.profile).is_file() else r for r in own.profiles
     ]
-    if not (own.profiles or own.engines or own.traits or own.exclude or own.stalled):
-        raise input_error("PLN140", f"{path} holds no rules", "a map has profiles, engines, traits, exclude or stalled", "")
+    if not (own.profiles or own.engines or own.traits or own.exclude or own.blanks or own.stalled):
+        raise input_error(
+            "PLN140", f"{path} holds no rules", "a map has profiles, engines, traits, exclude, blanks or stalled", ""
+        )
     return ProfileMap(
         profiles=profiles + shipped.profiles, engines=own.engines + shipped.engines,
-        traits=own.traits + shipped.traits, exclude=own.exclude + shipped.exclude, stalled=own.stalled or shipped.stalled,
+        traits=own.traits + shipped.traits, exclude=own.exclude + shipped.exclude, blanks=own.blanks + shipped.blanks,
+        stalled=own.stalled or shipped.stalled,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from machines import figure, llama, mixture, profile, task
 
-from planner.cost import collectives, compute, memory, operators, primitives, step
+from planner.cost import collectives, compute, memory, operators, primitives, step, traffic
 from planner.cost.blending import blend
 from planner.cost.task import LayoutArray
 from planner.engines.registry import accounting_named, engine_named
@@ -182,6 +182,50 @@ def test_narrow_products_are_faster_and_need_a_known_peak():
     assert 1.2 < wide_ns / narrow_ns < 2
     with pytest.raises(Exception, match="no peak rate for fp8"):
         primitives.price(replace(narrow, hardware=t.hardware), x)
+
+
+def narrow(t):
+    hardware = profile(peak={"bf16": figure("989 TFLOP/s"), "fp8": figure("1979 TFLOP/s")})
+    return replace(t, hardware=hardware, job=t.job.model_copy(update={"linears": "fp8"}))
+
+
+def test_narrow_rows_of_experts_are_padded_in_passes_of_their_own_unless_the_dispatcher_does():
+    """Fp8Padding and Fp8Unpadding: two bytes of each element of a routed row, read and written by both."""
+    engines = ("megatron", "megatron+deep-ep", "megatron+token-drop")
+    wide = [task(mixture(4), 8, 1024, 16, e) for e in engines]
+    x = layouts(wide[0], {"ep": 8})
+    for tasks, padded in ((wide, False), ([narrow(t) for t in wide], True)):
+        s = operators.shapes_of(tasks[0], x)
+        for direction in (0, 1):
+            seconds = [operators.layer_parts(t, s, direction)["elementwise"][0] for t in tasks]
+            passes = 8.0 * s.routed[0] * tasks[0].model.hidden if padded else 0.0
+            expected = tasks[0].constant("elementwise") * compute.streaming_seconds(passes, tasks[0].hardware.device)
+            assert [seconds[0] - later for later in seconds[1:]] == pytest.approx([expected] * 2, abs=1e-12)
+
+
+def test_buffers_of_a_fixed_size_are_computed_whole_but_neither_sent_nor_kept():
+    exact, fixed = (task(mixture(4, 4096, width=4096), 8, 4096, 16, e) for e in ("megatron", "megatron+static-experts"))
+    x = layouts(exact, {"ep": 8})
+    parts = [operators.layer_parts(t, operators.shapes_of(t, x), 1)["experts"][0] for t in (exact, fixed)]
+    assert parts[1] / parts[0] == pytest.approx(1.5, rel=0.05)
+    seconds = [operators.layer_seconds(t, x) for t in (exact, fixed)]
+    assert seconds[0].ep_forward[0] == seconds[1].ep_forward[0] > 0
+    assert primitives.price(exact, x).act0[0] == primitives.price(fixed, x).act0[0]
+
+
+def test_gathers_between_nodes_hide_under_exchanges_inside_one():
+    """Experts over the eight devices of a node leave its adapters free; over two nodes, or with one node only, they do not."""
+    t = task(mixture(4), 32, 1024, 32, "megatron+fsdp")
+    for n_node, ep, free in ((8, 8, True), (4, 8, False), (32, 8, False)):
+        there = replace(t, hardware=profile(node_size=n_node, nic="2 GB/s"))
+        x = layouts(there, {"ep": ep, "zero": 3})
+        seconds, here = operators.layer_seconds(there, x), np.zeros(1, dtype=np.int64)
+        idle = traffic.idle_seconds(there, x, seconds, here)
+        assert [float(i[0]) for i in idle] == [float(seconds.ep_forward[0]) if free else 0.0] * 2
+        busy = traffic.layer_compute(there, x, seconds, here)
+        alone = traffic.dp_traffic(there, x, busy, (np.zeros(1), np.zeros(1)))
+        beside = traffic.dp_traffic(there, x, busy, idle)
+        assert (beside.forward[0] < alone.forward[0]) == free
 
 
 def test_expert_traffic_is_a_part_of_the_step():

@@ -7,8 +7,8 @@ import pytest
 from machines import llama, profile, task
 
 from planner.cost import primitives
-from planner.cost.primitives import HOST_BANDWIDTH
 from planner.cost.task import LayoutArray
+from planner.cost.traffic import HOST_BANDWIDTH
 from planner.engines.base import layout_problems
 from planner.engines.registry import engine_named
 from planner.planning.estimate import estimate_layout

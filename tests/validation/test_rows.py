@@ -209,6 +209,17 @@ def test_a_users_map_goes_first(tmp_path: Path) -> None:
     assert (second.engine, second.excluded) == ("torchtitan", "")
 
 
+def test_blank_columns_take_their_frameworks_defaults(tmp_path: Path) -> None:
+    """expert_tensor_parallel_size of Megatron-Core follows tp where a recipe does not set it."""
+    own = tmp_path / "map.yaml"
+    own.write_text('blanks:\n  - {when: {framework: "megatron"}, column: etp, as: tp}\n', encoding="utf-8")
+    rules = profilemap.load_map(str(own))
+    blank = {"framework": "Megatron-LM", "tp": "4", "etp": ""}
+    assert rules.completed(blank)["etp"] == "4"
+    assert rules.completed(blank | {"etp": "1"})["etp"] == "1"
+    assert rules.completed(blank | {"framework": "nanotron"})["etp"] == ""
+
+
 @pytest.mark.parametrize(
     ("body", "what"),
     [

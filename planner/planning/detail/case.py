@@ -11,6 +11,7 @@ from planner.cost import frozen, operators, primitives, step
 from planner.cost.blending import blend
 from planner.cost.primitives import Primitives
 from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
+from planner.cost.traffic import DpTraffic, dp_traffic, idle_seconds, layer_compute
 from planner.planfile import Plan
 from planner.planning.detail.source import Book
 from planner.specs.layout import Layout
@@ -26,7 +27,7 @@ class Kind:
     shapes: operators.Shapes
     seconds: operators.LayerSeconds
     compute: tuple[Floats, Floats]
-    traffic: primitives.DpTraffic
+    traffic: DpTraffic
     sources: tuple[frozen.Source, ...]
     """Its parameters: trained, and frozen where there are any."""
     p: Primitives
@@ -111,7 +112,7 @@ def case_of(task: Task, plan: Plan, rank: int | None = None) -> Case:
 def _kind(task: Task, x: LayoutArray, label: str) -> Kind:
     """Price one kind of layers."""
     seconds, here = operators.layer_seconds(task, x), np.zeros(1, dtype=np.int64)
-    compute = primitives.layer_compute(task, x, seconds, here)
-    traffic = primitives.dp_traffic(task, x, compute)
+    compute = layer_compute(task, x, seconds, here)
+    traffic = dp_traffic(task, x, compute, idle_seconds(task, x, seconds, here))
     shapes, sources = operators.shapes_of(task, x), frozen.sources(task, x)
     return Kind(task, label, shapes, seconds, compute, traffic, sources, primitives.price(task, x))

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.cost import memory, operators, primitives, step
+from planner.cost import memory, operators, p2p, step
 from planner.cost.accounting import Traffic
 from planner.cost.collectives import collective_seconds, crossed_tiers
 from planner.cost.frozen import Source
+from planner.cost.states import params_by_place
 from planner.cost.task import Task
 from planner.planning.detail.case import Case, Kind
 from planner.planning.detail.source import growth_figures, tier_figures
@@ -160,7 +161,7 @@ def _state_calls(c: Case, source: Source, item: Traffic, times: dict[str, float]
     """Calls of one collective over the ranks that share parameters, by place; `times` a step."""
     size = source.task.accounting.size(item.size, source.task.job.compute_bytes)
     x, factor, p = c.x, source.task.constant("dp"), source.counts
-    dense = {k: size * float(v[0]) for k, v in primitives.params_by_place(p).items()}
+    dense = {k: size * float(v[0]) for k, v in params_by_place(p).items()}
     shard, stride = float(x.shard[0]), float(x.tp[0] * x.apart[0])
     calls = [_Call("dp x cp", item.op, shard, stride, dense[k], n, factor) for k, n in times.items() if dense[k]]
     if float(p["experts"][0]):
@@ -232,8 +233,8 @@ def _pipeline_rows(c: Case) -> list[Collective]:
     task, layout = c.task, c.layout
     if layout.pp == 1:
         return []
-    sent = primitives.sent_bytes(task, c.x, memory.activation_bytes(c.base.task, c.x).boundary)
-    hops = primitives.hop_seconds(task, sent)
+    sent = p2p.sent_bytes(task, c.x, memory.activation_bytes(c.base.task, c.x).boundary)
+    hops = p2p.hop_seconds(task, sent)
     tiers = _tiers(task, int(c.x.span[0]), 1.0)
     tier, each = tiers[-1], task.growth * float(hops[len(tiers) - 1][0])
     calls, stride = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.cost import adapters, operators, primitives
+from planner.cost import adapters, operators, traffic
 from planner.cost.operators import Product, Shapes
 from planner.cost.task import Task
 from planner.planning.detail.case import Kind
@@ -99,16 +99,25 @@ def _stream_line(lines: Lines, kind: Kind, direction: int, times: float, bound: 
     seconds = float(operators.layer_parts(task, kind.shapes, direction)["elementwise"][0])
     moved = seconds / task.constant("elementwise") * d.memory_bandwidth.base * d.memory_efficiency.base
     inputs: Inputs = {"bytes": moved, "tokens": float(kind.shapes.tokens[0])}
-    figures = (*STREAMED, f"engine.elementwise_{word}", "constant.elementwise")
+    figures = (*STREAMED, f"engine.elementwise_{word}", "constant.elementwise", *_routing_figures(task))
     name = f"{kind.label}norms, activations, residuals: {word}"
     lines.add("compute", name, seconds, times, STREAM, inputs, figures, bound)
+
+
+def _routing_figures(task: Task) -> tuple[str, ...]:
+    """The figures behind what moves routed rows, beside the elementwise bytes."""
+    a = task.accounting
+    if not task.model.layer.mlp.routed:
+        return ()
+    padded = ("engine.padding_bytes",) if a.padding_bytes and task.job.linears != "same" else ()
+    return (*padded, *(("engine.expert_slots",) if a.expert_slots != 1.0 else ()))
 
 
 def _host_line(lines: Lines, kind: Kind, direction: int, times: float, bound: str) -> None:
     """What the host adds to a layer that it cannot launch as fast as the device runs it."""
     t, task, word = kind.seconds, kind.task, ("forward", "backward")[direction]
     device, host = float(getattr(t, word)[0]), float(getattr(t, f"host_{word}")[0])
-    gathers = float(primitives.gather_host(task, lines.c.x.zero, direction)[0])
+    gathers = float(traffic.gather_host(task, lines.c.x.zero, direction)[0])
     beside = float((getattr(t, f"tp_{word}") + getattr(t, f"cp_{word}"))[0])
     routed = task.model.layer.mlp.routed
     loops = routed and any(task.accounting.kernels_expert)
@@ -137,9 +146,9 @@ def recompute_lines(lines: Lines, kind: Kind, k: int, times: float) -> None:
     host, bound = ("device.launch", "engine.kernels_forward", "constant.host"), "host" if rest > 1e-12 else "device"
     lines.add("recompute", f"{label}: host floor", rest, times, FORMULAS["host"], {}, host, bound)
     again = kind.seconds.recompute[k] + kind.seconds.tp_recompute[k] + kind.seconds.ep_recompute[k]
-    hidden = float((primitives.recompute_seconds(task, again, kind.compute[1], kind.traffic) - again)[0])
+    hidden = float((traffic.recompute_seconds(task, again, kind.compute[1], kind.traffic) - again)[0])
     if hidden:
-        formula = "ZeRO traffic that hides under it and was counted as exposed (planner.cost.primitives.recompute_seconds)"
+        formula = "ZeRO traffic that hides under it and was counted as exposed (planner.cost.traffic.recompute_seconds)"
         lines.add("recompute", f"{label}: traffic behind it", hidden, times, formula, {}, ("engine.dp_floor", "constant.dp"))
 
 

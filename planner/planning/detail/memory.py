@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from planner.cost import memory, primitives, step
+from planner.cost import memory, step
+from planner.cost.states import embedding_rest, params_by_place
 from planner.planning.detail.case import Case, Kind
 from planner.planning.detail.held import Held
 from planner.planning.detail.peak import peak_lines, update_lines
@@ -72,7 +73,7 @@ def _states(held: Held, part: str, source: int) -> Iterator[tuple[str, int | Non
             each, per = float(params[key][0]), float(getattr(states, moment)[part][0])
             yield f"{kind.label}{prefix}{part} of {what}", count, each, per
     (task, params, _), (first, last) = c.base.sources[source], c.ends(held.rank)
-    states, places = memory.state_bytes(task, x, x.shard), primitives.params_by_place(params)
+    states, places = memory.state_bytes(task, x, x.shard), params_by_place(params)
     for there, key, name in ((first, "first", "embedding"), (last, "last", "head and final norm")):
         if there:
             yield f"{prefix}{part} of {name}", None, float(places[key][0]), float(getattr(states, moment)[part][0])
@@ -146,7 +147,7 @@ def _resident_lines(held: Held) -> None:
         beside = float(states.resident[0] * base.params["head"][0])
         held.add("buffers", "resident gradient buffer of the head", beside, {}, "engine.zero")
     if first and not held.updating:
-        rest = float(primitives.embedding_rest(base.task, x)[0] * states.whole_gradients[0])
+        rest = float(embedding_rest(base.task, x)[0] * states.whole_gradients[0])
         name = "gradient of the whole embedding, before it is split over tp"
         held.add("grads", name, rest, {}, "engine.embedding_gradient_whole")
 

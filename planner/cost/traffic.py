@@ -1,0 +1,139 @@
+"""Traffic over the ranks that share parameters: what every micro-batch exposes, what a step does once, what compute hides.
+
+The optimizer's update is here too: the ranks that share parameters share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.cost import frozen, operators
+from planner.cost.accounting import Traffic
+from planner.cost.collectives import collective_seconds
+from planner.cost.compute import overlapped, streaming_seconds
+from planner.cost.rounding import nanoseconds
+from planner.cost.states import params_by_place
+from planner.cost.task import Floats, Ints, LayoutArray, Task
+
+
+@dataclass(frozen=True)
+class DpTraffic:
+    """Traffic over the ranks that share parameters; arrays over layouts."""
+
+    forward: Floats
+    """Exposed seconds of a layer's per-micro-batch traffic under forward."""
+    backward: Floats
+    behind: Floats
+    """Seconds of a layer's per-micro-batch traffic beside backward, hidden or not."""
+    idle: Floats
+    """Seconds of backward in which other exchanges run and leave this traffic's network free."""
+    ns: dict[str, Ints]
+    """Step-wise primitives."""
+
+
+def layer_compute(task: Task, layouts: LayoutArray, seconds: operators.LayerSeconds, to_block: Ints) -> tuple[Floats, Floats]:
+    """(forward, backward) compute of one layer with the host's floor, which grows where every micro-batch gathers."""
+    result = []
+    for i, (device, host, tp, cp) in enumerate((
+        (seconds.forward, seconds.host_forward, seconds.tp_forward, seconds.cp_forward),
+        (seconds.backward, seconds.host_backward, seconds.tp_backward, seconds.cp_backward),
+    )):  # fmt: skip
+        more = gather_host(task, layouts.zero, i)
+        result.append(operators.bound_by_host(task, device[to_block], (tp + cp)[to_block], host[to_block] + more))
+    return result[0], result[1]
+
+
+def gather_host(task: Task, zero: Ints, direction: int) -> Floats:
+    """Host time of one layer, forward (0) or backward (1), for the gathers of every micro-batch at a ZeRO stage."""
+    a = task.accounting
+    gathering = [z for z, rule in a.zero.items() if any(t.op == "all_gather" and t.per == "microbatch" for t in rule.traffic)]
+    seconds = a.kernels_gather[direction] * task.hardware.device.launch.base * task.constant("host")
+    return np.where(np.isin(zero, gathering), seconds, 0.0)
+
+
+def idle_seconds(task: Task, layouts: LayoutArray, seconds: operators.LayerSeconds, to_block: Ints) -> tuple[Floats, Floats]:
+    """Seconds of one layer, (forward, backward), in which tokens are exchanged inside the innermost network's domain while
+    parameters are shared beyond it: the outer network is free to gather and reduce."""
+    domain = task.hardware.network[0].size or np.inf
+    inside = (layouts.ep * layouts.etp <= domain) & (layouts.tp * layouts.shard > domain)
+    return np.where(inside, seconds.ep_forward[to_block], 0.0), np.where(inside, seconds.ep_backward[to_block], 0.0)
+
+
+def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats], idle: tuple[Floats, Floats]) -> DpTraffic:
+    """Traffic over the D ranks that share parameters: what each micro-batch exposes, and what a step does once.
+
+    `idle`: of `idle_seconds`.
+    """
+    a, slow = task.accounting, task.hardware.overlap_slowdown.base
+    params = frozen.trained_params(task, layouts)
+    size = len(layouts)
+    step = {place: np.zeros(size) for place in ("layer", "first", "last")}
+    bare = {place: np.zeros(size) for place in step}
+    each = {"forward": np.zeros(size), "backward": np.zeros(size)}
+    for source in frozen.sources(task, layouts):
+        for item, rows, cost in _traffic_seconds(source, layouts):
+            if item.per == "microbatch":
+                each[item.under][rows] += cost["layer"]
+            else:
+                for place in step:
+                    (bare if item.under == "nothing" else step)[place][rows] += cost[place]
+    forward, backward = compute
+    exposed = [overlapped(c, each[k], slow, a.dp_floor, free) for k, c, free in zip(each, compute, idle, strict=True)]
+    sharded = layouts.zero > 0
+
+    def optimizer(count: Floats, shard: Ints) -> Floats:
+        owned = count / np.where(sharded, shard, 1)
+        whole = streaming_seconds(a.optimizer_whole_bytes * count, task.hardware.device)
+        own = streaming_seconds(a.optimizer_bytes * owned, task.hardware.device)
+        return whole + np.where(layouts.offload == 1, host_update_seconds(task, owned), own)
+
+    update = {place: optimizer(count, layouts.shard) for place, count in params_by_place(params).items()}
+    update["layer"] = update["layer"] + optimizer(params["experts"], layouts.expert_shard)
+    suffix = {"layer": "", "first": "_first", "last": "_last"}
+    grow = task.growth
+    ns = {f"comm{suffix[p]}": nanoseconds(grow * (step[p] + bare[p])) for p in step}
+    ns |= {f"floor{suffix[p]}": nanoseconds(grow * (a.dp_floor * step[p] + bare[p])) for p in step}
+    ns |= {f"update{suffix[p]}": nanoseconds(grow * update[p]) for p in step}
+    ns["hide"] = np.floor(grow * a.dp_window * (forward + backward) * 1e9).astype(np.int64)
+    return DpTraffic(exposed[0], exposed[1], each["backward"], idle[1], ns)
+
+
+HOST_BANDWIDTH = 50e9
+"""Bytes/s of host memory for each device: assumed, 65 % of two sockets of DDR5-4800 (614 GB/s) over eight devices."""
+
+
+def host_update_seconds(task: Task, owned: Floats) -> Floats:
+    """Time of an update in host memory: fp32 gradients down, Adam there, new parameters up; none of it overlapped.
+
+    ZeRO-Offload (arXiv 2101.06840, section 4); Adam reads four and writes three fp32 values a parameter.
+    """
+    moved = (4.0 + task.job.compute_bytes) * owned
+    return moved / task.hardware.device.host_link.base + 28.0 * owned / HOST_BANDWIDTH
+
+
+def _traffic_seconds(source: frozen.Source, layouts: LayoutArray) -> Iterator[tuple[Traffic, Ints, dict[str, Floats]]]:
+    """(collective, layouts that have it, its seconds by place) of the parameters under one rule, experts with their layer."""
+    task = source.task
+    for zero, rule in task.accounting.zero.items():
+        rows = np.nonzero(layouts.zero == zero)[0]
+        x = layouts.take(rows)
+        for item in rule.traffic if len(rows) else ():
+            n_bytes = task.accounting.size(item.size, task.job.compute_bytes)
+            groups = {place: (x.shard, x.tp * x.apart, count[rows]) for place, count in params_by_place(source.counts).items()}
+            groups["experts"] = (x.expert_shard, x.ep * x.etp * x.apart, source.counts["experts"][rows])
+            cost = {
+                place: task.constant("dp")
+                * collective_seconds(item.op, n.astype(float), stride.astype(float), n_bytes * count, task.hardware)
+                for place, (n, stride, count) in groups.items()
+            }
+            cost["layer"] = cost["layer"] + cost.pop("experts")
+            yield item, rows, cost
+
+
+def recompute_seconds(task: Task, again: Floats, backward: Floats, traffic: DpTraffic) -> Floats:
+    """Seconds that recomputing a layer adds: what it takes, less the traffic that hides under it and would be exposed."""
+    slow, floor = task.hardware.overlap_slowdown.base, task.accounting.dp_floor
+    return again + overlapped(backward + again, traffic.behind, slow, floor, traffic.idle) - traffic.backward
