@@ -18,10 +18,11 @@ from planner.cost.task import Ints
 _TIMES = ("forward", "backward", "recompute1", "recompute2", "comm", "hide", "floor", "update")
 _MEANS = (*_TIMES, "state", "updating", "act0", "act1", "act2")
 _PEAKS = (
-    "fixed", "transient", "reduction", "head_transient", "head_reduction", "last_reduction", "last_layer", "carried",
+    "fixed", "transient", "reduction", "head_transient", "head_reduction", "head_finish", "last_reduction", "last_layer",
+    "carried", "finish",
 )  # fmt: skip
 _MODES = range(3)
-_SHARED = ("boundary", "receive", "p2p")
+_SHARED = ("boundary", "receive", "entering", "p2p")
 _ENDS = tuple(f.name for f in fields(Primitives) if f.name not in (*_MEANS, *_PEAKS, *_SHARED))
 _HIDE = _MEANS.index("hide")
 
@@ -36,7 +37,7 @@ class Stack:
     means: Ints
     """(kinds, fields, ...): what layers add up to."""
     peaks: Ints
-    """(kinds, fields, ...): what the largest kind decides; recomputed activations and reduction rests by mode after them."""
+    """(kinds, fields, ...): what the largest kind decides; what depends on recompute by mode after them."""
     ends: Ints
     """(fields, ...): what kinds share."""
 
@@ -48,7 +49,7 @@ class Stack:
             columns = [getattr(p, name) for name in names]
             return np.stack(np.broadcast_arrays(*columns, *more))
 
-        by_mode = [[p.remade(m) for m in _MODES] + [p.reduction_rest(m) for m in _MODES] for p in kinds]
+        by_mode = [[each(m) for each in (p.remade, p.reduction_rest, p.finish_rest) for m in _MODES] for p in kinds]
         largest = [np.maximum.reduce([getattr(p, name) for p in kinds]) for name in _SHARED]
         return cls(
             np.stack([stacked(p, _MEANS) for p in kinds]),
@@ -96,7 +97,7 @@ class Stack:
         values |= dict.fromkeys(_TIMES[:skip], np.zeros_like(held))
         values |= dict(zip((*_ENDS, *_SHARED), self.ends, strict=True))
         modes = peaks[len(_PEAKS) :]
-        return Blend(**values, remade_by_mode=tuple(modes[:3]), rest_by_mode=tuple(modes[3:]))
+        return Blend(**values, remade_by_mode=tuple(modes[:3]), rest_by_mode=tuple(modes[3:6]), finish_by_mode=tuple(modes[6:]))
 
 
 def blend(kinds: Sequence[Primitives], counts: Ints, text: int = 0) -> Blend:

@@ -68,6 +68,13 @@ def activation_bytes(task: Task, combos: LayoutArray) -> ActivationBytes:
     )
 
 
+def logit_gradient_bytes(task: Task, layouts: LayoutArray) -> Floats:
+    """The logits' gradient of one micro-batch in the compute type, of which the head's own gradient is made."""
+    tokens = layouts.micro_batch * (task.job.seq_len / layouts.cp)
+    split = layouts.tp if task.accounting.logits_split else np.ones(len(layouts))
+    return tokens * task.job.compute_bytes * task.model.vocab / split
+
+
 def slots(mlp: Mlp, ep: Ints) -> Floats:
     """Rows that the busiest rank's experts process over its even share: padded to a capacity, or as uneven as the routing."""
     return np.where(ep > 1, mlp.imbalance, 1.0) if mlp.capacity is None else np.full(len(ep), mlp.capacity)
@@ -148,9 +155,17 @@ class StateBytes:
     head_reduction: Floats
     last_reduction: Floats
     last_unit: Floats
+    own: Floats
+    finish: Floats
+    released: Floats
+    ahead: Floats
+    again: Floats
 
 
-_MOMENTS = ("resident", "carried", "unit", "unit_reduction", "head", "head_reduction", "last_reduction", "last_unit")
+_MOMENTS = (
+    "resident", "carried", "unit", "unit_reduction", "head", "head_reduction", "last_reduction", "last_unit",
+    "own", "finish", "released", "ahead", "again",
+)  # fmt: skip
 
 
 def state_bytes(task: Task, layouts: LayoutArray, shard: Ints) -> StateBytes:
@@ -200,11 +215,12 @@ def rank_params(task: Task, layouts: LayoutArray) -> dict[str, Floats]:
     group = model.layer
     split = model.matmul_params_of(group) + model.split_bias_params_of(group)
     bias = model.vocab / tp if model.head_bias else 0.0
+    positions = model.position_params / (tp if task.accounting.positions_split else np.ones(len(tp)))
     return {
         "layer": split / tp + model.whole_params_of(group),
         "experts": model.expert_params_of(group) / (layouts.ep * layouts.etp),
         "expert": model.expert_params_of(group) / (group.mlp.experts * layouts.etp),
-        "embedding": model.embedding_params / tp + model.position_params + sum(f.params(model.hidden) for f in task.fronts),
+        "embedding": model.embedding_params / tp + positions + sum(f.params(model.hidden) for f in task.fronts),
         "head": model.embedding_params / tp,
         "own_head": np.where((layouts.pp == 1) & model.tied_embeddings, 0.0, model.embedding_params / tp) + bias,
         "norm": np.full(len(tp), float(model.norm_params)),

@@ -48,6 +48,7 @@ class LayerSeconds:
     ep_backward: Floats
     ep_recompute: tuple[Floats, Floats]
     embedding: Floats
+    embedding_tp: Floats
     head: Floats
     """Output head and loss, forward and backward."""
     head_tp: Floats
@@ -84,12 +85,27 @@ def layer_seconds(task: Task, combos: LayoutArray) -> LayerSeconds:
     again = [_recompute(task, parts_f, mode, host_f, tp) for mode, tp in zip(("selective", "full"), tp_r, strict=True)]
     ep_r = [ep_f * task.accounting.recomputed[mode].get("experts", 0.0) for mode in ("selective", "full")]
     moved = 3.0 * s.tokens * task.model.hidden * task.job.compute_bytes / s.split
+    lookup = streaming_seconds(moved, task.hardware.device) + _front_seconds(task, s)
     zero = np.zeros_like(s.tp)
     return LayerSeconds(
         sum(parts_f.values(), zero), sum(parts_b.values(), zero), host_f, host_b,
         (again[0], again[1]), tp_f, tp_b, tp_r, cp_f, cp_b, ep_f, ep_b, (ep_r[0], ep_r[1]),
-        streaming_seconds(moved, task.hardware.device) + _front_seconds(task, s), head, head_tp,
+        lookup, _embedding_tp(task, s, traffic), head, head_tp,
     )  # fmt: skip
+
+
+def tables(task: Task) -> int:
+    """Tables that split over tp: token embeddings, and learned positions where an engine splits them."""
+    return 1 + int(task.accounting.positions_split and task.model.position_params > 0)
+
+
+def _embedding_tp(task: Task, s: Shapes, sequence: np.ndarray) -> Floats:
+    """Lookups in split tables are summed over the tokens' owners, and their gradients gathered."""
+    if not task.accounting.ends_exchanged:
+        return np.zeros_like(s.tp)
+    place = (s.tp, np.ones_like(s.tp), hidden_bytes(task, s), task.hardware)
+    both = collective_seconds("reduce_scatter", *place) + collective_seconds("all_gather", *place)
+    return task.constant("tp") * tables(task) * np.where(sequence, both, 0.0)
 
 
 def _front_seconds(task: Task, s: Shapes) -> Floats:

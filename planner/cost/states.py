@@ -36,13 +36,17 @@ def held_bytes(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
     result["updating_last"] += beside_head
     rest = embedding_rest(task, layouts)
     result["state_first"] += ceil(per.whole_gradients * rest)
+    result["head_gradients"] = np.floor(per.backward["grads"] * params["own_head"]).astype(np.int64)
+    result |= _finishing(task, layouts, params, per, routed, rest)
     result |= {
         # Weight-gradient buffers exist once for each shape: one expert stands for all.
         "fixed": ceil(per.resident * (params["layer"] + params["expert"]) + task.hardware.device.workspace.base),
-        "unit": ceil(per.unit * params["layer"] + routed.unit * experts),
+        "unit": ceil(
+            (per.unit + per.own * last_matrix_share(task, layouts)) * params["layer"] + (routed.unit + routed.own) * experts
+        ),
         "reduction": ceil(per.unit_reduction * params["layer"] + routed.unit_reduction * experts),
         "head_unit": ceil(per.head * params["head"]),
-        "head_reduction": ceil(per.head_reduction * params["head"]),
+        "head_reduction": ceil(np.maximum(per.head_reduction - per.released, 0) * params["head"]),
         "last_reduction": ceil(per.last_reduction * params["layer"] + routed.last_reduction * experts),
         "last_layer": ceil(per.last_unit * params["layer"] + routed.last_unit * experts),
         "last_embedding": ceil(per.last_unit * params["embedding"] + task.job.compute_bytes * rest),
@@ -53,6 +57,44 @@ def held_bytes(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
         for name, n_bytes in _frozen_states(source, layouts).items():
             result[name] = result[name] + n_bytes
     return result
+
+
+def last_matrix_share(task: Task, layouts: LayoutArray) -> Floats:
+    """Share of a dense layer's parameters in the MLP's last matrix, whose gradient is the first that backward makes."""
+    group = task.model.layer
+    if group.mlp.routed:
+        return np.ones(len(layouts))
+    return group.mlp.dense_width * task.model.hidden / layouts.tp / memory.rank_params(task, layouts)["layer"]
+
+
+def _finishing(
+    task: Task, layouts: LayoutArray, params: dict[str, Floats], per: memory.StateBytes, routed: memory.StateBytes, rest: Floats
+) -> dict[str, Ints]:
+    """Bytes of units whose backward ends: of a layer, of the head, of the embedding. 0 where a rule has no such moment.
+
+    The embedding's gradient closes each micro-batch's backward (`between`: under ZeRO 2 and 3 its reduction, or the next
+    gather of the table beside it), and its reduction begins when whole accumulated gradients are reduced (`closing`).
+    """
+    experts, head, table = params["experts"], params["own_head"] + params["norm"], params["embedding"]
+    several = layouts.microbatches > 1
+    ahead = per.ahead * params["layer"] + routed.ahead * experts
+    # A pipeline's whole gradients are reduced after its backwards.
+    later = several & (layouts.pp > 1)
+    done, done_routed = (
+        np.where(later & (x.carried == 0), x.own, x.finish - x.released) for x in (per, routed)
+    )
+    loss = memory.logit_gradient_bytes(task, layouts)
+    made = np.where(per.own > 0, per.own * params["head"] + loss, 0.0)
+    whole = task.job.compute_bytes * rest * (per.own > 0)
+    each = np.maximum(per.finish * table + whole, per.again * table)
+    between = np.where(per.carried > 0, each, per.own * table + whole)
+    closing = np.where(per.carried > 0, 0.0, (per.finish - per.released) * table)
+    return {
+        "finish": ceil(np.maximum(done * params["layer"] + done_routed * experts, 0) + ahead),
+        "head_finish": ceil(np.maximum(np.where(per.finish > 0, done * head, 0.0) + ahead, made)),
+        "between": ceil(np.where(several, between, 0.0)),
+        "closing": ceil(np.where(several, np.maximum(closing, 0.0), 0.0)),
+    }
 
 
 def _frozen_states(source: frozen.Source, layouts: LayoutArray) -> dict[str, Ints]:
@@ -78,6 +120,7 @@ def _frozen_states(source: frozen.Source, layouts: LayoutArray) -> dict[str, Int
 
 def embedding_rest(task: Task, layouts: LayoutArray) -> Floats:
     """Parameters of the embedding on other ranks of the tp group, where its gradient is made whole before it is split."""
-    rest, adapter = task.model.embedding_params - task.model.embedding_params / layouts.tp, task.job.adapter
+    split = task.model.embedding_params + (task.model.position_params if task.accounting.positions_split else 0)
+    rest, adapter = split - split / layouts.tp, task.job.adapter
     whole = task.accounting.embedding_gradient_whole and (adapter is None or adapter.train_embeddings)
     return rest if whole else np.zeros(len(layouts))

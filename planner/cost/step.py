@@ -75,7 +75,14 @@ def stage_base_bytes(p: Primitives, first: Ints, last: Ints, flight: Ints) -> In
     """Bytes of a rank that do not depend on its layers, while micro-batches run."""
     extras = first * p.state_first + last * p.state_last
     sends = np.where(p.chunks > 1, 1, 1 - last)  # with chunks the last rank passes on all but its last one
-    return extras + sends * flight * p.boundary + receive_bytes(p, first, last) + p.fixed + last * p.waiting
+    boundaries = sends * flight * p.boundary + receive_bytes(p, first, last) - shared_inputs(p, first, flight)
+    return extras + boundaries + p.fixed + last * p.waiting + (p.chunks - 1) * p.carried
+
+
+def shared_inputs(p: Primitives, first: Ints, flight: Ints) -> Ints:
+    """Received inputs in flight, which their first layers save as well: counted once. One is made up for by the gradient
+    that the rank has sent last, which lives until its next backward. On the first rank nothing is left out."""
+    return (1 - first) * (flight - 1) * p.entering
 
 
 def receive_bytes(p: Primitives, first: Ints, last: Ints) -> Ints:
@@ -86,8 +93,8 @@ def receive_bytes(p: Primitives, first: Ints, last: Ints) -> Ints:
 def stage_transient(p: Primitives, first: Ints, last: Ints, mode: int) -> Ints:
     """Peak temporaries of a rank whose strongest recompute mode is `mode` (0 none, 1 selective, 2 full)."""
     m = moments(p, first, mode)
-    begins = np.where(last == 1, np.maximum(m.head.bytes, m.head_reduction.bytes), m.layer.bytes)
-    return np.maximum(begins, m.reduction.bytes)
+    head = np.maximum(np.maximum(m.head.bytes, m.head_reduction.bytes), m.head_finish.bytes)
+    return np.maximum(np.where(last == 1, head, m.layer.bytes), np.maximum(m.reduction.bytes, m.finish.bytes))
 
 
 class Moment(NamedTuple):
@@ -113,23 +120,76 @@ class Moments(NamedTuple):
     """A layer of the last rank beside the head's reduction."""
     reduction: Moment
     """A layer beside the reduction of the one before, whose saved activations are gone."""
+    finish: Moment
+    """The end of a layer's backward."""
+    head_finish: Moment
+    """The end of the head's."""
 
 
 def moments(p: Primitives, first: Ints, mode: int) -> Moments:
     """The moments at which a rank's temporaries may peak, under its strongest recompute mode."""
     layer = p.transient + p.remade(mode)
     carried = np.where(first == 1, p.carried_first, p.carried)
+    nothing = np.zeros_like(carried)
     return Moments(
         Moment(p.head_transient, carried), Moment(layer, carried), Moment(layer, p.head_reduction),
-        Moment(layer, p.reduction_rest(mode)),
+        Moment(layer, p.reduction_rest(mode)), Moment(p.finish_rest(mode), nothing), Moment(p.head_finish, nothing),
     )  # fmt: skip
 
 
-def stage_update_bytes(p: Primitives, first: Ints, last: Ints, layers: Ints) -> Ints:
-    """Bytes of a rank when backward ends and while the optimizer runs."""
+class Ending(NamedTuple):
+    """Bytes of a rank when a backward has passed its last layer: `start + layers * state + layers // v * held`."""
+
+    start: Ints
+    state: Ints
+    held: Ints
+
+    def of(self, layers: Ints, chunks: Ints) -> Ints:
+        """Bytes of ranks with `layers` layers."""
+        return self.start + layers * self.state + layers // chunks * self.held
+
+    def most(self, capacity: Ints, chunks: Ints) -> Ints:
+        """The most layers, in whole multiples of v, that fit."""
+        left = capacity - self.start
+        return np.where(left < 0, 0, left // np.maximum(chunks * self.state + self.held, 1)) * chunks
+
+
+def endings(p: Primitives, first: Ints, last: Ints, flight: Ints, mode: int) -> dict[str, Ending]:
+    """What a rank holds when backward ends and while the optimizer runs (`update`), and on the first rank beside the
+    embedding's gradient between two micro-batches, with the others in flight (`between`), and at its reduction beside whole
+    accumulated gradients (`closing`).
+
+    `mode` is the rank's strongest recompute mode: where weaker ones are mixed in, `between` counts too little of them.
+    """
+    beside = receive_bytes(p, first, last) + p.fixed
+    between = first * (p.between + (p.chunks - 1) * p.carried)  # each chunk carries a buffer of its own
     transient = p.last_reduction + np.where(first == 1, p.last_embedding, p.last_layer)
-    extras = first * p.updating_first + last * p.updating_last
-    return layers * p.updating + extras + transient + receive_bytes(p, first, last) + p.fixed
+    nothing = np.zeros_like(p.state)
+    update = first * p.updating_first + last * p.updating_last + transient + beside
+    extras = first * (p.state_first + last * p.state_last + beside)
+    others = first * (flight - 1)
+    return {
+        "update": Ending(update, p.updating, nothing),
+        "between": Ending(extras + between + others * p.boundary, first * p.state, others * p.saved(mode)),
+        "closing": Ending(extras + first * p.closing, first * p.state, nothing),
+    }
+
+
+def stage_update_bytes(p: Primitives, first: Ints, last: Ints, layers: Ints, flight: Ints, mode: int) -> Ints:
+    """Bytes of a rank when a backward has passed its last layer: at the end of a micro-batch or of the step."""
+    return np.maximum.reduce([e.of(layers, p.chunks) for e in endings(p, first, last, flight, mode).values()])
+
+
+def peak_ending(cost: StageCost, p: Primitives, layouts: LayoutArray, stages: StageArray, s: int) -> str | None:
+    """Which of `endings` decides the peak of rank `s` of a layout; None where a backward does. `p` by rank."""
+    if int(cost.update_bytes[s]) <= int(cost.backward_bytes[s]):
+        return None
+    row = np.array([s])
+    first, last = (stages.index[row] == 0).astype(np.int64), (stages.index[row] == layouts.pp[0] - 1).astype(np.int64)
+    mode = 2 if stages.full[s] else 1 if stages.selective[s] else 0
+    q, flight = p.take(row), held(layouts.take(stages.row), stages).flight[row]
+    found = endings(q, first, last, flight, mode)
+    return max(found, key=lambda name: int(found[name].of(stages.layers[row], q.chunks)[0]))
 
 
 def layers_by_kind(task: Task, layout: Layout) -> Ints:
@@ -181,16 +241,14 @@ def stage_cost(p: Primitives, layouts: LayoutArray, stages: StageArray, blended:
     n, n1, n2 = stages.layers, stages.selective, stages.full
     flight, weight, weight1, weight2 = held(x, stages)
     saved = weight * q.act0 - weight1 * (q.act0 - q.act1) - weight2 * (q.act0 - q.act2)
-    transient = np.where(
-        n2 > 0,
-        stage_transient(q, first, last, 2),
-        np.where(n1 > 0, stage_transient(q, first, last, 1), stage_transient(q, first, last, 0)),
-    )
+    strongest = np.where(n2 > 0, 2, np.where(n1 > 0, 1, 0))
+    transient = np.choose(strongest, [stage_transient(q, first, last, mode) for mode in range(3)])
+    ending = np.choose(strongest, [stage_update_bytes(q, first, last, n, flight, mode) for mode in range(3)])
     return StageCost(
         stage_time(q, first, last, n, n1, n2),
         stage_once(q, first, last, n),
         n * q.state + stage_base_bytes(q, first, last, flight) + saved + transient,
-        stage_update_bytes(q, first, last, n),
+        ending,
     )
 
 

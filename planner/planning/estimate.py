@@ -105,17 +105,20 @@ def _breakdown(c: _Priced, seconds: float) -> Breakdown:
     again_tp = [k * c.mean([float(x.parts.recompute_tp[i][0]) for x in c.kinds], s) for i, k in enumerate((n1, n2))]
     again = (n1 * int(c.q.recompute1[s]) + n2 * int(c.q.recompute2[s])) / 1e9
     ends = (int(c.p.embedding[0]) if s == 0 else 0) + (int(c.p.head[0]) if last else 0)
-    head_tp = float(c.base.parts.head_tp[0]) if last else 0.0
+    ends_tp, ends_zero = (
+        sum(float(getattr(c.base.parts, f"{end}_{part}")[0]) for end, here in (("embedding", s == 0), ("head", last)) if here)
+        for part in ("tp", "zero")
+    )
     d = int(np.argmax(once))
     update = int(c.stages.layers[d]) * int(c.q.update[d])
     update += (int(c.p.update_first[0]) if d == 0 else 0) + (int(c.p.update_last[0]) if d == c.layout.pp - 1 else 0)
     parts = {
-        "compute": m * (n * one["compute"] + ends / 1e9 - head_tp),
+        "compute": m * (n * one["compute"] + ends / 1e9 - ends_tp - ends_zero),
         "recompute": m * (again - sum(again_tp)),
-        "tp_comm": m * (n * one["tp"] + head_tp + sum(again_tp)),
+        "tp_comm": m * (n * one["tp"] + ends_tp + sum(again_tp)),
         "cp_comm": m * n * one["cp"],
         "ep_comm": m * n * one["ep"],
-        "zero_comm": m * n * one["zero"],
+        "zero_comm": m * (n * one["zero"] + ends_zero),
         "pp_comm": m * int(c.q.p2p[s]) / 1e9,
         "bubble": (int(time.sum()) - int(time[s])) / v / 1e9,
         "dp_comm": (int(once[d]) - update) / 1e9,
@@ -179,7 +182,8 @@ def _memory(c: _Priced) -> Memory:
 
 def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
     """One rank's memory by part at its peak moment; rounding goes to `transient`."""
-    updating = int(c.cost.update_bytes[s]) > int(c.cost.backward_bytes[s])
+    ending = step.peak_ending(c.cost, c.q, c.x, c.stages, s)
+    updating = ending == "update"
     allocated = int(c.cost.allocated[s])
     states = _states(c, s, updating)
     first, last = int(s == 0), int(s == c.layout.pp - 1)
@@ -187,11 +191,13 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
     q = c.q.take(a([s]))
     receive = int(step.receive_bytes(q, a([first]), a([last]))[0])
     flight = int(in_flight(c.x.schedule, c.x.pp, c.x.virtual_stages, c.x.microbatches, a([s]))[0])
-    sends = 1 if c.layout.virtual_stages > 1 else 1 - last
-    outputs = 0 if updating else sends * flight * int(q.boundary[0])
-    buffers = receive + outputs + int(q.fixed[0])
-    transient = _transient(c, s, updating)
-    activations = max(0, allocated - sum(states.values()) - buffers - transient) if not updating else 0
+    sends = 1 if c.layout.virtual_stages > 1 or ending else 1 - last
+    flight = {None: flight, "between": flight - 1}.get(ending, 0)
+    outputs = sends * flight * int(q.boundary[0])
+    shared = 0 if ending else int(step.shared_inputs(q, a([first]), a([flight]))[0])
+    buffers = receive + outputs - shared + int(q.fixed[0])
+    transient = int(getattr(q, ending)[0]) if ending in ("between", "closing") else _transient(c, s, updating)
+    activations = max(0, allocated - sum(states.values()) - buffers - transient) if flight else 0
     transient = allocated - sum(states.values()) - buffers - activations
     ratio = c.task.reserved_ratio
     total = _held(c, allocated) / GIB
@@ -206,7 +212,7 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
         outside=int(c.p.outside[0]) / GIB,
         total=total,
         headroom=limit - total,
-        cause=_cause(c, s, flight, updating),
+        cause=_cause(c, s, flight, ending),
     )
 
 
@@ -250,10 +256,17 @@ def _strongest(c: _Priced, s: int) -> int:
     return 2 if int(c.stages.full[s]) else 1 if int(c.stages.selective[s]) else 0
 
 
-def _cause(c: _Priced, s: int, flight: int, updating: bool) -> str:
+_ENDINGS = {
+    "update": "end of backward and optimizer update",
+    "between": "the embedding's gradient between two micro-batches",
+    "closing": "end of backward, whole gradients being reduced",
+}
+
+
+def _cause(c: _Priced, s: int, flight: int, ending: str | None) -> str:
     """The peak's moment in words."""
-    if updating:
-        return "end of backward and optimizer update"
+    if ending:
+        return _ENDINGS[ending] + (f", {flight} in flight" if flight else "")
     last, mode = s == c.layout.pp - 1, _strongest(c, s)
     elsewhere = np.zeros(1, dtype=np.int64)
     q = c.q.take(np.array([s]))

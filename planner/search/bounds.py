@@ -82,6 +82,11 @@ class Group:
             return self.room(mode)[:, :, None]
         return room(self.blended, self.first[:, :, None], self.last[:, :, None], self.flight[:, :, None], mode)
 
+    def ends_within(self, layers: Ints, mode: int) -> Bools:
+        """Whether ranks with `layers` layers fit when a backward ends, shape (rows, pp, 1 or windows)."""
+        place = (self.first[:, :, None], self.last[:, :, None], layers, self.flight[:, :, None])
+        return step.stage_update_bytes(self.deep, *place, mode) <= self.p.capacity[:, :, None]
+
     def act(self, mode: int) -> Ints:
         """Saved bytes of one layer and micro-batch under a mode, shape (rows, 1)."""
         return self.p.saved(mode)
@@ -123,11 +128,10 @@ def most_layers(g: Group) -> Ints:
             most = np.where(room < 0, 0, room // (g.p.state + g.flight * g.act(mode)))
         else:
             most = _most_by_bisection(g, room, mode)
+        for ending in step.endings(g.p, g.first, g.last, g.flight, mode).values():
+            most = np.minimum(most, ending.most(g.p.capacity, g.p.chunks))
         best = np.maximum(best, most)
-    zero = np.zeros((1, 1), dtype=np.int64)
-    left = g.p.capacity - step.stage_update_bytes(g.p, g.first, g.last, zero)
-    most = np.minimum(best, np.where(left < 0, 0, left // np.maximum(g.p.updating, 1)))
-    return np.minimum(most, g.n_layers) // g.least * g.least  # chunks are equal: a rank holds whole multiples of them
+    return np.minimum(best, g.n_layers) // g.least * g.least  # chunks are equal: a rank holds whole multiples of them
 
 
 def _most_by_bisection(g: Group, room: Ints, mode: int) -> Ints:

@@ -79,8 +79,10 @@ def fits(
     forgiven = layers + weight if forgiving else 0
     best = np.zeros(np.broadcast(flight, layers).shape, dtype=bool)
     for mode in modes:
-        best = best | (layers * p.state + weight * p.saved(mode) <= bounds.room(p, first, last, flight, mode) + forgiven)
-    return np.asarray(best & (step.stage_update_bytes(p, first, last, layers) <= p.capacity + forgiven))
+        within = step.stage_update_bytes(p, first, last, layers, flight, mode) <= p.capacity + forgiven
+        room = bounds.room(p, first, last, flight, mode) + forgiven
+        best = best | ((layers * p.state + weight * p.saved(mode) <= room) & within)
+    return np.asarray(best)
 
 
 def memory_feasible(task: Task, g: Group) -> Bools:
@@ -137,7 +139,8 @@ def excess(task: Task, g: Group, counts: Ints, mode: int) -> Ints:
     p, layers, v = g.deep, counts.sum(axis=1)[None, :, None], g.layouts.virtual_stages[:, None, None]
     weight = g.flight[:, :, None] * -(-layers // v)
     backward = layers * p.state + weight * p.saved(mode) - g.deep_room(mode)
-    update = step.stage_update_bytes(p, g.first[:, :, None], g.last[:, :, None], layers) - p.capacity
+    place = (g.first[:, :, None], g.last[:, :, None], layers, g.flight[:, :, None])
+    update = step.stage_update_bytes(p, *place, mode) - p.capacity
     return np.asarray(np.maximum(backward, update).max(axis=(1, 2)))
 
 

@@ -119,8 +119,7 @@ def tables(g: Group, reach: int | None = None, task: Task | None = None) -> Tabl
 def _window_tables(g: Group, task: Task, top: int) -> Tables:
     w = windows(task.model.kind_of_layer, int(g.layouts.virtual_stages[0]), top // int(g.layouts.virtual_stages[0]))
     g = mixed.blended(g, w.counts[None, None])
-    beside = step.stage_update_bytes(g.deep, g.first[:, :, None], g.last[:, :, None], w.layers) <= g.p.capacity[:, :, None]
-    return _priced(g, w.layers, w.at, beside[0])
+    return _priced(g, w.layers, w.at, np.ones((g.pp, len(w.layers)), dtype=bool))
 
 
 def _priced(g: Group, layers: Ints, at: Ints, allowed: Bools) -> Tables:
@@ -149,7 +148,7 @@ def _uniform(g: Group, p: Primitives, layers: Ints) -> tuple[Bools, Ints, Ints]:
     counts = [np.zeros(shape, dtype=np.int64) for _ in range(3)]
     for mode in g.modes:
         again = np.broadcast_to(layers * p.again(mode), shape)
-        fits = layers * p.state + weight * p.saved(mode) <= g.deep_room(mode)[0]
+        fits = (layers * p.state + weight * p.saved(mode) <= g.deep_room(mode)[0]) & g.ends_within(layers[0], mode)[0]
         better = fits & (again < best)
         best = np.where(better, again, best)
         for other in (1, 2):
@@ -166,6 +165,7 @@ def _mixed(g: Group, p: Primitives, layers: Ints) -> tuple[Bools, Ints, Ints]:
     save1, save2 = p.act0 - p.act1, p.act0 - p.act2
     cost1, cost2 = p.recompute1, p.recompute2
     rooms = [g.deep_room(mode)[0] for mode in range(3)]
+    within = [g.ends_within(layers[0], mode)[0] for mode in range(3)]
     full_counts = range(int(layers.max()) + 1) if 2 in g.modes else range(1)
     for n2 in full_counts:
         for strongest in (2,) if n2 else (0, 1):
@@ -175,7 +175,7 @@ def _mixed(g: Group, p: Primitives, layers: Ints) -> tuple[Bools, Ints, Ints]:
             n1 = _selective_needed(short, flight * save1, layers, n2, strongest, g.modes)
             time = np.where((n1 + n2 <= layers) & (n2 <= layers), n1 * cost1 + n2 * cost2, BIG)
             time = np.where(n1 >= 0, time, BIG)
-            better = time < best
+            better = (time < best) & within[strongest]
             best = np.where(better, time, best)
             best1, best2 = np.where(better, n1, best1), np.where(better, n2, best2)
         # More full layers cost more by themselves: stop when they alone exceed every value found.

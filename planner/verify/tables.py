@@ -130,8 +130,13 @@ def fits(r: Ranks) -> Bools:
         else:
             weaker = np.minimum.reduce([r.p.saved(other) for other in r.modes if other <= mode])
             saved = r.flight * (r.p.saved(mode) + (r.layers - 1) * weaker)
-        found |= saved <= _room(r, mode)
-    return found & (step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity)
+        found |= (saved <= _room(r, mode)) & _ends_within(r, mode)
+    return found
+
+
+def _ends_within(r: Ranks, mode: int) -> Bools:
+    """Whether there is room when a backward ends and for the optimizer."""
+    return np.asarray(step.stage_update_bytes(r.p, r.first, r.last, r.layers, r.flight, mode) <= r.p.capacity)
 
 
 # ---- time ----------------------------------------------------------------------------------------------------------
@@ -161,24 +166,24 @@ def recompute_time(r: Ranks) -> Ints:
     if np.any(r.p.recompute1 < 0) or np.any(r.p.recompute2 < 0):
         raise ArithmeticError("recompute takes negative time")
     best = np.full(r.shape(), NEVER)
-    beside = step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity
     rooms = [_room(r, mode) for mode in range(3)]
+    within = [_ends_within(r, mode) for mode in range(3)]
     if r.chunks > 1:
         for mode in r.modes:
-            within = _weight(r) * r.p.saved(mode) <= rooms[mode]
-            best = np.where(within, np.minimum(best, r.layers * r.p.again(mode)), best)
-        return np.where(beside, best, NEVER)
+            fits = (_weight(r) * r.p.saved(mode) <= rooms[mode]) & within[mode]
+            best = np.where(fits, np.minimum(best, r.layers * r.p.again(mode)), best)
+        return best
     most = int(r.layers.max()) if 2 in r.modes else 0
     for full in range(most + 1):
         for selective, mode in _selective(r, full, rooms):
             plain = r.layers - selective - full
             bytes_ = r.flight * (plain * r.p.act0 + selective * r.p.act1 + full * r.p.act2)
-            allowed = (selective >= 0) & (plain >= 0) & (bytes_ <= rooms[mode]) & ((plain == 0) | (0 in r.modes))
+            allowed = (selective >= 0) & (plain >= 0) & (bytes_ <= rooms[mode]) & within[mode] & ((plain == 0) | (0 in r.modes))
             time = np.where(allowed, selective * r.p.recompute1 + full * r.p.recompute2, NEVER)
             np.minimum(best, time, out=best)
         if np.all((full + 1) * r.p.recompute2 >= best):
             break  # more fully recomputed layers cost more by themselves
-    return np.where(beside, best, NEVER)
+    return best
 
 
 def _selective(r: Ranks, full: int, rooms: list[Ints]) -> Iterator[tuple[Ints, int]]:

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 
+import numpy as np
+
 from planner.cost import memory, step
 from planner.cost.states import embedding_rest, params_by_place
 from planner.planning.detail.case import Case, Kind
 from planner.planning.detail.held import Held
-from planner.planning.detail.peak import peak_lines, update_lines
+from planner.planning.detail.peak import embedding_lines, peak_lines, update_lines
 from planner.planning.detail.tables import Bytes, Inputs, Rank
 from planner.specs.layout import RECOMPUTE_MODES
 from planner.units import GIB
@@ -27,6 +29,8 @@ def _rank(c: Case, s: int) -> Rank:
     _state_lines(held)
     if held.updating:
         cause = update_lines(held)
+    elif held.ending:
+        cause = embedding_lines(held)
     else:
         _saved_lines(held)
         cause = peak_lines(held)
@@ -123,13 +127,20 @@ def _boundary_lines(held: Held) -> None:
     c, s = held.c, held.rank
     p, first, last = c.at(s)
     inputs: Inputs = {"buffers": int(2 * p.chunks[0] - first[0] - last[0]), "bytes each": int(p.receive[0])}
-    received = int(step.receive_bytes(p, first, last)[0])
+    shared = 0 if held.ending else int(step.shared_inputs(p, first, np.array([held.flight]))[0])
+    inputs |= {"bytes counted as saved activations": shared} if shared else {}
+    received = int(step.receive_bytes(p, first, last)[0]) - shared
     held.add("buffers", "receive buffers", received, inputs, "engine.receive_all_microbatches", "engine.receive_count")
     if held.updating:
         return
-    flight, sends = int(c.held.flight[s]), int(p.chunks[0] > 1 or not last[0])
+    flight, sends = held.flight, int(p.chunks[0] > 1 or not last[0] or held.ending is not None)
     inputs = {"in flight": flight, "bytes each": int(p.boundary[0])}
     held.add("buffers", "stage outputs in flight", sends * flight * int(p.boundary[0]), inputs, "engine.keeps_stage_output")
+    carried, chunks = int(p.carried[0]), int(p.chunks[0])
+    if held.ending != "closing":
+        held.add("buffers", "reduction buffers carried by the other chunks", (chunks - 1) * carried, {}, "engine.zero")
+    if held.ending:
+        return
     waiting, figures = int(last[0] * p.waiting[0]), ("engine.logits_wait", "engine.pipeline_logits")
     held.add("buffers", "logits of waiting micro-batches, stage output", waiting, {}, *figures)
 
