@@ -80,11 +80,11 @@ def _finishing(
     ahead = per.ahead * params["layer"] + routed.ahead * experts
     # A pipeline's whole gradients are reduced after its backwards.
     later = several & (layouts.pp > 1)
-    done, done_routed = (
-        np.where(later & (x.carried == 0), x.own, x.finish - x.released) for x in (per, routed)
-    )
+    done, done_routed = (np.where(later & (x.carried == 0), x.own, x.finish - x.released) for x in (per, routed))
     loss = memory.logit_gradient_bytes(task, layouts)
-    made = np.where(per.own > 0, per.own * params["head"] + loss, 0.0)
+    # What the micro-batch before left to be reduced lives until the head's own reduction.
+    left = per.carried * np.where(layouts.pp == 1, table, params["layer"])
+    made = np.where(per.own > 0, (per.own + per.head) * params["head"] + ahead + left + loss, 0.0)
     whole = task.job.compute_bytes * rest * (per.own > 0)
     each = np.maximum(per.finish * table + whole, per.again * table)
     between = np.where(per.carried > 0, each, per.own * table + whole)

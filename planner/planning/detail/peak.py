@@ -103,7 +103,7 @@ def embedding_lines(held: Held) -> str:
     saved = n // v * held.flight * int(p.saved(mode)[0])
     held.add("activations", "saved activations of micro-batches in flight", saved, inputs, "engine.saved")
     held.add("transient", "gradient, reduction or next gather of the embedding", int(p.between[0]), {}, "engine.zero")
-    return f"first rank, between two micro-batches, {held.flight} in flight"
+    return f"first rank, end of a backward: the embedding between two micro-batches, {held.flight} in flight"
 
 
 def update_lines(held: Held) -> str:
