@@ -31,7 +31,7 @@ the proof), planfile and planning (the plan), checks, launchers, report, cli; an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner._version import __version__
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from planner.specs.layout import Layout
     from planner.specs.model import Model
 
+    Shares = Sequence[tuple[str | HardwareProfile, int]]
+    """(profile, nodes) of each of two device types."""
+
 __all__ = [
     "__version__", "check", "estimate", "explain", "load_hardware", "load_model", "load_plan", "pareto", "plan", "scale",
 ]  # fmt: skip
@@ -53,7 +56,7 @@ __all__ = [
 
 def plan(
     model: str | Model,
-    hardware: str | HardwareProfile,
+    hardware: str | HardwareProfile | Shares,
     *,
     seq_len: int,
     global_batch: int,
@@ -76,8 +79,9 @@ def plan(
     """The proven best plan for a job on a cluster.
 
     `model` and `hardware` are names of shipped files, paths, or spec objects; `seq_len` in tokens, `global_batch` in
-    sequences. `pin` restricts axes, as in {"tp": 8} or {"zero": [1, 2]}. Raises InputError, or InfeasibleError with the
-    binding constraint when nothing fits. `alternatives` counts the plans to prove, the best one included; a near tie among
+    sequences. Two device types are (profile, nodes) pairs, as in [("h100-sxm", 4), ("a100-80gb-sxm", 4)], without `nodes`.
+    `pin` restricts axes, as in {"tp": 8} or {"zero": [1, 2]}. Raises InputError, or InfeasibleError with the binding constraint
+    when nothing fits. `alternatives` counts the plans to prove, the best one included; a near tie among
     them that is simpler or leaves more memory is preferred to the fastest (`Plan.choice` says so). Memory is limited by
     `max_memory_fraction` of what the device offers, and by `max_oom_probability` where it is given. `adapter` trains low-rank
     adapters beside a frozen base, as in {"rank": 16, "base": "nf4"} (`planner.specs.adapter.Adapter`).
@@ -100,7 +104,7 @@ def plan(
 
 def estimate(
     model: str | Model,
-    hardware: str | HardwareProfile,
+    hardware: str | HardwareProfile | Shares,
     *,
     layout: Layout | dict[str, Any],
     seq_len: int,
@@ -288,11 +292,15 @@ def _request(
     precision: str, limits: dict[str, Any], pin: dict[str, Any] | None, forbid: str | tuple[str, ...],
     adapter: dict[str, Any] | None,
 ) -> Any:  # fmt: skip
+    from pathlib import Path
+
     from planner.errors import input_error
     from planner.planning.request import Request, build_spec
+    from planner.specs.hardware import HardwareProfile
     from planner.specs.job import Job
     from planner.specs.policy import Policy
 
+    shares = () if isinstance(hardware, (str, HardwareProfile, Path)) else _shares(hardware)
     job_data = {"seq_len": seq_len, "global_batch": global_batch, "precision": precision, "adapter": adapter}
     job = build_spec(Job, job_data, "job")
     policy = build_spec(Policy, limits, "policy")
@@ -300,7 +308,26 @@ def _request(
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise input_error("PLN107", f"{name}: {value!r} is not a whole number", "", "")
     forbid = (forbid,) if isinstance(forbid, str) else tuple(forbid)
-    return Request(model, hardware, job, nodes, gpus, engine, policy, _listed(pin), forbid)
+    return Request(
+        model, "" if shares else hardware, job, nodes, gpus, engine, policy, _listed(pin), forbid, shares=shares
+    )  # fmt: skip
+
+
+def _shares(hardware: Any) -> tuple[tuple[Any, int], ...]:
+    """(profile, nodes) of each device type. Raises InputError."""
+    from planner.errors import input_error
+
+    try:
+        shares = tuple((profile, nodes) for profile, nodes in hardware)
+    except (TypeError, ValueError):
+        fix = 'give a name, a path, a spec object, or two types: [("h100-sxm", 4), ("a100-80gb-sxm", 4)]'
+        raise input_error(
+            "PLN107", f"hardware {hardware!r}: not a profile, nor (profile, nodes) of each type", "", fix
+        ) from None
+    for profile, nodes in shares:
+        if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1:
+            raise input_error("PLN157", f"hardware {profile}: {nodes!r} nodes", "each type has a whole number of them", "")
+    return shares
 
 
 def _listed(axes: dict[str, Any] | None) -> dict[str, list[Any]]:

@@ -11,14 +11,14 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from planner._version import __version__
 from planner.errors import Location, Problem, input_error
 from planner.specs import files
-from planner.specs.base import Spec
+from planner.specs.base import Sparse, Spec
 from planner.specs.figures import Provenance
 from planner.specs.hardware import HardwareProfile
 from planner.specs.job import Job
@@ -27,14 +27,30 @@ from planner.specs.model import Model
 from planner.specs.policy import Policy
 
 FORMAT_VERSION = "2.1"
+TWO_TYPES_VERSION = "2.2"
+"""Written where a plan has two device types: readers of 2.1 refuse its fields."""
 """Major: older readers cannot read it. Minor: fields were added, all with defaults, so that files of that major still load."""
 
 
-class Cluster(Spec):
-    """The machine that a plan is made for, as far as launching needs it."""
+class ClusterType(Spec):
+    """The devices of one type, in a cluster of two."""
 
     hardware: str
     """Name of the hardware profile."""
+    nodes: int = Field(gt=0)
+    gpus: int = Field(gt=0)
+    device: str
+    peak_flops: float = Field(gt=0)
+    """Dense peak of one device at the job's precision, FLOP/s."""
+
+
+class Cluster(Sparse):
+    """The machine that a plan is made for, as far as launching needs it."""
+
+    unwritten: ClassVar[tuple[str, ...]] = ("types",)
+
+    hardware: str
+    """Name of the hardware profile; of both, joined by " + ", with two device types."""
     nodes: int = Field(gt=0)
     gpus: int = Field(gt=0)
     """Devices in all (processes, on a CPU)."""
@@ -43,11 +59,16 @@ class Cluster(Spec):
     device: str
     device_kind: Literal["cuda", "rocm", "cpu"]
     peak_flops: float = Field(gt=0)
-    """Dense peak of one device at the job's precision, FLOP/s."""
+    """Dense peak of one device at the job's precision, FLOP/s; the mean one with two device types."""
+    types: list[ClusterType] = Field(default_factory=list)
+    """The two device types as they were named; empty with one. Ranks are numbered through the nodes of the type that holds the
+    first pipeline stages (`layout.type_order`), then through those of the other."""
 
 
-class StageMemory(Spec):
+class StageMemory(Sparse):
     """Memory of one pipeline rank at its peak, GiB by part. The parts up to `transient` add up to `allocated`."""
+
+    unwritten: ClassVar[tuple[str, ...]] = ("hardware", "limit_gib")
 
     stage: int
     params: float
@@ -70,6 +91,10 @@ class StageMemory(Spec):
     """The binding limit minus total."""
     cause: str
     """Which moment is the peak."""
+    hardware: str | None = None
+    """Profile of the devices that hold the stage, with two device types."""
+    limit_gib: float | None = None
+    """What a device of that type may hold, with two device types."""
 
 
 Certainty = Literal["fitted", "assumed"]
@@ -99,7 +124,7 @@ class MemoryInterval(Spec):
 
 
 class Memory(Spec):
-    """Peak memory of the worst pipeline rank, and of each."""
+    """Peak memory of the worst pipeline rank, and of each; with two device types the worst one is that with least headroom."""
 
     limit_gib: float
     """What a plan may fill: the lower of usable memory times the policy's fraction, and what its risk limit leaves."""
@@ -252,8 +277,10 @@ class LowestMemory(Spec):
     """Limits tested."""
 
 
-class Declared(Spec):
+class Declared(Sparse):
     """The declared space, pins and forbids applied: an outer row takes one value of each axis; dp follows from the others."""
+
+    unwritten: ClassVar[tuple[str, ...]] = ("type_order",)
 
     tp: list[Positive]
     cp: list[Positive]
@@ -275,6 +302,8 @@ class Declared(Spec):
     """What may live in host memory."""
     order: list[str] = Field(default_factory=lambda: ["tp-cp-dp-pp"])
     """Rank orders."""
+    type_order: list[str] = Field(default_factory=lambda: ["as-named"])
+    """Which of two device types may hold the first stages."""
 
 
 class Certificate(Spec):
@@ -341,11 +370,15 @@ class CountChoice(Spec):
     """One sentence."""
 
 
-class Inputs(Spec):
+class Inputs(Sparse):
     """Where the plan came from, and digests that tell whether an input changed."""
+
+    unwritten: ClassVar[tuple[str, ...]] = ("second_hardware",)
 
     model: str
     hardware: str
+    second_hardware: str | None = None
+    """The second of two device types; its digests are called so too."""
     digests: dict[str, str]
     """Of the files that were read; of the canonical form where an object was given, and of the job."""
     contents: dict[str, str] = Field(default_factory=dict)
@@ -355,8 +388,10 @@ class Inputs(Spec):
     forbidden: list[str] = Field(default_factory=list)
 
 
-class Plan(Spec):
+class Plan(Sparse):
     """A layout with its prediction, its proof, and all that is needed to launch it."""
+
+    unwritten: ClassVar[tuple[str, ...]] = ("second_hardware",)
 
     format: Literal["planner.plan"] = "planner.plan"
     version: str = FORMAT_VERSION
@@ -365,7 +400,9 @@ class Plan(Spec):
     job: Job
     cluster: Cluster
     hardware: HardwareProfile
-    """The profile that the estimate was made with, merged: the plan can be judged anywhere."""
+    """The profile that the estimate was made with, merged: the plan can be judged anywhere. Of two the first one named."""
+    second_hardware: HardwareProfile | None = None
+    """The profile of the second device type."""
     engine: str
     policy: Policy
     layout: Layout
@@ -387,6 +424,11 @@ class Plan(Spec):
     def to_data(self) -> dict[str, Any]:
         """Plain JSON data, with the digest."""
         return {**self.model_dump(mode="json"), "digest": self.digest}
+
+    @property
+    def profiles(self) -> tuple[HardwareProfile, ...]:
+        """The profile of each device type, one or two."""
+        return (self.hardware,) if self.second_hardware is None else (self.hardware, self.second_hardware)
 
     @property
     def digest(self) -> str:
@@ -414,9 +456,10 @@ def _digest_as_written(data: dict[str, Any]) -> str:
         return ""
 
 
-def content_digests(model: Model, hardware: HardwareProfile, job: Job) -> dict[str, str]:
+def content_digests(model: Model, hardware: HardwareProfile, job: Job, second: HardwareProfile | None = None) -> dict[str, str]:
     """SHA-256 of the canonical form of what a plan embeds, by its name there."""
     parts: dict[str, Spec] = {"model": model, "hardware": hardware, "job": job}
+    parts |= {} if second is None else {"second_hardware": second}
     texts = {name: canonical(part.model_dump(mode="json")) for name, part in parts.items()}
     return {name: "sha256:" + hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
@@ -484,13 +527,19 @@ def unchecked(document: files.Document) -> tuple[Plan, str | None]:
     return files.build(Plan, document, data), None if stated is None else str(stated)
 
 
+RUNNABLE = frozenset(("bundled", "compile"))
+"""The bundled engine, and its recipes that change what runs; others only say how a run is priced."""
+
+
 def refusals(plan: Plan) -> list[Problem]:
     """Why the bundled runtime will not run a plan: the rules of its engine, from the same table that the search uses."""
     from planner.cost.task import Subject
     from planner.engines.base import layout_problems
     from planner.engines.registry import engine_named
 
-    if plan.engine != "bundled":
+    if not RUNNABLE.issuperset(plan.engine.split("+")) or not plan.engine.startswith("bundled"):
         what = f"the plan is for engine {plan.engine}"
-        return [Problem("PLN502", what, "this runtime is the bundled one", "plan again with --engine bundled")]
-    return layout_problems(Subject(plan.model, plan.job, plan.cluster.gpus), engine_named(plan.engine), plan.layout)
+        why = "this runtime is the bundled one, alone or with +compile"
+        return [Problem("PLN502", what, why, "plan again with --engine bundled")]
+    subject = Subject(plan.model, plan.job, plan.cluster.gpus, tuple(t.gpus for t in plan.cluster.types))
+    return layout_problems(subject, engine_named(plan.engine), plan.layout)

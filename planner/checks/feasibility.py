@@ -63,19 +63,23 @@ def _check_plan(document: files.Document, max_oom_probability: float | None) -> 
     task, engine = task_of_plan(plan)
     findings = [p.at(place) for p in layout_problems(task, engine, plan.layout)]
     estimate = plan.estimate if findings else estimate_layout(task, plan.layout)
-    if _profile_changed(plan):
-        what = f"profile {plan.inputs.hardware} changed since the plan was made"
+    for name in _changed_profiles(plan):
+        what = f"profile {name} changed since the plan was made"
         findings.append(Problem("PLN601", what, "its digest differs", "plan again", place, severity="warning"))
     findings += _memory_findings(estimate, document, plan.policy)
     rules = tuple(r.code for r in engine.all_rules)
     return CheckResult(document.path, "plan", tuple(findings), (*rules, "PLN301"), estimate)
 
 
-def _profile_changed(plan: planfile.Plan) -> bool:
-    """Whether the shipped profile of the plan's name is another one now."""
-    if plan.inputs.hardware not in files.shipped("hardware_profiles"):
-        return False
-    return files.load_hardware(plan.inputs.hardware)[1].digest != plan.inputs.digests.get("hardware")
+def _changed_profiles(plan: planfile.Plan) -> list[str]:
+    """Shipped profiles of the plan's names that are others now."""
+    named = {"hardware": plan.inputs.hardware, "second_hardware": plan.inputs.second_hardware}
+    known = files.shipped("hardware_profiles")
+    return [
+        name
+        for part, name in named.items()
+        if name in known and files.load_hardware(name)[1].digest != plan.inputs.digests.get(part)
+    ]
 
 
 def _check_configuration(document: files.Document, max_oom_probability: float | None) -> CheckResult:
@@ -121,8 +125,12 @@ def _at_its_key(configuration: Configuration, document: files.Document, problem:
     if problem.location.file and not missing:
         return problem
     keys = {"PLN501": "engine", "PLN131": "nodes", "PLN133": "job"}
-    about_hardware = "profile" in problem.what or (
-        missing and problem.location.file.endswith(configuration.hardware.lstrip("./"))
+    named = configuration.hardware
+    profiles = [named] if isinstance(named, str) else [share.profile for share in named]
+    about_hardware = (
+        "profile" in problem.what
+        or problem.code.startswith("PLN15")
+        or (missing and problem.location.file.endswith(tuple(name.lstrip("./") for name in profiles)))
     )
     key = keys.get(problem.code, "hardware" if about_hardware else "model")
     return problem.at(files.with_positions(document).location((key,)))
@@ -145,12 +153,10 @@ def _memory_findings(estimate: Estimate, document: files.Document, policy: Polic
         located = located or files.with_positions(document)
         parts = {n: getattr(stage, n) for n in PARTS}
         largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
-        limit = estimate.memory.limit_gib
+        limit = estimate.memory.limit_gib if stage.limit_gib is None else stage.limit_gib
+        source = limit_text(estimate.memory, policy) if stage.hardware is None else f"that of {stage.hardware}"
         what = f"stage {stage.stage} needs {stage.total:.1f} GiB, limit {limit:.1f} GiB"
-        why = (
-            f"{', '.join(f'{name} {size:.1f}' for name, size in largest)} GiB; {stage.cause}; "
-            f"the limit is {limit_text(estimate.memory, policy)}"
-        )
+        why = f"{', '.join(f'{name} {size:.1f}' for name, size in largest)} GiB; {stage.cause}; the limit is {source}"
         fix = f"free {-stage.headroom:.1f} GiB: {_remedy(largest[0][0])}"
         place = located.location(("layout", "stages", stage.stage))
         found.append(Problem("PLN301", what, why, fix, place, field="stages"))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @common.guarded
 def calibrate(
-    runs: Annotated[str, typer.Argument(help="A table of measured runs (CSV); one run is enough to help.")],
+    runs: Annotated[str, typer.Argument(help="A table of measured runs (CSV), or what run --measure wrote; one is enough.")],
     profile: Annotated[str, typer.Option("--profile", help="The hardware profile they ran on: a file or a shipped name.")],
     output: Annotated[Path | None, typer.Option("-o", "--out", help="Write the calibrated profile here (YAML).")] = None,
     engine: Annotated[str | None, typer.Option("--engine", help="Only runs of this engine.")] = None,

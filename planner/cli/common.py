@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -17,7 +19,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import typer
 
 from planner import stopping
-from planner.errors import InputError, PlannerError, Problem, input_error
+from planner.errors import InputError, MissingPartError, PlannerError, Problem, input_error
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,7 +27,14 @@ R = TypeVar("R")
 ModelArgument = Annotated[
     str, typer.Argument(help="A model: our YAML, a Hugging Face config.json, or the name of a shipped one.")
 ]
-Hardware = Annotated[str, typer.Option("--hardware", "--hw", help="A hardware profile: a file, or the name of a shipped one.")]
+Hardware = Annotated[
+    list[str],
+    typer.Option(
+        "--hardware",
+        "--hw",
+        help="A hardware profile: a file, or the name of a shipped one. Two device types: NAME:NODES, twice.",
+    ),
+]
 Nodes = Annotated[int | None, typer.Option("--nodes", help="Nodes of the cluster.")]
 Gpus = Annotated[int | None, typer.Option("--gpus", help="Devices of the cluster, instead of --nodes.")]
 NodeCounts = Annotated[
@@ -207,6 +216,31 @@ def parse_assignments(items: list[str], flag: str) -> dict[str, list[object]]:
     if problems:
         raise InputError(problems)
     return result
+
+
+def needs_torch() -> None:
+    """Raises MissingPartError where torch is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        problem = Problem("PLN550", "torch is not installed", "the runtime needs it", "pip install 'planner[runtime]'")
+        raise MissingPartError(problem)
+
+
+def machine(items: list[str]) -> dict[str, Any]:
+    """What `--hardware` names: `hardware`, or the `shares` of two device types, as a request has them. Raises InputError."""
+    if len(items) == 1:
+        name, _, nodes = items[0].rpartition(":")
+        if name and nodes.isdigit() and not Path(items[0]).exists():
+            fix = f"write --hardware {name} --nodes {nodes}, or name a second type"
+            raise input_error("PLN150", f"--hardware {items[0]}: nodes of one device type", "NAME:NODES is one of two", fix)
+        return {"hardware": items[0]}
+    shares = []
+    for item in items:
+        name, _, nodes = item.rpartition(":")
+        if not name or not re.fullmatch(r"[1-9][0-9]{0,8}", nodes):
+            why = "with several device types each has its number of nodes"
+            raise input_error("PLN157", f"--hardware {item}: no number of nodes", why, f"write --hardware {name or item}:4")
+        shares.append((name, int(nodes)))
+    return {"hardware": "", "shares": shares}
 
 
 def parse_axes(items: list[str], flag: str) -> dict[str, list[object]]:

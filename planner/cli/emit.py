@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from planner.cli import common
+from planner.cli import common, training
 from planner.errors import InputError, input_error
 
 LAUNCHERS = ("torchrun", "slurm")
@@ -18,22 +18,22 @@ def emit(
     plan_path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
     launcher: Annotated[str, typer.Option("--launcher", help="torchrun or slurm.")],
     out: Annotated[Path, typer.Option("--out", help="The folder to write to.")],
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 100,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data", help="A token file (.bin of uint16 or uint32) on the cluster, absolute or relative to the launch files."
-        ),
-    ] = None,
+    steps: training.Steps = 100,
+    data: training.Data = None,
     run_out: Annotated[str, typer.Option("--run-out", help="Where the run writes its metrics.")] = "runs/latest",
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    learning_rate: Annotated[float, typer.Option("--lr", min=0.0)] = 3e-4,
+    seed: training.Seed = 0,
+    lr: training.Rate = 3e-4,
+    checkpoint_dir: training.CheckpointDir = "",
+    save_every: training.SaveEvery = 0,
+    keep: training.Keep = 3,
+    max_restarts: training.MaxRestarts = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A launcher's option, such as slurm.partition=gpu; repeatable.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files with other content.")] = False,
 ) -> None:
-    """Write launch files for a plan."""
+    """Write launch files for a plan. Other flags of `planner run` go behind the script's name when it is started."""
+    flags = dict(locals())
     from planner import planfile
     from planner.launchers import slurm, torchrun
     from planner.launchers.common import RunSettings, write
@@ -43,7 +43,8 @@ def emit(
     plan = planfile.read(plan_path)
     if refused := planfile.refusals(plan):
         raise InputError(refused)
-    run = RunSettings(steps, run_out, data, seed, learning_rate)
+    training_options = training.options_of(flags, run_out)
+    run = RunSettings(**training_options.model_dump(), max_restarts=training.restarts(max_restarts, training_options))
     options = _options(settings or [], launcher)
     files = torchrun.emit(plan, run) if launcher == "torchrun" else slurm.emit(plan, run, options)
     for path in write(files, out, force):

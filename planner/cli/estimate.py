@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 def estimate(
     source: Annotated[str, typer.Argument(help="A model (with the flags below), a configuration file, or a plan file.")],
     hardware: Annotated[
-        str | None, typer.Option("--hardware", "--hw", help="A hardware profile: a file or a shipped name.")
+        list[str] | None,
+        typer.Option(
+            "--hardware", "--hw", help="A hardware profile: a file or a shipped name. Two device types: NAME:NODES, twice."
+        ),
     ] = None,
     seq_len: Annotated[int | None, typer.Option("--seq-len", help="Tokens of one sequence.")] = None,
     global_batch: Annotated[int | None, typer.Option("--global-batch", help="Sequences of one optimizer step.")] = None,
@@ -42,14 +45,23 @@ def estimate(
     ep: Annotated[int, typer.Option(help="Expert parallel degree.")] = 1,
     etp: Annotated[int, typer.Option(help="Tensor parallel degree inside experts.")] = 1,
     zero: Annotated[int, typer.Option(help="ZeRO stage, 0 to 3.")] = 0,
+    shard: Annotated[int | None, typer.Option(help="Ranks that share one copy of the states; dp x cp when left out.")] = None,
     micro_batch: Annotated[int, typer.Option("--micro-batch", help="Sequences a rank processes at once.")] = 1,
-    schedule: Annotated[str | None, typer.Option(help="gpipe, 1f1b or interleaved; 1f1b when pp > 1 is left out.")] = None,
-    virtual_stages: Annotated[int, typer.Option("--virtual-stages", help="Chunks a rank, with interleaved.")] = 1,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="gpipe, 1f1b, interleaved, interleaved-zb, zbv or dualpipev; 1f1b if left out with pp > 1."),
+    ] = None,
+    virtual_stages: Annotated[
+        int, typer.Option("--virtual-stages", help="Chunks a rank, with interleaved and interleaved-zb.")
+    ] = 1,
     sequence_parallel: Annotated[bool | None, typer.Option(help="Split norms over tp; on with tp > 1 when left out.")] = None,
     offload: Annotated[str, typer.Option("--offload", help="What lives in host memory: none or optimizer.")] = "none",
     order: Annotated[
         str, typer.Option("--order", help="Rank order: tp-cp-dp-pp, or tp-cp-pp-dp with stages beside each other.")
     ] = "tp-cp-dp-pp",
+    type_order: Annotated[
+        str, typer.Option("--type-order", help="Of two device types, which holds the first stages: as-named or reversed.")
+    ] = "as-named",
     layers: Annotated[str | None, typer.Option(help="Layers of each stage: 7,8,8,7; even when left out.")] = None,
     recompute: Annotated[str, typer.Option(help="none, selective, full, or counts such as full:3,selective:2.")] = "none",
     max_memory_fraction: common.Fraction = 0.92,
@@ -117,7 +129,7 @@ def _from_file(source: str, flags: dict[str, Any]) -> tuple[Plan, str] | None:
     from planner import planfile
     from planner.planning import make
     from planner.planning.economy import budget_of
-    from planner.planning.request import Request, request_of
+    from planner.planning.request import request_of, request_of_plan
     from planner.specs import files
     from planner.specs.layout import Configuration
 
@@ -129,11 +141,8 @@ def _from_file(source: str, flags: dict[str, Any]) -> tuple[Plan, str] | None:
         _no_flags(source, flags)
     if planfile.is_plan(data):
         plan = planfile.from_document(document)
-        request = Request(
-            plan.model, plan.hardware, plan.job, gpus=plan.cluster.gpus, engine=plan.engine, policy=plan.policy,
-            budget=_budget(flags) or (None if plan.economy is None else budget_of(plan.economy)),
-            relative_to=Path(source).parent,
-        )  # fmt: skip
+        budget = _budget(flags) or (None if plan.economy is None else budget_of(plan.economy))
+        request = request_of_plan(plan, Path(source).parent, budget)
         return make.make_estimate(request, plan.layout), plan.engine
     if isinstance(data, dict) and "layout" in data:
         configuration = files.build(Configuration, document)
@@ -156,7 +165,9 @@ _BESIDE_FILES = ("source", "output", "output_format", "detail", "tokens", "price
 def _no_flags(source: str, flags: dict[str, Any]) -> None:
     """A plan or configuration says everything itself. Raises InputError when a flag contradicts."""
     defaults = inspect.signature(estimate).parameters
-    given = [k for k, v in flags.items() if k in defaults and k not in _BESIDE_FILES and v != defaults[k].default]
+    given = [
+        k for k, v in flags.items() if k in defaults and k not in _BESIDE_FILES and (v or None) != (defaults[k].default or None)
+    ]
     if given:
         names = ", ".join("--" + k.replace("_", "-") for k in given)
         raise input_error(
@@ -167,12 +178,12 @@ def _no_flags(source: str, flags: dict[str, Any]) -> None:
 def _from_flags(flags: dict[str, Any]) -> Plan:
     import planner
 
-    missing = [f"--{k.replace('_', '-')}" for k in ("hardware", "seq_len", "global_batch") if flags[k] is None]
+    missing = [f"--{k.replace('_', '-')}" for k in ("hardware", "seq_len", "global_batch") if flags[k] in (None, [])]
     if missing:
         raise input_error("PLN105", f"{', '.join(missing)} missing", "a model alone does not say what is trained where", "")
     names = (
         "tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "schedule", "virtual_stages", "sequence_parallel",
-        "offload", "order",
+        "offload", "order", "shard", "type_order",
     )  # fmt: skip
     layout: dict[str, Any] = {k: flags[k] for k in names if flags[k] is not None}
     layout["recompute"] = flags["recompute"]
@@ -188,9 +199,10 @@ def _from_flags(flags: dict[str, Any]) -> Plan:
         from planner.specs import files
 
         source = files.load_model(source, as_type=flags["as_type"])[0]
+    machine = common.machine(flags["hardware"])
     return planner.estimate(
         source,
-        flags["hardware"],
+        machine.get("shares") or machine["hardware"],
         layout=layout,
         **{k: flags[k] for k in ("seq_len", "global_batch", "nodes", "gpus", "precision", "engine", "max_memory_fraction")},
         **{k: flags[k] for k in ("max_oom_probability", "tokens", "price", "pue")},

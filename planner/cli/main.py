@@ -10,7 +10,22 @@ import typer
 
 from planner import stopping
 from planner._version import __version__
-from planner.cli import calibrate, check, emit, estimate, explain, hardware, model, plan, run, schema, validate
+from planner.cli import (
+    calibrate,
+    check,
+    data,
+    emit,
+    estimate,
+    explain,
+    hardware,
+    measure,
+    model,
+    plan,
+    run,
+    schema,
+    training,
+    validate,
+)
 
 app = typer.Typer(
     name="planner",
@@ -27,8 +42,10 @@ app.command("explain")(explain.explain)
 app.command("check")(check.check)
 app.command("explain")(explain.explain)
 app.command("calibrate")(calibrate.calibrate)
-app.command("emit")(emit.emit)
-app.command("run")(run.run)
+app.command("emit", cls=training.Grouped)(emit.emit)
+app.command("run", cls=training.Grouped)(run.run)
+app.add_typer(data.app, name="data")
+app.command("measure")(measure.measure)
 app.command("validate")(validate.validate)
 app.add_typer(model.app, name="model")
 app.add_typer(hardware.app, name="hardware")

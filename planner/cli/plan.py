@@ -190,8 +190,7 @@ def request_of(flags: dict[str, Any]) -> Request:
         model = files.load_model(model, as_type=flags["as_type"])[0]
     return Request(
         model,
-        flags["hardware"],
-        job,
+        job=job,
         nodes=nodes,
         gpus=gpus,
         engine=flags["engine"],
@@ -199,6 +198,7 @@ def request_of(flags: dict[str, Any]) -> Request:
         pins=common.parse_assignments(flags.get("pin") or [], "--pin"),
         forbid=[name.strip() for item in flags.get("forbid") or [] for name in item.split(",")],
         objective=checked_objective(flags["objective"]),
+        **common.machine(flags["hardware"]),
         budget=budget(flags["tokens"], flags["price"], flags["pue"], flags["deadline_days"]),
     )
 

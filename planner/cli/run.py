@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli import common
-from planner.errors import InputError, MissingPartError, Problem, input_error
+from planner.cli import common, dryrun, training
+from planner.cli.supervise import supervise
+from planner.errors import InputError, input_error
 
 if TYPE_CHECKING:
     from planner.planfile import Plan
@@ -23,37 +21,84 @@ if TYPE_CHECKING:
 @common.guarded
 def run(
     plan_path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 20,
-    out: Annotated[Path, typer.Option("--out", help="Folder for metrics and the summary.")] = Path("runs/latest"),
-    data: Annotated[
-        Path | None, typer.Option("--data", help="A token file (.bin of uint16 or uint32); synthetic when left out.")
+    steps: training.Steps = 20,
+    out: Annotated[Path, typer.Option("--out", help="Folder for metrics, logs and the summary.")] = Path("runs/latest"),
+    seed: training.Seed = 0,
+    measure: Annotated[
+        Path | None, typer.Option("--measure", help="Write prediction and measurement here, for validate and calibrate.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    learning_rate: Annotated[float, typer.Option("--lr", min=0.0)] = 3e-4,
-    measure: Annotated[Path | None, typer.Option("--measure", help="Write prediction and measurement here as JSON.")] = None,
     output_format: Annotated[str, typer.Option("--format", help="table or json.")] = "table",
+    lr: training.Rate = 3e-4,
+    lr_schedule: training.Schedule = "cosine",
+    warmup_steps: training.WarmupSteps = -1,
+    min_lr: training.MinRate = 0.1,
+    max_norm: training.MaxNorm = 1.0,
+    data: training.Data = None,
+    reset_data: training.ResetData = False,
+    eval_data: training.EvalData = None,
+    eval_every: training.EvalEvery = 0,
+    eval_batches: training.EvalBatches = 4,
+    checkpoint_dir: training.CheckpointDir = "",
+    save_every: training.SaveEvery = 0,
+    keep: training.Keep = 3,
+    resume: training.Resume = "auto",
+    init_from: training.InitFrom = "",
+    export_hf: training.ExportHf = "",
+    max_restarts: training.MaxRestarts = None,
+    step_timeout: training.StepTimeout = 1800.0,
+    grace: Annotated[
+        float,
+        typer.Option("--grace", min=0.0, rich_help_panel=training.FAULTS, help="Seconds to save in after SIGTERM or Ctrl-C."),
+    ] = 60.0,
+    log_every: training.LogEvery = 1,
+    profile: training.Trace = False,
+    tensorboard: training.TensorBoard = False,
+    wandb: training.Wandb = "",
+    dry_run: dryrun.DryRun = False,
+    rank: dryrun.Rank = "peak",
+    exact_steps: dryrun.ExactSteps = False,
 ) -> None:
     """Train a plan here, and print predicted against measured."""
+    flags = dict(locals())
     from planner import planfile
-    from planner.launchers.common import RunSettings, environment, runtime_arguments
+    from planner.launchers.common import environment, runtime_arguments
 
     common.checked_format(output_format, ("table", "json"))
     common.writable(measure)
     plan = planfile.read(plan_path)
     if refused := planfile.refusals(plan):
         raise InputError(refused)
+    if dry_run:
+        dryrun.dry_run(plan, rank, exact_steps, output_format)
+        raise typer.Exit
     _can_run_here(plan)
-    _readable_data(plan, data)
+    options = training.options_of(flags, str(out))
+    training.check_files(plan, options)
     _usable_folder(out)
-    settings = RunSettings(steps, str(out), str(data) if data else None, seed, learning_rate)
+    summary = out / "summary.json"
+    summary.unlink(missing_ok=True)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(plan.cluster.gpus)]
-    code = _supervise([*words, *runtime_arguments(settings, str(plan_path))], {**environment(plan), **os.environ})
-    if code:
-        print(f"planner: the run ended with code {code}; the first failing rank's message is above", file=sys.stderr)
+    words += ["--max-restarts", str(training.restarts(max_restarts, options))]
+    stop = out / "stop" if options.checkpoint_folder is not None else None
+    whole = [*words, *runtime_arguments(options, str(plan_path))]
+    code = supervise(whole, {**environment(plan), **os.environ}, stop, grace)
+    if code or not summary.exists():
+        said = f"the run ended with code {code}; the first failing rank's message is above" if code else "the run was stopped"
+        print(f"planner: {said}", file=sys.stderr)
         raise typer.Exit(1)
-    comparison = _comparison(plan, json.loads((out / "summary.json").read_text(encoding="utf-8")))
+    _report(plan, json.loads(summary.read_text(encoding="utf-8")), measure, output_format)
+
+
+def _report(plan: Plan, summary: dict[str, Any], measure: Path | None, output_format: str) -> None:
+    """Predicted against measured; nothing to compare when a resume found all steps done."""
+    from planner.validation.measured import measurement
+
+    if "step_time_s" not in summary:
+        print("planner: all steps were done before; give more --steps", file=sys.stderr)
+        return
+    comparison = _comparison(plan, summary)
     if measure is not None:
-        measure.write_text(common.to_json(comparison), encoding="utf-8")
+        measure.write_text(common.to_json(comparison | measurement(plan, summary)), encoding="utf-8")
     if output_format == "json":
         common.write_result(common.to_json(comparison))
     else:
@@ -62,11 +107,12 @@ def run(
 
 def _can_run_here(plan: Plan) -> None:
     """Whether torch and enough devices are here. Raises MissingPartError or InputError."""
-    if importlib.util.find_spec("torch") is None:
-        problem = Problem("PLN550", "torch is not installed", "the runtime needs it", "pip install 'planner[runtime]'")
-        raise MissingPartError(problem)
+    common.needs_torch()
     from planner.runtime.devices import local_devices
 
+    if plan.cluster.types and plan.cluster.device_kind != "cpu":
+        why, fix = "this machine has devices of one", "start it on the cluster with planner emit"
+        raise input_error("PLN159", "the plan is for nodes of two device types", why, fix)
     kind, count = local_devices()
     if plan.cluster.device_kind == "cpu":
         return
@@ -75,20 +121,6 @@ def _can_run_here(plan: Plan) -> None:
         what = f"the plan needs {plan.cluster.gpus} x {plan.cluster.device}, this machine has {found}"
         fix = "start it on the cluster with planner emit, or plan for --hardware local-cpu"
         raise input_error("PLN503", what, "", fix)
-
-
-def _readable_data(plan: Plan, data: Path | None) -> None:
-    """Whether the token file can feed a sequence. Raises InputError."""
-    if data is None:
-        return
-    width = 2 if plan.model.vocab <= 1 << 16 else 4
-    need = (plan.job.seq_len + 1) * width
-    if not data.is_file() or not os.access(data, os.R_OK):
-        raise input_error("PLN593", f"--data {data} is not a readable file", "", "give a flat binary file of token ids")
-    size = data.stat().st_size
-    if size < need or size % width:
-        why = f"it has {size:,} bytes; tokens of this vocabulary take {width}, one sequence {need:,}"
-        raise input_error("PLN593", f"--data {data} is not enough token ids", why, "give a longer file of whole tokens")
 
 
 def _usable_folder(out: Path) -> None:
@@ -101,32 +133,6 @@ def _usable_folder(out: Path) -> None:
         ) from None
     if not os.access(out, os.W_OK):
         raise input_error("PLN113", f"--out {out} is not writable", "", "give a writable folder")
-
-
-def _supervise(words: list[str], environment: dict[str, str]) -> int:
-    """Run the job with its output on standard error; on a signal end all its processes and raise."""
-    signals = common.Signals()
-    output = sys.stderr.fileno() if _has_fileno() else None
-    with subprocess.Popen(words, env=environment, stdout=output, start_new_session=True) as process:
-        try:
-            with signals:
-                return process.wait()
-        except KeyboardInterrupt as interrupt:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-            interrupt.code = signals.code  # type: ignore[attr-defined]
-            raise
-
-
-def _has_fileno() -> bool:
-    try:
-        sys.stderr.fileno()
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _comparison(plan: Plan, summary: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +156,7 @@ def _comparison(plan: Plan, summary: dict[str, Any]) -> dict[str, Any]:
         "measured": measured,
         "stages": stages,
         "loss": {"first": summary["first_loss"], "last": summary["last_loss"], "steps": summary["steps"]},
+        "eval_loss": summary["eval_loss"],
         "environment": {k: summary[k] for k in ("device", "torch_version", "world_size")},
     }
 
@@ -186,6 +193,8 @@ def _print(plan: Plan, comparison: dict[str, Any]) -> None:
     out = console()
     print_comparison(rows, out)
     out.print(f"loss {loss['first']:.4f} -> {loss['last']:.4f} in {loss['steps']} steps")
+    if comparison["eval_loss"] is not None:
+        out.print(f"evaluation loss {comparison['eval_loss']:.4f}")
 
 
 def _error(predicted: float, measured: float | None) -> str:

@@ -22,7 +22,10 @@ QUALITIES = ("A", "B", "C", "F")
 
 @common.guarded
 def validate(
-    runs: Annotated[str, typer.Argument(metavar="RUNS.csv", help="A table of measured runs.")],
+    runs: Annotated[
+        str,
+        typer.Argument(metavar="RUNS", help="A table of measured runs (CSV), what run --measure wrote, or a folder of such."),
+    ],
     profile_map: Annotated[
         str | None, typer.Option("--profile-map", help="A file that says which hardware profile stands for which rows.")
     ] = None,

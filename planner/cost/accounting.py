@@ -14,10 +14,27 @@ COMPUTE: Literal["compute"] = "compute"
 """Stands for the bytes of one element of the job's compute type."""
 Size = float | Literal["compute"]
 Width = Literal[
-    "hidden", "q", "kv", "v", "mlp", "heads", "one", "scores", "q_latent", "kv_latent", "routed", "routed_mlp", "experts"
+    "hidden",
+    "q",
+    "kv",
+    "v",
+    "mlp",
+    "heads",
+    "one",
+    "scores",
+    "q_latent",
+    "kv_latent",
+    "routed",
+    "routed_mlp",
+    "experts",
+    "returned",
+    "routes",
+    "arrivals",
 ]
-"""Widths of a token's row. `mlp` is the dense or shared width. Rows `routed` (h wide) and `routed_mlp` (expert width)
-come once for every expert that a token visits; `scores` is one head's row of attention scores, for all its heads."""
+"""Widths of a token's row. `mlp` is the dense or shared width; `scores` is one head's row of attention scores, for all heads.
+Rows come once for every expert that a token visits: `returned` (h wide), `routed` (the same, gathered where tensor
+parallelism splits experts: once for each of its ranks), `routed_mlp` (expert width). `routes` and `arrivals` are one element of
+each of the rows of `returned` and `routed`."""
 Split = Literal["sequence", "tensor", "none"]
 Part = Literal["params", "grads", "optimizer"]
 When = Literal["always", "accumulating", "single", "sharded", "copied"]
@@ -26,6 +43,17 @@ When = Literal["always", "accumulating", "single", "sharded", "copied"]
 EAGER_KERNELS = (175.0, 325.0)
 """Launches of one eager PyTorch layer, forward and backward, at the 5 us a launch of a current host: 2.5 ms a layer measured
 with the bundled runtime beside an H200 (torch 2.11). Other eager engines are taken to be alike."""
+
+
+SPLIT_KERNELS = (290.0, 480.0)
+"""Launches of the backward of one eager PyTorch layer for inputs, and of that for weights, when they run apart: 1.4 and 2.4 ms
+of host time measured with torch.distributed.pipelining's two functions beside an H200 (torch 2.11; the whole backward 1.5 ms).
+The latter walks the graph once for each matrix and norm."""
+
+
+SPLIT_BYTES = 20.0
+"""Bytes moved for each weight of a layer beyond the whole backward when weight gradients are computed apart: 1.0 ms of a 218M
+layer on an H200, the same with 4,096 and 8,192 tokens (torch 2.11)."""
 
 
 TP_CALL = 60e-6
@@ -64,17 +92,21 @@ class Held:
     size: Size
     shard: bool
     when: When = "always"
+    host: bool = False
+    """Whether it lives in host memory with optimizer offload; optimizer states always do."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """One collective over the D ranks that hold a parameter, for all parameters of a rank."""
+    """One collective over the D ranks that share a parameter's states, for all parameters of a rank."""
 
     op: Literal["all_gather", "reduce_scatter", "all_reduce"]
     size: Size
     per: Literal["step", "microbatch"]
     under: Literal["forward", "backward", "nothing"]
     """The compute that it may hide under; step-wise traffic alone may have none."""
+    over: Literal["shard", "replicas"] = "shard"
+    """The ranks that share one copy of the states, or those that hold the same part of its copies (hybrid sharding)."""
 
 
 @dataclass(frozen=True)
@@ -220,12 +252,17 @@ class Accounting:
     """Fixed host time of one step."""
     reserved_ratio: float
     """Reserved over allocated memory."""
+    context: Literal["ring", "ulysses"] = "ring"
+    """How a cp group shares attention: keys and values around a ring under it (Liu 2023, arXiv 2310.01889), or heads exchanged
+    for tokens before and after it (Jacobs 2023, arXiv 2309.14509)."""
     attention: Literal["fused", "unfused"] = "fused"
     """Whether attention keeps its scores on chip (FlashAttention) or writes them."""
     attention_rate: float = 1.0
     """Rate of its attention kernels over those of the device's profile."""
     windows: bool = True
     """Whether attention kernels skip the keys outside a sliding window."""
+    mask_elements: float = 0.0
+    """Elements of the compute type kept for each pair of tokens of a sequence where attention is local by a mask."""
     score_bytes: tuple[float, float] = (9.0, 11.0)
     """Bytes moved for each score of unfused attention, forward and backward: fused scale, mask and softmax, and dropout."""
     backward_scores: float = 0.0
@@ -248,9 +285,19 @@ class Accounting:
     host's work for each expert's parameters as so many launches."""
     kernels_padded: float = 1.6
     """Factor on `kernels_expert` in narrow types: the rows of each expert are padded, cast and scaled apart."""
+    deferred: tuple[Saved, ...] = ()
+    """Output gradients that one layer keeps from its backward for inputs to that for weights, where these run apart."""
+    kernels_split: tuple[float, float] = SPLIT_KERNELS
+    """Kernels of these two, in place of `kernels_backward`."""
+    split_bytes: float = SPLIT_BYTES
+    """Bytes that they move for each weight beyond the whole backward."""
     padding_bytes: float = 0.0
     """Bytes moved for each element of a routed row, forward and again backward, where rows of narrow products are padded
     before the experts and cut after them in passes of their own."""
+    experts_join: bool = False
+    """Experts on the same ranks as the rest of their layer are gathered and reduced with it, in one collective."""
+    etp_op: Literal["all_gather", "all_to_all"] = "all_gather"
+    """How rows reach, and leave, the ranks that split experts."""
     expert_slots: float = 1.0
     """Rows of the experts' buffers over those they get, where kernels run over whole buffers."""
     pipeline_zero: int | None = None

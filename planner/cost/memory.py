@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from planner.cost import adapters
-from planner.cost.accounting import Held, Saved
+from planner.cost.accounting import Accounting, Held, Saved
 from planner.cost.rounding import ceil
-from planner.cost.task import Floats, Ints, LayoutArray, Task
+from planner.cost.task import Bools, Floats, Ints, LayoutArray, Task
 from planner.specs.layers import Mlp
 from planner.specs.layout import RECOMPUTE_MODES
 
@@ -37,6 +37,8 @@ class ActivationBytes:
     """Logits, loss and the head's inputs at their peak."""
     waiting: Ints
     """What the loss of a micro-batch keeps that waits for its backward."""
+    deferred: Ints
+    """Output gradients of one layer that wait for its weight gradients."""
     output: Ints
     """Logits that a pipeline's last rank keeps as its stage's output."""
 
@@ -64,8 +66,18 @@ def activation_bytes(task: Task, combos: LayoutArray) -> ActivationBytes:
         ceil(tokens * e * model.hidden / split),
         ceil(tokens * (logit * vocabulary + e * head_rows * model.hidden)),
         ceil(tokens * a.logits_wait * e / 2.0 * vocabulary),
+        ceil(tokens * saved_bytes(task, a.deferred, "none", combos, norms=False)),
         ceil(tokens * a.pipeline_logits * e * vocabulary),
     )
+
+
+_OF_MLP = frozenset(("mlp", "routed", "routed_mlp", "returned", "routes", "arrivals"))
+
+
+def attention_bytes(task: Task, layouts: LayoutArray) -> Floats:
+    """Activations of one layer and micro-batch that its backward still needs when that of its MLP is over."""
+    rest = tuple(item for item in task.accounting.saved if item.width not in _OF_MLP)
+    return layouts.micro_batch * (task.job.seq_len / layouts.cp) * saved_bytes(task, rest, "none", layouts)
 
 
 def logit_gradient_bytes(task: Task, layouts: LayoutArray) -> Floats:
@@ -88,8 +100,8 @@ def adapter_bytes(task: Task, mode: str, combos: LayoutArray) -> Floats:
     return adapters.saved_bytes(task, mode, combos, mlp.top_k * slots(mlp, combos.ep) if mlp.routed else 0.0)
 
 
-def saved_bytes(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArray) -> Floats:
-    """Bytes that one layer saves for a token under a recompute mode, of the tensors `saved`."""
+def saved_bytes(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArray, norms: bool = True) -> Floats:
+    """Bytes that one layer saves for a token under a recompute mode, of the tensors `saved`; and of norms beyond two."""
     model = task.model
     attention, mlp = model.layer.attention, model.layer.mlp
     routed = mlp.top_k * slots(mlp, combos.ep) if mlp.routed else 0.0
@@ -105,6 +117,9 @@ def saved_bytes(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArr
         "q_latent": attention.q_lora_rank or 0,
         "kv_latent": (attention.kv_lora_rank or 0) + attention.rope_dim / 2,
         "routed": routed * model.hidden * combos.etp,
+        "returned": routed * model.hidden,
+        "routes": routed,
+        "arrivals": routed * combos.etp,
         "routed_mlp": routed * mlp.width,
         "experts": mlp.experts if mlp.routed else 0,
     }
@@ -116,16 +131,22 @@ def saved_bytes(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArr
         "gelu": mlp.kind == "gelu",
         "softmax": attention.kind == "softmax",
         "latent": attention.kind == "latent",
+        "routed": mlp.routed,
+        "dense": not mlp.routed,
+        "shared": mlp.dense_width > 0,
+        "shared_gate": mlp.shared_gate,
+        "exchanged_rows": combos.ep * combos.etp > 1,
         "narrow": task.job.linears != "same",
         "wide": task.job.linears == "same",
         "rmsnorm": model.norm == "rmsnorm",
         "layernorm": model.norm == "layernorm",
         "qk_norm": attention.qk_norm != "none",
+        "exchanged": (combos.cp > 1) & (task.accounting.context == "ulysses"),
         "gathered": sequence & (tp > 1),
         "not_gathered": ~(sequence & (tp > 1)),
     }
     # Beyond the two norms that `saved` counts, each keeps its input; a block that shares one norm keeps one row less.
-    more = (model.layer.n_norms - 2) * model.hidden * task.job.compute_bytes if mode != "full" else 0.0
+    more = (model.layer.n_norms - 2) * model.hidden * task.job.compute_bytes if norms and mode != "full" else 0.0
     total = more / divisors["sequence"]
     for item in saved:
         if mode not in item.kept:
@@ -170,7 +191,7 @@ _MOMENTS = (
 
 def state_bytes(task: Task, layouts: LayoutArray, shard: Ints) -> StateBytes:
     """State sizes a parameter for each layout, under the engine's rule of its ZeRO stage, over `shard` ranks."""
-    zero, microbatches = layouts.zero, layouts.microbatches
+    zero, microbatches = layouts.kept_zero, layouts.microbatches
     here = layouts.offload == 0
     a, e = task.accounting, task.job.compute_bytes
     present = {
@@ -192,7 +213,7 @@ def state_bytes(task: Task, layouts: LayoutArray, shard: Ints) -> StateBytes:
             for item in items:
                 if (part is None or item.part == part) and not (whole and item.shard):
                     size = a.size(item.size, e) / (shard if item.shard else 1.0)
-                    kept = here if item.part == "optimizer" else True
+                    kept = here if item.part == "optimizer" or item.host else True
                     result += np.where((zero == stage) & present[item.when] & kept, size, 0.0)
         return result
 
@@ -202,6 +223,11 @@ def state_bytes(task: Task, layouts: LayoutArray, shard: Ints) -> StateBytes:
         whole_gradients=total("backward", "grads", whole=True),
         **{moment: total(moment) for moment in _MOMENTS},
     )
+
+
+def joined(a: Accounting, x: LayoutArray) -> Bools:
+    """Whether routed experts are exchanged with the rest of their layer: they are on the same ranks."""
+    return (x.ep * x.etp == 1) & (x.tp == 1) & a.experts_join
 
 
 def rank_params(task: Task, layouts: LayoutArray) -> dict[str, Floats]:
@@ -231,5 +257,6 @@ def rank_params(task: Task, layouts: LayoutArray) -> dict[str, Floats]:
 def communicators(layouts: LayoutArray) -> Ints:
     """Process groups over more than one rank that a device belongs to: tp, cp, dp (with cp), pp, ep, etp, and the world."""
     world = layouts.tp * layouts.cp * layouts.dp * layouts.pp
-    groups = (layouts.tp, layouts.cp, layouts.shard, layouts.pp, layouts.ep, layouts.etp, world)
-    return np.sum([(g > 1).astype(np.int64) for g in groups], axis=0)
+    groups = (layouts.tp, layouts.cp, layouts.data, layouts.pp, layouts.ep, layouts.etp, world)
+    hybrid = 2 * (layouts.replicas > 1)  # those that share a copy, and those that keep copies equal
+    return np.sum([(g > 1).astype(np.int64) for g in groups], axis=0) + hybrid

@@ -43,6 +43,8 @@ class LayerSeconds:
     tp_recompute: tuple[Floats, Floats]
     cp_forward: Floats
     cp_backward: Floats
+    cp_recompute: tuple[Floats, Floats]
+    """Exchanges of heads that (selective, full) recompute repeats; a ring's are not priced again."""
     ep_forward: Floats
     """Exposed exchanges of routed tokens."""
     ep_backward: Floats
@@ -52,6 +54,14 @@ class LayerSeconds:
     head: Floats
     """Output head and loss, forward and backward."""
     head_tp: Floats
+    weight: Floats
+    """The part of `backward` that computes weight gradients."""
+    host_split: tuple[Floats, Floats]
+    """Time that the host needs to launch the backward for inputs, and that for weights, when they run apart."""
+
+    def again(self, k: int) -> Floats:
+        """All that selective (0) or full (1) recompute repeats: compute and exposed traffic."""
+        return self.recompute[k] + self.tp_recompute[k] + self.cp_recompute[k] + self.ep_recompute[k]
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ def layer_seconds(task: Task, combos: LayoutArray) -> LayerSeconds:
     head, head_tp = _head(task, s, traffic)
     tp_f, tp_b, tp_r = _tp_traffic(task, s, traffic)
     ep_f, ep_b = _ep_traffic(task, s)
-    cp_f, cp_b = _cp_traffic(task, s, parts_f["attention"], parts_b["attention"])
+    cp_f, cp_b, cp_r = _cp_traffic(task, s, parts_f["attention"], parts_b["attention"])
     host_f, host_b = _host(task, s, 0), _host(task, s, 1)
     again = [_recompute(task, parts_f, mode, host_f, tp) for mode, tp in zip(("selective", "full"), tp_r, strict=True)]
     ep_r = [ep_f * task.accounting.recomputed[mode].get("experts", 0.0) for mode in ("selective", "full")]
@@ -89,8 +99,9 @@ def layer_seconds(task: Task, combos: LayoutArray) -> LayerSeconds:
     zero = np.zeros_like(s.tp)
     return LayerSeconds(
         sum(parts_f.values(), zero), sum(parts_b.values(), zero), host_f, host_b,
-        (again[0], again[1]), tp_f, tp_b, tp_r, cp_f, cp_b, ep_f, ep_b, (ep_r[0], ep_r[1]),
+        (again[0], again[1]), tp_f, tp_b, tp_r, cp_f, cp_b, (cp_r, cp_r), ep_f, ep_b, (ep_r[0], ep_r[1]),
         lookup, _embedding_tp(task, s, traffic), head, head_tp,
+        _weight_seconds(task, s), (_host(task, s, 1, 0), _host(task, s, 1, 1)),
     )  # fmt: skip
 
 
@@ -106,6 +117,12 @@ def _embedding_tp(task: Task, s: Shapes, sequence: np.ndarray) -> Floats:
     place = (s.tp, np.ones_like(s.tp), hidden_bytes(task, s), task.hardware)
     both = collective_seconds("reduce_scatter", *place) + collective_seconds("all_gather", *place)
     return task.constant("tp") * tables(task) * np.where(sequence, both, 0.0)
+
+
+def _weight_seconds(task: Task, s: Shapes) -> Floats:
+    """Device time of one layer's weight gradients."""
+    products = [p for p in layer_products(task, s, 1) if p.name.endswith(WEIGHT_GRADIENT)]
+    return sustained(task) * sum((product_seconds(task, p) for p in products), np.zeros_like(s.tp))
 
 
 def _front_seconds(task: Task, s: Shapes) -> Floats:
@@ -157,10 +174,14 @@ def bound_by_host(task: Task, seconds: Floats, beside: Floats, host: Floats) -> 
     return np.maximum(seconds, host - beside)
 
 
-def _host(task: Task, s: Shapes, direction: int) -> Floats:
-    """Host time of one layer, forward (0) or backward (1)."""
+def _host(task: Task, s: Shapes, direction: int, half: int | None = None) -> Floats:
+    """Host time of one layer, forward (0) or backward (1), or of a half of a split backward: for inputs (0), for weights (1).
+
+    Either half is taken to dispatch distributed tensors, route and pad like the whole.
+    """
     a = task.accounting
-    kernels = (a.kernels_forward, a.kernels_backward)[direction] + np.where(s.tp > 1, a.kernels_tp[direction], 0.0)
+    own = (a.kernels_forward, a.kernels_backward)[direction] if half is None else a.kernels_split[half]
+    kernels = own + np.where(s.tp > 1, a.kernels_tp[direction], 0.0)
     mlp = task.model.layer.mlp
     if mlp.routed:
         each = a.kernels_expert[direction] * (1.0 if task.job.linears == "same" else a.kernels_padded)
@@ -231,7 +252,7 @@ def head_products(task: Task, s: Shapes) -> list[Product]:
 def _gradients(p: Product, wgrad: float = 1.0) -> tuple[Product, Product]:
     """The products of backward: one for inputs, and one for weights, `wgrad` times slower than its size tells."""
     inputs = p._replace(name=f"{p.name}: input gradient", n=p.k, k=p.n)
-    return inputs, p._replace(name=f"{p.name}: weight gradient", m=p.k, k=p.m, times=wgrad)
+    return inputs, p._replace(name=f"{p.name}{WEIGHT_GRADIENT}", m=p.k, k=p.m, times=wgrad)
 
 
 def _attention_products(task: Task, s: Shapes) -> list[Product]:
@@ -299,6 +320,10 @@ def _expert_products(task: Task, s: Shapes) -> list[Product]:
         Product("experts", f"experts' {_up(task)}", m, (mlp.matrices - 1.0) * inner, h, groups),
         Product("experts", "experts' down", m, h, inner, groups),
     ]
+
+
+WEIGHT_GRADIENT = ": weight gradient"
+"""What names of products of weight gradients end with."""
 
 
 def product_seconds(task: Task, p: Product) -> Floats:
@@ -429,20 +454,33 @@ def _ep_traffic(task: Task, s: Shapes) -> tuple[Floats, Floats]:
     sent, device = routed_bytes(task, s), task.hardware
     copies = task.model.layer.mlp.top_k if task.accounting.ep_once else 1
     exchange = collective_seconds("all_to_all", s.ep, s.etp, sent, device, copies)
-    inside = collective_seconds("all_gather", s.etp, np.ones_like(s.tp), sent * s.etp, device)
+    inside = collective_seconds(task.accounting.etp_op, s.etp, np.ones_like(s.tp), sent * s.etp, device)
     once = (1.0 - task.accounting.ep_overlap) * task.constant("ep") * 2.0 * (exchange + inside)
     return once, once
 
 
-def _cp_traffic(task: Task, s: Shapes, forward: Floats, backward: Floats) -> tuple[Floats, Floats]:
-    """Exposed time of exchanging keys and values around the cp ring under the attention that they feed.
+def exchanged_bytes(task: Task, s: Shapes) -> dict[str, Floats]:
+    """What a rank sends of one layer's heads for tokens, by tensor: queries, keys, values, and what attention makes of them."""
+    model, one = task.model, s.tokens / s.tp * task.job.compute_bytes
+    kv = one * model.kv_width
+    return {"queries": one * model.q_width, "keys": kv, "values": kv, "attention output": one * model.q_width}
 
-    Each rank passes its keys and values to cp - 1 others (Liu 2023, arXiv 2310.01889); backward also returns gradients.
+
+def _cp_traffic(task: Task, s: Shapes, forward: Floats, backward: Floats) -> tuple[Floats, Floats, Floats]:
+    """Exposed time of sharing attention over the cp group: forward, backward, and recomputing it.
+
+    A ring passes keys and values to cp - 1 others under the attention that they feed (Liu 2023, arXiv 2310.01889); backward
+    also returns gradients. Ulysses exchanges four tensors by all-to-all, and attention waits for them (Jacobs 2023).
     """
+    if task.accounting.context == "ulysses":
+        sent = exchanged_bytes(task, s).values()
+        calls = (collective_seconds("all_to_all", s.cp, s.tp, n_bytes, task.hardware) for n_bytes in sent)
+        exchange = sum(calls, np.zeros_like(s.tp))
+        return exchange, exchange, exchange
     slow = task.hardware.overlap_slowdown.base
     once = collective_seconds("all_gather", s.cp, s.tp, key_value_bytes(task, s), task.hardware)
     floor = task.accounting.dp_floor
-    return overlapped(forward, once, slow, floor), overlapped(backward, 2.0 * once, slow, floor)
+    return overlapped(forward, once, slow, floor), overlapped(backward, 2.0 * once, slow, floor), np.zeros_like(once)
 
 
 def _head(task: Task, s: Shapes, sequence: np.ndarray) -> tuple[Floats, Floats]:

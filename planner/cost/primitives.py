@@ -10,11 +10,11 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from planner.cost import memory, operators, p2p, risk
+from planner.cost import memory, operators, p2p, risk, schedules
 from planner.cost.rounding import ceil, nanoseconds
 from planner.cost.states import held_bytes
-from planner.cost.task import GPIPE, Bools, Floats, Ints, LayoutArray, Task
-from planner.cost.traffic import DpTraffic, dp_traffic, idle_seconds, layer_compute, recompute_seconds
+from planner.cost.task import GPIPE, INTERLEAVED_ZB, Bools, Floats, Ints, LayoutArray, Task
+from planner.cost.traffic import DpTraffic, dp_traffic, idle_seconds, layer_compute, recompute_seconds, split_compute
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Primitives:
     # time of one layer and micro-batch
     forward: Ints
     backward: Ints
+    weight: Ints
+    """The part of `backward` for weights, where a schedule runs it apart; else 0."""
     recompute1: Ints
     """Extra time of one selectively recomputed layer."""
     recompute2: Ints
@@ -33,6 +35,8 @@ class Primitives:
     head: Ints
     p2p: Ints
     """Exposed send and receive of one micro-batch, forward and backward, all chunks."""
+    credit: Ints
+    """v-ths of ns that a split backward takes off (v m - 1) max R + sum R; see `step.pipeline_time`."""
     # once a step
     comm: Ints
     """Step-wise dp traffic of one layer."""
@@ -74,6 +78,8 @@ class Primitives:
     """... with selective recompute."""
     act2: Ints
     """... with full recompute."""
+    deferred: Ints
+    """Output gradients of one layer and micro-batch that wait for their weight gradients."""
     transient: Ints
     """Temporaries of one layer's backward, gathered copies included."""
     reduction: Ints
@@ -94,7 +100,7 @@ class Primitives:
     boundary: Ints
     """Stage output kept for each chunk-micro-batch in flight."""
     receive: Ints
-    """Receive buffers of one chunk and direction."""
+    """Receive buffers of one chunk and direction; under a split backward also what was sent (`schedules.kept_messages`)."""
     entering: Ints
     """Received input of a chunk's micro-batch in flight that is at once its first layer's saved input."""
     chunks: Ints
@@ -178,6 +184,7 @@ class TimeParts:
     """Exposed gathers and reductions of the embedding, every micro-batch."""
     head_zero: Floats
     recompute_tp: tuple[Floats, Floats]
+    recompute_cp: tuple[Floats, Floats]
 
 
 def price(task: Task, layouts: LayoutArray) -> Primitives:
@@ -227,22 +234,41 @@ class PrimitiveTable:
         held = d.context.base + d.communicator.base * memory.communicators(x) + a.outside_bytes
         outside = ceil(self.task.constant("outside") * held)
         one = self.waiting.take(share)
+        late = np.where(x.schedule == GPIPE, x.microbatches - 1, np.where(x.schedule == INTERLEAVED_ZB, x.pp - 1, 0))
         # At GPipe's first backward no gradient is there yet, at the second one micro-batch fewer waits: never both.
-        spared = np.minimum(one, self.head_gradients.take(share))
-        waiting = np.where(x.schedule == GPIPE, (x.microbatches - 1) * one - np.where(x.microbatches > 1, spared, 0), 0)
+        spared = np.where((x.schedule == GPIPE) & (x.microbatches > 1), np.minimum(one, self.head_gradients.take(share)), 0)
+        waiting = late * one - spared
+        columns = {k: v.take(share) for k, v in self.columns.items()}
+        # Where backward is split a table's gradient comes with the weight gradients.
+        columns["between"] = np.where(schedules.splits_backward(x.schedule), 0, columns["between"])
+        sends = p2p.exposed(self.task, x, [hop.take(share) for hop in self.hops])
         return Primitives(
-            **{k: v.take(share) for k, v in self.columns.items()},
-            p2p=p2p.exposed(self.task, x, [hop.take(share) for hop in self.hops]),
+            **columns,
+            p2p=sends,
+            credit=self._credit(x, columns, sends),
             hide=self._hide(x, share),
             constant=np.full(len(x), int(a.step_seconds * self.task.growth * 1e9), dtype=np.int64),
             waiting=waiting + np.where(many, self.output.take(share), 0),
             boundary=np.where(many & a.keeps_stage_output, ceil(a.boundary_copies * boundary), 0),
-            receive=np.where(many, boundary * buffers, 0),
+            receive=np.where(many, boundary * buffers * schedules.kept_messages(x.schedule) // 2, 0),
             entering=np.where(many & a.receive_all_microbatches, boundary, 0),
             chunks=x.virtual_stages,
             capacity=capacity(self.task, outside),
             outside=outside,
         )
+
+    def _credit(self, x: LayoutArray, columns: dict[str, Ints], sends: Ints) -> Ints:
+        """What a split backward saves: for each rank but one, its R less the bubble that it adds. Means over ranks.
+
+        Of embedding, head and sends a third, a third and a half count as forward; a third of the head as weight gradients.
+        """
+        n = self.task.model.n_layers
+        total = n * (columns["forward"] + columns["backward"]) + columns["embedding"] + columns["head"] + x.pp * sends
+        forward = n * columns["forward"] + (columns["embedding"] + columns["head"]) // 3 + x.pp * sends // 2
+        weights = n * columns["weight"] + columns["head"] // 3
+        added = schedules.bubble(x.schedule, forward, total - forward - weights, weights)
+        saved = (x.pp - 1) * np.maximum(total - added, 0) // x.pp
+        return np.where(schedules.splits_backward(x.schedule), saved, 0)
 
     def _hide(self, x: LayoutArray, share: Ints) -> Ints:
         """Step-wise traffic that one layer's compute hides.
@@ -257,25 +283,32 @@ class PrimitiveTable:
     def parts(self) -> TimeParts:
         """The float times behind the primitives, for each layout."""
         t = {k: v[self.share] for k, v in self.times.items()}
-        again = (t.pop("recompute_tp1"), t.pop("recompute_tp2"))
-        return TimeParts(**t, recompute_tp=again)
+        tp, cp = ((t.pop(f"recompute_{axis}1"), t.pop(f"recompute_{axis}2")) for axis in ("tp", "cp"))
+        return TimeParts(**t, recompute_tp=tp, recompute_cp=cp)
 
 
 _BLOCK = ("tp", "cp", "ep", "etp", "micro_batch", "sequence_parallel")
 """What a layer's operators depend on."""
-_OUTER = (*_BLOCK, "dp", "zero", "offload", "apart")
+_OUTER = (*_BLOCK, "dp", "zero", "offload", "apart", "sharded")
 """What everything but the pipeline's own terms depends on."""
 
 
 def capacity(task: Task, outside: Ints) -> Ints:
-    """Bytes that may be allocated beside `outside`: what both limits, of memory and of the risk to run out, leave."""
+    """Bytes that may be allocated beside `outside`: what both limits, of memory and of the risk to run out, leave.
+
+    With several device types their axis is the last one.
+    """
+    if task.types:
+        return np.stack([capacity(task.on(i), outside[..., i]) for i in range(len(task.types))], axis=-1)
     filled = np.floor((task.limit - outside) / task.reserved_ratio).astype(np.int64)
     allowed = risk.allocated_limit(task)
     return filled if allowed is None else np.minimum(filled, allowed)
 
 
 def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
-    """Price the distinct combinations among layouts."""
+    """Price the distinct combinations among layouts. Raises TypeError for several device types: `devicetypes` prices each."""
+    if task.types:
+        raise TypeError("a layout on several device types has no primitives of its own: see cost.devicetypes")
     shared, share = _combinations(layouts, _OUTER, accumulate=True)
     block, spread = _combinations(shared, _BLOCK)
     seconds = operators.layer_seconds(task, block)
@@ -288,10 +321,10 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
     held = held_bytes(task, shared)
     acts = memory.activation_bytes(task, block)
     blocks = {
-        "act0": acts.layer[0], "act1": acts.layer[1], "act2": acts.layer[2],
+        "act0": acts.layer[0], "act1": acts.layer[1], "act2": acts.layer[2], "deferred": acts.deferred,
     }  # fmt: skip
-    layer = _layer_ns(task, seconds, compute, traffic, spread)
-    again = [seconds.recompute[i] + seconds.tp_recompute[i] + seconds.ep_recompute[i] for i in range(2)]
+    layer = _layer_ns(task, shared, seconds, (compute, traffic), spread)
+    again = [seconds.again(i) for i in range(2)]
     repeated = {f"recompute{i + 1}": ns(recompute_seconds(task, again[i][spread], compute[1], traffic)) for i in range(2)}
     columns = repeated | {k: v[spread] for k, v in blocks.items()} | layer | traffic.ns | held
     columns["embedding"] = ns((seconds.embedding + seconds.embedding_tp)[spread] + traffic.ends["first"])
@@ -311,6 +344,8 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
         "head_zero": traffic.ends["last"],
         "recompute_tp1": seconds.tp_recompute[0][spread],
         "recompute_tp2": seconds.tp_recompute[1][spread],
+        "recompute_cp1": seconds.cp_recompute[0][spread],
+        "recompute_cp2": seconds.cp_recompute[1][spread],
     }
     times = {k: v * task.growth for k, v in times.items()}
     boundary = acts.boundary[spread]
@@ -340,16 +375,24 @@ def _combinations(layouts: LayoutArray, names: tuple[str, ...], accumulate: bool
         key = key * (int(column.max(initial=0)) + 1) + column
     if accumulate:
         key = (key * 2 + (layouts.microbatches > 1)) * 2 + (layouts.pp == 1)
+        key = key * 2 + schedules.splits_backward(layouts.schedule)
     _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
     return layouts.take(first), inverse.ravel()
 
 
 def _layer_ns(
-    task: Task, seconds: operators.LayerSeconds, compute: tuple[Floats, Floats], traffic: DpTraffic, to_block: Ints
+    task: Task,
+    layouts: LayoutArray,
+    seconds: operators.LayerSeconds,
+    priced: tuple[tuple[Floats, Floats], DpTraffic],
+    to_block: Ints,
 ) -> dict[str, Ints]:
+    compute, traffic = priced
+    split, (_, weights) = schedules.splits_backward(layouts.schedule), split_compute(task, layouts, seconds, to_block)
     forward = (seconds.tp_forward + seconds.cp_forward + seconds.ep_forward)[to_block]
     backward = (seconds.tp_backward + seconds.cp_backward + seconds.ep_backward)[to_block]
     return {
         "forward": nanoseconds(task.growth * (compute[0] + forward + traffic.forward)),
+        "weight": np.where(split, np.floor(1e9 * task.growth * weights).astype(np.int64), 0),
         "backward": nanoseconds(task.growth * (compute[1] + backward + traffic.backward)),
     }

@@ -1,26 +1,30 @@
 """Pipeline schedules: what is in flight, closed forms for the search, and the event simulator that they are tested against.
 
-A schedule is a list of actions a pipeline rank: forward or backward of one micro-batch through one chunk. Chunk c of rank
-s is stage c * pp + s of the model.
+`actions` has the lists that the simulator runs; `specs.layout.stage_of` says which stage of the model a rank's chunk is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
-from planner.cost.task import GPIPE, INTERLEAVED, Ints
-from planner.specs.layout import SCHEDULES
+from planner.cost.actions import Action
+from planner.cost.task import DUALPIPEV, GPIPE, INTERLEAVED, INTERLEAVED_ZB, SPLIT_CODES, V_CODES, ZBV, Bools, Ints
+from planner.specs.layout import stage_of
 
 
-@dataclass(frozen=True)
-class Action:
-    """`kind` is "F" or "B"."""
+def splits_backward(schedule: Ints) -> Bools:
+    """Which schedules run weight gradients apart."""
+    return np.isin(schedule, SPLIT_CODES)
 
-    kind: str
-    chunk: int
-    microbatch: int
+
+def ends(schedule: Ints, pp: Ints | int, index: Ints) -> tuple[Ints, Ints]:
+    """(first, last): 1 where pipeline rank `index` holds the embedding, and where it holds the head. All broadcast."""
+    at_last = np.where(np.isin(schedule, V_CODES), 0, np.asarray(pp) - 1)
+    first = np.broadcast_to(index == 0, np.broadcast(index, at_last).shape)
+    return first.astype(np.int64), (index == at_last).astype(np.int64)
 
 
 # ---- closed forms ------------------------------------------------------------------------------------------------
@@ -30,11 +34,48 @@ def in_flight(schedule: Ints, pp: Ints, virtual_stages: Ints, microbatches: Ints
     """Most chunk-micro-batches whose activations rank `index` holds at once.
 
     GPipe m; 1F1B min(m, pp - index) (Narayanan 2021, section 2.2); interleaved min(m v, (v - 1) pp + 2 (pp - 1 - index) + 1).
+    Where the backward is split they are held until their weight gradients: v pp, ZB-V 2 pp, DualPipeV 2 pp + 1 on every rank.
     """
     m, v = microbatches, virtual_stages
-    interleaved = np.minimum(m * v, (v - 1) * pp + 2 * (pp - 1 - index) + 1)
+    interleaved = (v - 1) * pp + 2 * (pp - 1 - index) + 1
+    even = np.where(schedule == DUALPIPEV, 2 * pp + 1, v * pp)
+    chunked = np.minimum(m * v, np.where(schedule == INTERLEAVED, interleaved, even))
     plain = np.where(schedule == GPIPE, m, np.minimum(m, pp - index))
-    return np.where(schedule == INTERLEAVED, interleaved, plain)
+    return np.where((schedule == INTERLEAVED) | splits_backward(schedule), chunked, plain)
+
+
+def put_off(schedule: Ints, pp: Ints, index: Ints) -> Ints:
+    """Chunk-micro-batches among those in flight whose weight gradients wait, so that rank `index` holds output gradients too.
+
+    InterleavedZeroBubble index + 1 (rank r puts them off by r). DualPipeV: 0, whole backwards while the most are in flight;
+    later waits weigh less as long as output gradients take no more than activations. ZB-V: 1, or pp + index in flight
+    with 2 index + 1 waiting in the cool-down, counted as 2 pp with 3 index + 1 - pp under the same condition.
+    """
+    cooling = np.maximum(1, 3 * index + 1 - pp)
+    waiting = np.where(schedule == INTERLEAVED_ZB, index + 1, np.where(schedule == ZBV, cooling, 0))
+    return np.asarray(waiting, dtype=np.int64)
+
+
+def kept_messages(schedule: Ints) -> Ints:
+    """Halves of the receive buffers' bytes that a step's messages keep: 2 for the buffers alone.
+
+    Under a split backward torch's pipeline runtime holds sent tensors, too, until the step ends: all of them in rounds of
+    chunks, half of them by the peak of a V (storage meter on the bundled runtime, 8 micro-batches).
+    """
+    return np.where(schedule == INTERLEAVED_ZB, 4, np.where(splits_backward(schedule), 3, 2))
+
+
+def bubble(schedule: Ints, forward: Ints, inputs: Ints, weights: Ints) -> Ints:
+    """What one more pipeline rank adds to a step under a split backward, for the times of a rank (v chunks, one micro-batch).
+
+    Makespans of equal ranks in the action lists; InterleavedZeroBubble F + I - W is that of ZB-H1 (arXiv 2401.10241, table 1).
+    DualPipeV is that of its actions one after the other, as torch runs them.
+    """
+    least, most = forward + inputs - weights, np.maximum(forward, inputs)
+    one = np.maximum(least, most)
+    vee = np.maximum(np.maximum(2 * (most - weights), most), weights)
+    dual = np.maximum(one, 2 * inputs - weights)
+    return np.where(schedule == ZBV, vee, np.where(schedule == DUALPIPEV, dual, one))
 
 
 def in_flight_layers(schedule: Ints, pp: Ints, virtual_stages: Ints, microbatches: Ints, index: Ints, layers: Ints) -> Ints:
@@ -78,37 +119,34 @@ def _first_chunks(pp: Ints, v: Ints, m: Ints, flight: Ints, r: Ints) -> Ints:
     return np.maximum(after_warmup, later)
 
 
-# ---- action lists ------------------------------------------------------------------------------------------------
+def chunk_moments(pp: int, virtual_stages: int, microbatches: Ints) -> Ints:
+    """Micro-batches of each chunk in flight at the moments when the memory of a rank may peak, in the interleaved order.
+
+    Shape (len(microbatches), pp, moments, v). Whatever the chunks weigh, the most that a rank holds is the largest of
+    sum_c moments[..., c] weight_c. From three rounds of pp micro-batches on the moments repeat.
+    """
+    rounds, which = np.unique(np.clip(microbatches // pp, 1, 3), return_inverse=True)
+    known = [_moments(pp, virtual_stages, int(r)) for r in rounds]
+    width = max(table.shape[1] for table in known)
+    return np.stack([np.pad(table, ((0, 0), (0, width - table.shape[1]), (0, 0))) for table in known])[which.ravel()]
 
 
-def actions(schedule: str, pp: int, microbatches: int, virtual_stages: int = 1) -> list[list[Action]]:
-    """Each rank's actions in order. Raises ValueError for an unknown schedule."""
-    m, v = microbatches, virtual_stages
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule}")
-    if schedule == "interleaved":
-        return [_interleaved(pp, m, v, rank) for rank in range(pp)]
-    if schedule == "gpipe":
-        once = [Action("F", 0, i) for i in range(m)] + [Action("B", 0, i) for i in range(m)]
-        return [list(once) for _ in range(pp)]
-    return [_warm_steady_cool([(0, i) for i in range(m)], [(0, i) for i in range(m)], min(m, pp - r)) for r in range(pp)]
-
-
-def _interleaved(pp: int, m: int, v: int, rank: int) -> list[Action]:
-    """Interleaved 1F1B (Narayanan 2021, section 2.2; Megatron's and torch's order); m is a multiple of pp."""
-    order = [(k // pp % v, k // (pp * v) * pp + k % pp) for k in range(m * v)]
-    backward = [(v - 1 - chunk, i) for chunk, i in order]
-    return _warm_steady_cool(order, backward, min(m * v, (v - 1) * pp + 2 * (pp - 1 - rank) + 1))
-
-
-def _warm_steady_cool(forward: list[tuple[int, int]], backward: list[tuple[int, int]], flight: int) -> list[Action]:
-    """`flight` forwards, then one backward and one forward in turn, then the remaining backwards."""
-    result = [Action("F", *f) for f in forward[:flight]]
-    for i, b in enumerate(backward):
-        result.append(Action("B", *b))
-        if flight + i < len(forward):
-            result.append(Action("F", *forward[flight + i]))
-    return result
+@lru_cache(maxsize=512)
+def _moments(pp: int, v: int, rounds: int) -> Ints:
+    """The same for `rounds` pp micro-batches: shape (pp, moments, v), those that no other one exceeds in every chunk."""
+    period, last, chunk = pp * v, rounds * pp * v, np.arange(v) * pp
+    tables = []
+    for index in range(pp):
+        flight = min(last, (v - 1) * pp + 2 * (pp - 1 - index) + 1)
+        i = np.arange(flight, min(last, flight + period) + 1)[:, None]
+        i = i[(i[:, 0] % pp == 0) | ((i[:, 0] - flight) % pp == 0) | (i[:, 0] == last)]  # in between it changes evenly
+        forwards = i // period * pp + np.clip(i % period - chunk, 0, pp)
+        backwards = (i - flight) // period * pp + np.clip((i - flight) % period - chunk[::-1], 0, pp)
+        held = np.unique(forwards - backwards, axis=0)
+        exceeded = np.all(held[:, None] <= held[None], axis=2).sum(axis=1) > 1
+        tables.append(held[~exceeded])
+    width = max(len(table) for table in tables)
+    return np.stack([np.pad(table, ((0, width - len(table)), (0, 0))) for table in tables])
 
 
 # ---- event simulator ---------------------------------------------------------------------------------------------
@@ -139,16 +177,20 @@ def simulate(
     backward: list[list[float]],
     layers: list[list[int]],
     p2p: float = 0.0,
+    weights: list[list[float]] | None = None,
+    schedule: str = "interleaved",
 ) -> Simulation:
-    """Run the action lists; `forward[rank][chunk]` and `backward[rank][chunk]` in any unit of time.
+    """Run the action lists; `forward[rank][chunk]`, `backward` and the part of it for `weights` in any unit of time.
 
-    A rank runs its actions in order, each as soon as its input has arrived (`p2p` after the neighbour finished).
-    Raises RuntimeError when the lists deadlock.
+    A rank runs its slots in order, each as soon as its inputs have arrived (`p2p` after another rank finished); a slot of two
+    takes as long as both. `schedule` says where stages sit. Raises RuntimeError when the lists deadlock.
     """
-    pp = len(order)
-    v = len(forward[0])
-    last = pp * v - 1
-    done: dict[tuple[str, int, int], float] = {}
+    pp, v = len(order), len(forward[0])
+    stage = [[stage_of(schedule, pp, rank, chunk) for chunk in range(v)] for rank in range(pp)]
+    late = weights or [[0.0] * v for _ in range(pp)]
+    early = [[b - w for b, w in zip(*rows, strict=True)] for rows in zip(backward, late, strict=True)]
+    time = {"F": forward, "B": backward, "I": early, "W": late}
+    done: dict[tuple[str, int, int], tuple[float, int]] = {}
     position, clock = [0] * pp, [0.0] * pp
     held, peak = [0] * pp, [0] * pp
     events: list[Event] = []
@@ -158,18 +200,17 @@ def simulate(
         for rank in range(pp):
             while position[rank] < len(order[rank]):
                 action = order[rank][position[rank]]
-                stage = action.chunk * pp + rank
-                needs = _inputs(action, stage, last)
+                needs = [key for a in action.parts for key in _inputs(a, stage[rank][a.chunk], pp * v - 1)]
                 if any(key not in done for key in needs):
                     break
-                arrival = max((done[k] + (p2p if k[1] != stage else 0.0) for k in needs), default=0.0)
+                arrival = max((end + (p2p if at != rank else 0.0) for end, at in (done[key] for key in needs)), default=0.0)
                 start = max(clock[rank], arrival)
-                cost = forward if action.kind == "F" else backward
-                clock[rank] = start + cost[rank][action.chunk]
-                done[(action.kind, stage, action.microbatch)] = clock[rank]
+                clock[rank] = start + sum(time[a.kind][rank][a.chunk] for a in action.parts)
                 events.append(Event(rank, action, start, clock[rank]))
-                held[rank] += layers[rank][action.chunk] * (1 if action.kind == "F" else -1)
-                peak[rank] = max(peak[rank], held[rank])
+                for a in action.parts:
+                    done[_output(a, stage[rank][a.chunk])] = clock[rank], rank
+                    held[rank] += layers[rank][a.chunk] * {"F": 1, "I": 0}.get(a.kind, -1)
+                    peak[rank] = max(peak[rank], held[rank])
                 position[rank] += 1
                 moving = True
     if any(p < len(o) for p, o in zip(position, order, strict=True)):
@@ -177,9 +218,16 @@ def simulate(
     return Simulation(tuple(events), max(clock), tuple(peak))
 
 
+def _output(action: Action, stage: int) -> tuple[str, int, int]:
+    """What an action makes, as (kind, stage, micro-batch): input gradients come from both kinds of backward."""
+    return ("B" if action.kind == "I" else action.kind, stage, action.microbatch)
+
+
 def _inputs(action: Action, stage: int, last: int) -> list[tuple[str, int, int]]:
-    """What an action waits for, as (kind, stage, micro-batch)."""
+    """What an action waits for, in the form of `_output`."""
     if action.kind == "F":
         return [("F", stage - 1, action.microbatch)] if stage else []
+    if action.kind == "W":
+        return [("B", stage, action.microbatch)]
     own = ("F", stage, action.microbatch)
     return [own, ("B", stage + 1, action.microbatch)] if stage < last else [own]

@@ -17,15 +17,17 @@ from planner.specs.calibration import Calibration
 from planner.specs.hardware import HardwareProfile
 from planner.specs.job import Job
 from planner.specs.layers import FrontEnd
-from planner.specs.layout import OFFLOADS, RANK_ORDERS, SCHEDULES, Layout, Stage
+from planner.specs.layout import OFFLOADS, RANK_ORDERS, SCHEDULES, SPLIT_BACKWARD, TYPE_ORDERS, V_SHAPED, Layout, Stage
 from planner.specs.model import Model
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-NONE, GPIPE, ONE_F_ONE_B, INTERLEAVED = range(len(SCHEDULES))
+NONE, GPIPE, ONE_F_ONE_B, INTERLEAVED, INTERLEAVED_ZB, ZBV, DUALPIPEV = range(len(SCHEDULES))
 """Codes of the schedules, in the order of their names."""
+SPLIT_CODES = tuple(SCHEDULES.index(name) for name in SPLIT_BACKWARD)
+V_CODES = tuple(SCHEDULES.index(name) for name in V_SHAPED)
 
 
 NARROW_SHARE = {"fp8": 0.91, "fp4": 0.80}
@@ -43,6 +45,16 @@ class Subject:
     model: Model
     job: Job
     gpus: int
+    type_sizes: tuple[int, ...] = ()
+    """Devices of each type, where the cluster has several."""
+
+
+@dataclass(frozen=True)
+class DeviceType:
+    """The devices of one type in a cluster of several."""
+
+    hardware: HardwareProfile
+    gpus: int
 
 
 @dataclass(frozen=True)
@@ -59,10 +71,31 @@ class Task:
     """How likely a layout may run out of memory (see `risk`); None for no limit of its own."""
     fronts: tuple[FrontEnd, ...] = ()
     """Front ends whose patch embeddings and projectors the first rank holds beside the token embedding (see `only`)."""
+    types: tuple[DeviceType, ...] = ()
+    """The device types of a cluster of several (see `devicetypes`), empty for one; `hardware` is then the first one's."""
+
+    def on(self, number: int) -> Task:
+        """The task as one of its device types sees it: all devices of the cluster, as if they were of that type."""
+        return replace(self, hardware=self.types[number].hardware, types=())
+
+    @property
+    def type_sizes(self) -> tuple[int, ...]:
+        """Devices of each type, where the cluster has several."""
+        return tuple(t.gpus for t in self.types)
+
+    @property
+    def profiles(self) -> tuple[HardwareProfile, ...]:
+        """The profile of each device type: one, or those of `types`."""
+        return tuple(t.hardware for t in self.types) or (self.hardware,)
 
     @property
     def peak(self) -> float:
-        """Dense peak of one device at the job's precision, FLOP/s. Raises InputError when the profile lacks it."""
+        """Dense peak of one device at the job's precision, FLOP/s; the mean one over several types.
+
+        Raises InputError when a profile lacks it.
+        """
+        if self.types:
+            return sum(t.gpus * self.on(i).peak for i, t in enumerate(self.types)) / self.gpus
         figure = self.hardware.device.peak.get(self.job.precision)
         if figure is None:
             known = ", ".join(self.hardware.device.peak)
@@ -142,9 +175,14 @@ class LayoutArray:
     """1 where optimizer states live in host memory; all 0 when left out."""
     order: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """Code of the rank order; all 0 when left out."""
+    sharded: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Ranks that share one copy of the states; 0 for all of dp * cp, also when left out."""
+
+    type_order: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """1 where the first stages are on the second device type; all 0 when left out."""
 
     def __post_init__(self) -> None:
-        for name in ("offload", "order"):
+        for name in ("offload", "order", "sharded", "type_order"):
             if len(getattr(self, name)) != len(self.tp):
                 object.__setattr__(self, name, np.zeros(len(self.tp), dtype=np.int64))
 
@@ -158,9 +196,25 @@ class LayoutArray:
         return LayoutArray(**{f.name: getattr(self, f.name).take(rows, axis=0) for f in fields(self)})
 
     @property
-    def shard(self) -> Ints:
-        """D, the ranks over which ZeRO shards."""
+    def data(self) -> Ints:
+        """Ranks that hold the same parameters: dp cp."""
         return self.dp * self.cp
+
+    @property
+    def shard(self) -> Ints:
+        """D, the ranks over which ZeRO shards: all that hold the same parameters, or a group of them."""
+        return np.where(self.sharded > 0, self.sharded, self.data)
+
+    @property
+    def replicas(self) -> Ints:
+        """Copies of the sharded states."""
+        return self.data // self.shard
+
+    @property
+    def kept_zero(self) -> Ints:
+        """ZeRO stage as it runs: torch's pipeline stages reduce gradients after the last micro-batch only, so that stage 2 is 1
+        under the schedules that leave the reduction to them."""
+        return np.where(np.isin(self.schedule, SPLIT_CODES) & (self.zero == 2), 1, self.zero)
 
     @property
     def apart(self) -> Ints:
@@ -185,8 +239,10 @@ class LayoutArray:
             **degrees,
             schedule=SCHEDULES[int(self.schedule[row])],  # type: ignore[arg-type]
             sequence_parallel=bool(self.sequence_parallel[row]),
+            shard=int(self.sharded[row]) or None,
             offload=OFFLOADS[int(self.offload[row])],  # type: ignore[arg-type]
             order=RANK_ORDERS[int(self.order[row])],  # type: ignore[arg-type]
+            type_order=TYPE_ORDERS[int(self.type_order[row])],  # type: ignore[arg-type]
             stages=list(stages),
         )
 
@@ -201,9 +257,11 @@ class LayoutArray:
             **{name: column(name) for name in ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "virtual_stages")},
             schedule=np.array([SCHEDULES.index(x.schedule) for x in layouts], dtype=np.int64),
             sequence_parallel=column("sequence_parallel"),
+            sharded=np.array([x.shard or 0 for x in layouts], dtype=np.int64),
             microbatches=np.array([x.microbatches(job) for x in layouts], dtype=np.int64),
             offload=np.array([OFFLOADS.index(x.offload) for x in layouts], dtype=np.int64),
             order=np.array([RANK_ORDERS.index(x.order) for x in layouts], dtype=np.int64),
+            type_order=np.array([TYPE_ORDERS.index(x.type_order) for x in layouts], dtype=np.int64),
         )
 
 
@@ -212,7 +270,8 @@ class StageArray:
     """Pipeline ranks of many layouts, flattened: `count` equal neighbouring ranks an entry, the first one at `index`.
 
     Only ranks that differ in nothing but their place may share an entry; since fewer micro-batches are in flight on
-    later ranks, the first of a run needs the most memory.
+    later ranks, the first of a run needs the most memory. Output gradients that wait under a split backward are counted as
+    on the last one.
     """
 
     row: Ints

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.cost import frozen, operators
+from planner.cost import frozen, memory, operators, schedules
 from planner.cost.accounting import Accounting, Traffic
 from planner.cost.collectives import collective_seconds
 from planner.cost.compute import overlapped, streaming_seconds
@@ -43,9 +43,25 @@ def layer_compute(task: Task, layouts: LayoutArray, seconds: operators.LayerSeco
         (seconds.forward, seconds.host_forward, seconds.tp_forward, seconds.cp_forward),
         (seconds.backward, seconds.host_backward, seconds.tp_backward, seconds.cp_backward),
     )):  # fmt: skip
-        more = gather_host(task, layouts.zero, i)
+        more = gather_host(task, layouts.kept_zero, i)
         result.append(operators.bound_by_host(task, device[to_block], (tp + cp)[to_block], host[to_block] + more))
-    return result[0], result[1]
+    split = schedules.splits_backward(layouts.schedule)
+    return result[0], np.where(split, sum(split_compute(task, layouts, seconds, to_block)), result[1])
+
+
+def split_compute(task: Task, layouts: LayoutArray, seconds: operators.LayerSeconds, to_block: Ints) -> tuple[Floats, Floats]:
+    """(for inputs, for weights) compute of one layer's backward where they run apart, each with the host's floor.
+
+    What the second half repeats and accumulates by itself is `Accounting.split_bytes` for each weight.
+    """
+    a, params = task.accounting, memory.rank_params(task, layouts)
+    again = streaming_seconds(a.split_bytes * (params["layer"] + params["experts"]), task.hardware.device)
+    beside = (seconds.tp_backward + seconds.cp_backward)[to_block]
+    early = (seconds.backward - seconds.weight)[to_block]
+    late = seconds.weight[to_block] + task.constant("elementwise") * again
+    host = [each[to_block] for each in seconds.host_split]
+    inputs = operators.bound_by_host(task, early, beside, host[0])
+    return inputs, operators.bound_by_host(task, late, np.zeros_like(late), host[1])
 
 
 def gather_host(task: Task, zero: Ints, direction: int) -> Floats:
@@ -139,19 +155,34 @@ def _traffic_seconds(source: frozen.Source, layouts: LayoutArray) -> Iterator[tu
     """(collective, layouts that have it, its seconds by place) of the parameters under one rule, experts with their layer."""
     task = source.task
     for zero, rule in task.accounting.zero.items():
-        rows = np.nonzero(layouts.zero == zero)[0]
+        rows = np.nonzero(layouts.kept_zero == zero)[0]
         x = layouts.take(rows)
         for item in rule.traffic if len(rows) else ():
+            if item.over == "replicas" and not np.any(x.replicas > 1):
+                continue
             n_bytes = task.accounting.size(item.size, task.job.compute_bytes)
-            groups = {place: (x.shard, x.tp * x.apart, count[rows]) for place, count in params_by_place(source.counts).items()}
-            groups["experts"] = (x.expert_shard, x.ep * x.etp * x.apart, source.counts["experts"][rows])
+            n, stride, part = sharing(x, item)
+            groups = {place: (n, stride, count[rows] / part) for place, count in params_by_place(source.counts).items()}
+            if item.over == "shard":  # routed experts are not sharded in copies (a rule)
+                experts, together = source.counts["experts"][rows], memory.joined(task.accounting, x)
+                groups["layer"] = (n, stride, groups["layer"][2] + np.where(together, experts, 0.0))
+                routed = np.where(together, 0.0, experts)
+                groups["experts"] = (np.where(together, 1, x.expert_shard), x.ep * x.etp * x.apart, routed)
             cost = {
                 place: task.constant("dp")
                 * collective_seconds(item.op, n.astype(float), stride.astype(float), n_bytes * count, task.hardware)
                 for place, (n, stride, count) in groups.items()
             }
-            cost["layer"] = cost["layer"] + cost.pop("experts")
+            cost["layer"] = cost["layer"] + cost.pop("experts", 0.0)
             yield item, rows, cost
+
+
+def sharing(x: LayoutArray, item: Traffic) -> tuple[Ints, Ints, Ints]:
+    """(ranks, distance of neighbours, divisor of the parameters) of a collective of the states."""
+    stride = x.tp * x.apart
+    if item.over == "replicas":
+        return x.replicas, stride * x.shard, x.shard
+    return x.shard, stride, np.ones_like(stride)
 
 
 def recompute_seconds(task: Task, again: Floats, backward: Floats, traffic: DpTraffic) -> Floats:

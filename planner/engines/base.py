@@ -14,10 +14,25 @@ from typing import Any, Literal
 import numpy as np
 
 from planner.cost.accounting import Accounting
-from planner.cost.task import GPIPE, INTERLEAVED, NONE, ONE_F_ONE_B, Bools, Ints, LayoutArray, Subject, Task
+from planner.cost.schedules import splits_backward
+from planner.cost.task import (
+    DUALPIPEV,
+    GPIPE,
+    INTERLEAVED,
+    INTERLEAVED_ZB,
+    NONE,
+    ONE_F_ONE_B,
+    V_CODES,
+    ZBV,
+    Bools,
+    Ints,
+    LayoutArray,
+    Subject,
+    Task,
+)
 from planner.errors import Problem
 from planner.specs.features import features
-from planner.specs.layout import OFFLOADS, RANK_ORDERS, SCHEDULES, Layout
+from planner.specs.layout import OFFLOADS, RANK_ORDERS, SCHEDULES, SPLIT_BACKWARD, Layout
 from planner.specs.model import Model
 
 Predicate = Callable[[Subject | Task, LayoutArray], Bools]
@@ -53,7 +68,7 @@ class Rule:
             (
                 n
                 for n in names
-                if n not in ("model", "gpus", "heads", "kv_heads", "microbatches", "experts", "features", "base")
+                if n not in ("model", "gpus", "heads", "kv_heads", "microbatches", "experts", "features", "base", "type_sizes")
             ),
             "",
         )
@@ -79,21 +94,39 @@ class Engine:
     """Whether it spreads experts (ep > 1)."""
     offloads: tuple[str, ...] = ("none",)
     """What it can keep in host memory."""
+    offload_on_request: bool = False
+    """Whether the search looks at offload only where it is pinned: not yet measured on devices."""
     rank_orders: tuple[str, ...] = ("tp-cp-dp-pp",)
     """Orders in which it can place the axes."""
+    device_types: str = ""
+    """Why it can run pipeline stages on devices of two types; empty where it cannot, or where nobody looked."""
+    schedules_note: str = ""
+    """Why it does not run the schedules that split the backward."""
+    hybrid_sharding: bool = False
+    """Whether a group of the data-parallel ranks can share states, with copies in the other groups."""
+    unequal_chunks: bool = False
+    """Whether the chunks of one rank may hold different numbers of layers."""
 
     @property
     def _choices(self) -> tuple[Rule, ...]:
-        """Rules that follow from what it offers: offload and rank orders."""
+        """Rules that follow from what it offers: offload, schedules, rank orders, device types, hybrid sharding, chunks."""
         offloads, orders = ([names.index(n) for n in own] for names, own in
                             ((OFFLOADS, self.offloads), (RANK_ORDERS, self.rank_orders)))  # fmt: skip
         return (
             Rule(
                 "PLN226", f"{self.name}: offload",
-                lambda t, x: ~np.isin(x.offload, offloads),
+                lambda t, x: ~np.isin(x.offload, offloads) | ((x.offload == 1) & _on_cpu(t)),
                 "offload {offload}",
-                f"{self.title} keeps in host memory: {', '.join(self.offloads)}",
+                f"{self.title} keeps in host memory: {', '.join(self.offloads)}; a CPU has no other",
                 "set offload: none, or use another engine",
+            ),
+            Rule(
+                "PLN580", f"{self.name}: split backward",
+                lambda t, x: splits_backward(x.schedule) & ~np.isin(x.schedule, schedule_codes(self)),
+                "schedule {schedule}",
+                f"{self.title} runs: {', '.join(self.schedules) or 'no pipeline'}{self.schedules_note}",
+                "use another schedule or engine",
+                on="pipeline",
             ),
             Rule(
                 "PLN227", f"{self.name}: rank order",
@@ -102,6 +135,30 @@ class Engine:
                 f"{self.title} places ranks as {' or '.join(self.rank_orders)}",
                 "leave out order, or use another engine",
                 on="degrees",
+            ),
+            Rule(
+                "PLN508", f"{self.name}: hybrid sharding",
+                lambda t, x: (x.replicas > 1) & (not self.hybrid_sharding),
+                "shard {sharded} of dp x cp {shard}",
+                f"{self.title} shards states over all of dp x cp here",
+                "leave out shard, or use engine bundled or torchtitan",
+            ),
+            Rule(
+                "PLN578", f"{self.name}: device types",
+                lambda t, x: _all(x, bool(t.type_sizes) and not self.device_types),
+                "two device types",
+                f"{self.title} is not known to run pipeline stages of unequal depth on devices of two types",
+                "use --engine bundled or megatron, or one type",
+                whole_job=True,
+                on="degrees",
+            ),
+            Rule(
+                "PLN570", f"{self.name}: unequal chunks",
+                lambda t, x: (x.virtual_stages > 1) & ~_divides(t.model.n_layers, x.virtual_stages) & (not self.unequal_chunks),
+                "{n_layers} layers with {virtual_stages} virtual stages",
+                f"{self.title} cuts a rank into equal chunks only",
+                "choose virtual_stages from the divisors of {n_layers}, or use another engine",
+                on="pipeline",
             ),
         )  # fmt: skip
 
@@ -122,8 +179,19 @@ def _divide_each(sizes: Iterable[int], d: np.ndarray) -> Bools:
     return np.logical_and.reduce([_divides(n, d) for n in sizes] or [np.ones(len(d), dtype=bool)])
 
 
+def _on_cpu(task: Subject | Task) -> bool:
+    """Whether the device is known to be a CPU: its memory is the host's."""
+    return isinstance(task, Task) and task.hardware.device.kind == "cpu"
+
+
 def _all(layouts: LayoutArray, value: bool) -> Bools:
     return np.full(len(layouts), value)
+
+
+def _chunks_do_not_fit(task: Subject | Task, x: LayoutArray) -> Bools:
+    """Whether a schedule has another number of chunks a rank."""
+    v, many, vee = x.virtual_stages, np.isin(x.schedule, (INTERLEAVED, INTERLEAVED_ZB)), np.isin(x.schedule, V_CODES)
+    return np.asarray(np.where(vee, v != 2, many != (v > 1)))
 
 
 def _order_matters(task: Subject | Task, x: LayoutArray) -> Bools:
@@ -191,10 +259,10 @@ COMMON_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "PLN207", "virtual stages fit schedule",
-        lambda t, x: (x.schedule == INTERLEAVED) != (x.virtual_stages > 1),
+        _chunks_do_not_fit,
         "schedule {schedule} with {virtual_stages} virtual stage(s)",
-        "only interleaved has virtual stages, and it has at least 2",
-        "set virtual_stages: 1, or schedule: interleaved with 2 or more",
+        "interleaved and interleaved-zb have 2 or more, zbv and dualpipev exactly 2, the others 1",
+        "set virtual_stages: 1, or a schedule that has {virtual_stages}",
         on="pipeline",
     ),
     Rule(
@@ -206,26 +274,76 @@ COMMON_RULES: tuple[Rule, ...] = (
         on="pipeline",
     ),
     Rule(
-        "PLN219", "layers % chunks",
-        lambda t, x: (x.virtual_stages > 1) & ~_divides(t.model.n_layers, x.virtual_stages),
-        "{n_layers} layers with {virtual_stages} virtual stages",
-        "every rank holds equal chunks, so that none waits for another chunk by chunk",
-        "choose virtual_stages from the divisors of {n_layers}",
-        on="pipeline",
-    ),
-    Rule(
         "PLN209", "interleaved: micro-batches % pp",
-        lambda t, x: (x.schedule == INTERLEAVED) & ~_divides(x.microbatches, x.pp),
-        "interleaved runs {microbatches} micro-batches on pp {pp}",
+        lambda t, x: np.isin(x.schedule, (INTERLEAVED, INTERLEAVED_ZB)) & ~_divides(x.microbatches, x.pp),
+        "{schedule} runs {microbatches} micro-batches on pp {pp}",
         "it passes micro-batches through chunks in groups of pp",
         "make global_batch / (dp x micro_batch) a multiple of {pp}",
     ),
     Rule(
+        "PLN581", "zbv: micro-batches >= 2 pp - 1",
+        lambda t, x: (x.schedule == ZBV) & (x.microbatches < 2 * x.pp - 1),
+        "{schedule} runs {microbatches} micro-batches on pp {pp}",
+        "it is laid out for 2 pp - 1 of them, and drops the rest of its slots below",
+        "lower dp, micro_batch or pp, or use interleaved",
+    ),
+    Rule(
+        "PLN582", "dualpipev: micro-batches >= 2 pp",
+        lambda t, x: (x.schedule == DUALPIPEV) & (x.microbatches < 2 * x.pp),
+        "{schedule} runs {microbatches} micro-batches on pp {pp}",
+        "it needs as many micro-batches as stages, two a rank",
+        "lower dp, micro_batch or pp, or use interleaved",
+    ),
+    Rule(
+        "PLN583", "split backward x zero 3",
+        lambda t, x: splits_backward(x.schedule) & (x.zero == 3),
+        "schedule {schedule} with zero {zero}",
+        "torch splits the backward over parameters that zero 3 has freed by then: some gradients are missing, others wrong",
+        "set zero: 2 or less, or schedule: interleaved",
+    ),
+    Rule(
+        "PLN585", "split backward: layers of one kind",
+        lambda t, x: splits_backward(x.schedule) & (not t.model.homogeneous),
+        "schedule {schedule} on {model}, which mixes kinds of layers",
+        "the closed form of its step is exact for equal chunks only, and was tested on them",
+        "use interleaved or 1f1b",
+        on="pipeline",
+    ),
+    Rule(
+        "PLN586", "split backward: equal chunks",
+        lambda t, x: splits_backward(x.schedule) & ~_divides(t.model.n_layers, x.virtual_stages),
+        "schedule {schedule} on {n_layers} layers with {virtual_stages} virtual stages",
+        "the closed form of its step is exact for equal chunks only, and was tested on them",
+        "choose virtual_stages from the divisors of {n_layers}, or use interleaved",
+        on="pipeline",
+    ),
+    Rule(
         "PLN210", "zero needs dp",
-        lambda t, x: (x.zero > 0) & (x.shard == 1),
+        lambda t, x: (x.zero > 0) & (x.data == 1),
         "zero {zero} with dp x cp = 1",
         "there is nothing to shard over",
         "set zero: 0, or use more data-parallel ranks",
+    ),
+    Rule(
+        "PLN506", "dp cp % shard",
+        lambda t, x: (x.sharded > 0) & ~_divides(x.data, x.sharded),
+        "shard {sharded} does not divide dp x cp {shard}",
+        "every copy of the states is shared by as many ranks",
+        "choose shard from the divisors of {shard}, or leave it out",
+    ),
+    Rule(
+        "PLN507", "shard needs sharded states",
+        lambda t, x: (x.replicas > 1) & ((x.zero == 0) | (x.shard == 1)),
+        "shard {sharded} with zero {zero}",
+        "copies of the states that several ranks share need zero 1 or more, and a shard of 2 or more",
+        "set zero: 1 or more and shard: 2 or more, or zero: 0 without shard",
+    ),
+    Rule(
+        "PLN509", "shard with routed experts",
+        lambda t, x: (x.replicas > 1) & bool(t.model.routed_mlps),
+        "shard {sharded} of dp x cp {shard} with routed experts",
+        "experts are sharded over other ranks than the rest: copies of both are not part of this accounting",
+        "leave out shard",
     ),
     Rule(
         "PLN228", "offload needs sharded states",
@@ -304,6 +422,37 @@ COMMON_RULES: tuple[Rule, ...] = (
         "shorten the sequence, or raise max_positions in the model",
         whole_job=True,
     ),
+    Rule(
+        "PLN575", "device types: whole stages",
+        lambda t, x: ~_divide_each(t.type_sizes, x.tp * x.cp * x.dp),
+        "a stage of tp {tp} x cp {cp} x dp {dp} devices does not divide the {type_sizes} devices of the two types",
+        "every stage is wholly on one device type, and all devices of both types are used",
+        "choose degrees whose product divides both numbers",
+        on="degrees",
+    ),
+    Rule(
+        "PLN576", "device types: one chunk a rank",
+        lambda t, x: (x.virtual_stages > 1) & bool(t.type_sizes),
+        "{virtual_stages} virtual stages on two device types",
+        "with chunks every micro-batch passes each type several times, and chunks are equal while the types are not",
+        "set virtual_stages: 1",
+        on="pipeline",
+    ),
+    Rule(
+        "PLN577", "device types: stages apart",
+        lambda t, x: (x.order == 1) & bool(t.type_sizes),
+        "order {order} on two device types",
+        "nodes of one type hold neighbouring ranks, which are whole stages only where pp is outermost",
+        "leave out order",
+        on="degrees",
+    ),
+    Rule(
+        "PLN579", "type order needs two device types",
+        lambda t, x: (x.type_order == 1) & (not t.type_sizes),
+        "type_order {type_order} on one device type",
+        "it says which of two types holds the first stages",
+        "leave out type_order",
+    ),
 )  # fmt: skip
 """True of every engine."""
 
@@ -311,6 +460,11 @@ COMMON_RULES: tuple[Rule, ...] = (
 def kv_heads_divisible(task: Subject | Task, layouts: LayoutArray) -> Bools:
     """tp divides the key/value heads (engines that do not replicate them)."""
     return ~_divide_each(_kv_heads(task.model), layouts.tp)
+
+
+def exchange_divisible(task: Subject | Task, layouts: LayoutArray) -> Bools:
+    """cp divides the key/value heads of a tensor-parallel rank (engines that exchange heads for tokens)."""
+    return (layouts.cp > 1) & ~_divide_each(_kv_heads(task.model), layouts.tp * layouts.cp)
 
 
 def _kv_heads(model: Model) -> list[int]:
@@ -350,7 +504,7 @@ def values_of(task: Subject | Task, layout: Layout) -> dict[str, Any]:
     model, job = task.model, task.job
     return {
         **layout.model_dump(exclude={"stages"}),
-        "product": layout.world_size, "shard": layout.dp * layout.cp, "gpus": task.gpus,
+        "product": layout.world_size, "shard": layout.dp * layout.cp, "sharded": layout.sharded, "gpus": task.gpus,
         "microbatches": layout.microbatches(job),
         "heads": _listed(a.heads for a in model.attentions), "kv_heads": _listed(_kv_heads(model)),
         "dense_width": _listed(m.dense_width for m in model.mlps), "experts": _listed(m.experts for m in model.routed_mlps),
@@ -359,6 +513,7 @@ def values_of(task: Subject | Task, layout: Layout) -> dict[str, Any]:
         "n_layers": model.n_layers, "max_positions": model.max_positions, "model": model.name,
         "seq_len": job.seq_len, "global_batch": job.global_batch, "precision": job.precision,
         "base": job.adapter.base if job.adapter else "",
+        "type_order": layout.type_order, "type_sizes": " and ".join(str(n) for n in task.type_sizes),
     }  # fmt: skip
 
 
@@ -398,14 +553,21 @@ def stage_problems(model: Model, layout: Layout) -> list[Problem]:
             "every layer belongs to exactly one stage", "correct the stages' layers",
         ),
         (
-            any(s.layers < v or s.layers % v for s in layout.stages), "PLN223",
+            any(s.layers < v for s in layout.stages) or any(s.layers % v for s in layout.stages[:-1]), "PLN223",
             "a stage holds no layer" if v == 1 else f"a stage's layers are not a multiple of its {v} chunks",
-            "every chunk holds as many layers, at least one", "give each stage a multiple of its chunks, or use fewer chunks",
+            "every chunk of a stage holds as many layers, at least one; only the last stage's last chunks may be one short",
+            "give each stage but the last a multiple of its chunks, or use fewer chunks",
         ),
         (
             v > 1 and any(max(s.counts) not in (0, s.layers) for s in layout.stages), "PLN224",
             "a stage with chunks is recomputed in part",
             "with virtual stages a stage is recomputed as a whole", "use none, selective or full",
+        ),
+        (
+            layout.schedule in SPLIT_BACKWARD and any(max(s.counts) for s in layout.stages), "PLN584",
+            f"recompute with schedule {layout.schedule}",
+            "torch repeats a layer for its input gradients, and again for each matrix and norm that gets its weight gradient "
+            "(full), or raises an error (selective)", "set recompute: none, or schedule: interleaved",
         ),
     )  # fmt: skip
     return [Problem(code, what, why, fix, field="stages") for broken, code, what, why, fix in checks if broken]

@@ -15,9 +15,32 @@ from planner.cost.accounting import (
     Saved,
     TpTraffic,
 )
-from planner.engines.base import Engine, Rule, kv_heads_divisible, microbatches_below_pp
+from planner.cost.schedules import splits_backward
+from planner.engines.base import Engine, Rule, exchange_divisible, kv_heads_divisible, microbatches_below_pp
 from planner.engines.fsdp2 import ZERO
 from planner.specs.features import features
+from planner.specs.layers import Attention
+from planner.specs.layout import SCHEDULES, SPLIT_BACKWARD
+
+
+def _odd_latent(a: Attention) -> bool:
+    return a.kind == "latent" and (a.qk_norm != "none" or a.output_gate or a.output_norm)
+
+
+BUILT = (
+    "routed experts",
+    "latent attention",
+    "sliding-window or chunked attention",
+    "norms over the whole query",
+    "norms after the sublayers",
+    "parallel attention and MLP",
+    "an uncommon activation",
+    "several kinds of layers",
+    "partial rotary positions",
+    "a bias on the head",
+    "norms without weights",
+)
+"""Features that the runtime builds (`specs.features`)."""
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -50,27 +73,83 @@ RULES: tuple[Rule, ...] = (
         "set sequence_parallel: true",
     ),
     Rule(
-        "PLN514", "bundled: cp",
-        lambda t, x: x.cp > 1,
-        "cp {cp}",
-        "this version of the runtime does not split the sequence of attention",
-        "set cp: 1",
+        "PLN514", "bundled: kv heads % (tp cp)",
+        exchange_divisible,
+        "cp {cp} x tp {tp} does not divide the {kv_heads} key/value heads",
+        "context parallelism gives each rank the whole sequence of an equal share of a tp rank's heads",
+        "choose cp x tp from the divisors of {kv_heads}",
+        on="degrees",
     ),
     Rule(
-        "PLN516", "bundled: fp16",
-        lambda t, x: np.full(len(x), t.job.precision == "fp16"),
-        "precision fp16",
-        "this version of the runtime has no loss scaling",
-        "use bf16 or fp32",
+        "PLN518", "bundled: norms over the whole query x tp",
+        lambda t, x: (x.tp > 1) & any(a.qk_norm == "width" for a in t.model.attentions),
+        "tp {tp} with norms over the whole query",
+        "each rank would norm over its own heads only",
+        "set tp: 1",
+        on="degrees",
+    ),
+    Rule(
+        "PLN519", "bundled: fp4",
+        lambda t, x: np.full(len(x), t.job.linears == "fp4"),
+        "linears fp4",
+        "torchao, which the runtime multiplies narrow types with, trains fp8 only",
+        "set linears: fp8 or same, or use --engine megatron",
         whole_job=True,
     ),
     Rule(
-        "PLN517", "bundled: plain decoders",
-        lambda t, x: np.full(len(x), bool(features(t.model))),
+        "PLN515", "bundled: fp8 x tp",
+        lambda t, x: (x.tp > 1) & (t.job.linears == "fp8"),
+        "tp {tp} with linears fp8",
+        "scales of split matrices would be those of their pieces: results would depend on tp",
+        "set tp: 1, or linears: same",
+        on="degrees",
+    ),
+    Rule(
+        "PLN517", "bundled: layers it builds",
+        lambda t, x: np.full(len(x), not set(features(t.model)) <= set(BUILT)),
         "{model} has {features}",
-        "this version of the runtime builds plain dense decoders only",
+        f"beyond plain decoders this version of the runtime builds {', '.join(BUILT)} only",
         "use another engine, such as --engine megatron",
         whole_job=True,
+    ),
+    Rule(
+        "PLN591", "bundled: experts without biases",
+        lambda t, x: np.full(len(x), any(m.bias for m in t.model.routed_mlps)),
+        "{model} has biases inside its experts",
+        "the runtime's grouped products have none",
+        "use another engine, such as --engine megatron",
+        whole_job=True,
+    ),
+    Rule(
+        "PLN592", "bundled: plain latent attention",
+        lambda t, x: np.full(len(x), any(_odd_latent(a) for a in t.model.attentions)),
+        "{model} has gates, or norms over heads, in latent attention",
+        "the runtime norms the latents only (DeepSeek-V2, arXiv 2405.04434)",
+        "use another engine, such as --engine megatron",
+        whole_job=True,
+    ),
+    Rule(
+        "PLN594", "bundled: latent attention x cp",
+        lambda t, x: (x.cp > 1) & any(a.kind == "latent" for a in t.model.attentions),
+        "cp {cp} with latent attention",
+        "this version of the runtime does not split the sequence of latent attention",
+        "set cp: 1",
+        on="degrees",
+    ),
+    Rule(
+        "PLN597", "bundled: experts x split backward",
+        lambda t, x: splits_backward(x.schedule) & bool(t.model.routed_mlps),
+        "schedule {schedule} with routed experts",
+        "their exchanges have one backward, which cannot be split into inputs and weights",
+        "use 1f1b or interleaved",
+        on="pipeline",
+    ),
+    Rule(
+        "PLN595", "bundled: experts x offload",
+        lambda t, x: (x.offload > 0) & bool(t.model.routed_mlps),
+        "routed experts with offload {offload}",
+        "experts are sharded over a mesh of their own, whose states stay on the device",
+        "set offload: none",
     ),
 )  # fmt: skip
 
@@ -79,17 +158,50 @@ SAVED = (
     Saved("norm inputs", "hidden", 1, "sequence", kept=("selective", "full")),
     Saved("rstd", "one", 2, "sequence", size=4, only=("rmsnorm",)),
     Saved("mean, rstd", "one", 4, "sequence", size=4, only=("layernorm",)),
-    # With tp the gathered inputs of the first projections are saved, whole on every rank.
-    Saved("norm outputs", "hidden", 2, "none"),
+    # With tp the gathered inputs of the first projections are saved, whole on every rank: of latent attention they are the
+    # latents, and routed experts take a rank's own tokens.
+    Saved("norm output", "hidden", 1, "none", only=("softmax",)),
+    Saved("norm output, own tokens", "hidden", 1, "sequence", only=("latent",)),
+    Saved("norm output", "hidden", 1, "none", only=("dense",)),
+    Saved("norm output, own tokens", "hidden", 1, "sequence", only=("routed",)),
+    Saved("gathered norm output", "hidden", 1, "none", only=("routed", "shared", "gathered")),
     Saved("query", "q", 1, "tensor"),
-    Saved("key, value", "kv", 2, "tensor"),
+    Saved("key, value", "kv", 2, "tensor", only=("softmax",)),
+    Saved("key", "q", 1, "tensor", only=("latent",)),
+    Saved("value", "v", 1, "tensor", only=("latent",)),
+    Saved("latents", "q_latent", 1, "sequence", only=("latent",)),
+    Saved("normed latents", "q_latent", 1, "none", only=("latent",)),
+    Saved("latents", "kv_latent", 1, "sequence", only=("latent",)),
+    Saved("normed latents", "kv_latent", 1, "none", only=("latent",)),
     Saved("query, key before their norm", "q", 1, "tensor", only=("qk_norm",)),
     Saved("key before its norm", "kv", 1, "tensor", only=("qk_norm",)),
-    Saved("attention output", "q", 1, "tensor", kept=("none", "selective")),
+    Saved("attention output", "v", 1, "tensor", kept=("none", "selective")),
+    Saved("attention output, own tokens of all heads", "q", 1, "tensor", only=("exchanged",)),
     Saved("log-sum-exp", "heads", 1, "tensor", size=4, kept=("none", "selective")),
     Saved("gate, up, silu, product", "mlp", 4, "tensor", only=("gated",)),
     Saved("gelu input, output", "mlp", 2, "tensor", only=("gelu",)),
+    Saved("ungated output", "hidden", 1, "sequence", only=("shared_gate",)),
+    # Scores in fp32, their experts in int64, and the row of each choice and the reverse in int32; and where rows are
+    # exchanged the order of what arrived and the reverse.
+    Saved("choices", "routes", 20, "sequence", size=1),
+    Saved("orders of exchanged rows", "arrivals", 8, "sequence", size=1, only=("exchanged_rows",)),
+    Saved("routed inputs", "routed", 1, "sequence"),
+    Saved("experts' gate, up, silu, product", "routed_mlp", 4, "sequence", only=("gated",)),
+    Saved("experts' gelu input, output", "routed_mlp", 2, "sequence", only=("gelu",)),
+    Saved("experts' outputs", "returned", 1, "sequence"),
 )
+
+DEFERRED = (
+    Saved("of norms", "hidden", 2, "sequence"),
+    Saved("of attention and MLP outputs", "hidden", 2, "none"),
+    Saved("of queries", "q", 1, "tensor"),
+    Saved("of keys, values", "kv", 2, "tensor"),
+    Saved("of normed queries", "q", 1, "tensor", only=("qk_norm",)),
+    Saved("of normed keys", "kv", 1, "tensor", only=("qk_norm",)),
+    Saved("of gate, up", "mlp", 2, "tensor", only=("gated",)),
+    Saved("of up", "mlp", 1, "tensor", only=("gelu",)),
+)
+"""Gradients of what each matrix and norm puts out: kept, beside all activations, until weight gradients are computed."""
 
 _TP = TpTraffic(
     forward={"all_gather": 2, "reduce_scatter": 2},
@@ -100,6 +212,7 @@ _TP = TpTraffic(
 ACCOUNTING = Accounting(
     name="bundled",
     saved=SAVED,
+    deferred=DEFERRED,
     zero=ZERO,
     tp_sequence=_TP,
     tp_plain=_TP,
@@ -107,8 +220,8 @@ ACCOUNTING = Accounting(
     elementwise_forward={"gelu": Elementwise(25, 5, 50, 50), "gated": Elementwise(25, 10, 50, 50)},
     elementwise_backward={"gelu": Elementwise(40, 6.6, 56, 56), "gated": Elementwise(40, 18, 56, 56)},
     recomputed={
-        "selective": {"gemm": 1.0, "elementwise": 1.0},
-        "full": {"gemm": 1.0, "attention": 1.0, "elementwise": 1.0},
+        "selective": {"gemm": 1.0, "elementwise": 1.0, "experts": 1.0},
+        "full": {"gemm": 1.0, "attention": 1.0, "elementwise": 1.0, "experts": 1.0},
     },
     logit_bytes=12.0,
     logit_bytes_fp32=12.0,
@@ -118,6 +231,8 @@ ACCOUNTING = Accounting(
     logits_wait=6.0,
     ends_exchanged=True,
     positions_split=True,
+    experts_join=True,
+    etp_op="all_to_all",
     embedding_gradient_whole=True,
     head_hidden=2.0,
     head_gathered=1.0,
@@ -127,7 +242,7 @@ ACCOUNTING = Accounting(
     receive_all_microbatches=True,
     receive_count=0,
     keeps_stage_output=True,
-    pp_exposed={"gpipe": 1.0, "1f1b": 1.0, "interleaved": 1.0},
+    pp_exposed=dict.fromkeys(SCHEDULES, 1.0),
     tp_overlap=0.0,
     dp_window=0.9,
     dp_floor=0.1,
@@ -139,14 +254,23 @@ ACCOUNTING = Accounting(
     optimizer_whole_bytes=0.0,
     step_seconds=2e-3,
     reserved_ratio=1.03,
+    context="ulysses",
+    windows=False,
+    mask_elements=1.0,
     origin={
+        "windows": "windows and chunks are masks of plain SDPA: all scores are computed, and one mask [s, s] is kept a kind",
+        "context": "counted on the runtime: four all-to-alls a layer forward, four backward, four in recompute",
         "saved": "measured: saved-tensor hooks on the runtime's block, CPU, torch 2.13",
+        "deferred": "measured: exactly these bytes between the halves of a backward, layers of 8B and 1B on H200 (torch 2.11)",
+        "kernels_split": "measured beside an H200 (torch 2.11), 4 layers of 1B and 8B and of width 256; with tp assumed",
+        "split_bytes": "measured: 8B layers on an H200 (torch 2.11), halves against the whole backward",
         "zero": "measured: storage meter and collective counts on the runtime, gloo, torch 2.13, fp32 and bf16",
         "elementwise_forward": "counted from the eager graph; norms as measured on H200 (1.4 to 2.2 times their bytes)",
         "logit_bytes": "measured: fp32 log-softmax kept, two fp32 temporaries in its backward; a third over split logits",
         "optimizer_bytes": "28 measured for fused AdamW on H200; 12 counted for norm, clip and the sharded copy",
         "kernels_forward": "measured: 2.5 ms of host time a layer, forward and backward, eager torch 2.11 beside an H200, "
         "at the 5 us a launch of its profile; 10.7 ms with tp (DTensor dispatch), 4.6 ms with ZeRO 3",
+        "kernels_routed": "counted in a profile on H200 (torch 2.11): 98 launches more a layer, forward and backward",
         "dp_window": "assumed",
         "reserved_ratio": "1.005 measured with expandable segments on H200, up to 1.10 without: assumed between",
     },
@@ -154,11 +278,17 @@ ACCOUNTING = Accounting(
 
 BUNDLED = Engine(
     name="bundled",
+    unequal_chunks=True,
     title="bundled PyTorch runtime",
     rules=RULES,
     accounting=ACCOUNTING,
     zero_stages=(0, 1, 2, 3),
-    schedules=("gpipe", "1f1b", "interleaved"),
+    schedules=("gpipe", "1f1b", "interleaved", *SPLIT_BACKWARD),
     sequence_parallel=(1,),
-    context_parallel=False,
+    context_parallel=True,
+    hybrid_sharding=True,
+    offloads=("none", "optimizer"),
+    offload_on_request=True,
+    expert_parallel=True,
+    device_types="one program on every rank, NCCL or Gloo between them: any devices of one backend, stages of any depth",
 )

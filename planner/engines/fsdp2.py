@@ -8,12 +8,16 @@ from __future__ import annotations
 from planner.cost.accounting import COMPUTE, Held, Traffic, ZeroRule
 
 _MASTER = (Held("params", 4, shard=False), Held("optimizer", 8, shard=False))
-_SHARDED = (Held("params", 4, shard=True), Held("optimizer", 8, shard=True))
+_SHARDED = (Held("params", 4, shard=True, host=True), Held("optimizer", 8, shard=True))
+_HELD_GRADIENT = Held("grads", 4, shard=True, when="accumulating", host=True)
 # FSDP2 copies parameters to the compute type even in a group of one, and in fp32; fp32 on one rank is not wrapped.
 _COPY = Held("params", COMPUTE, shard=False, when="copied")
 _OWN_GRADIENT = Held("grads", COMPUTE, shard=False, when="copied")
 _REDUCE_INPUT = Held("grads", 4, shard=False)
 _REDUCE_OUTPUT = Held("grads", 4, shard=True)
+_GRADIENT = Held("grads", 4, shard=True, host=True)
+_EQUALISE = Traffic("all_reduce", 4, "step", "backward", over="replicas")
+"""Hybrid sharding: the sum of the last reduction goes to the other copies of the states."""
 _STEP_GATHER = Traffic("all_gather", COMPUTE, "step", "forward")
 # With one micro-batch stages 0 and 1 reduce in their only backward; with several they add up whole fp32 gradients.
 # A reduced shard becomes the gradient, or is added to it and freed.
@@ -41,8 +45,8 @@ ZERO = {
     ),
     1: ZeroRule(
         backward=(*_SHARDED, _COPY, Held("grads", 4, shard=False, when="accumulating")),
-        update=(*_SHARDED, _REDUCE_OUTPUT),
-        traffic=(_STEP_GATHER, Traffic("reduce_scatter", 4, "step", "backward")),
+        update=(*_SHARDED, _GRADIENT),
+        traffic=(_STEP_GATHER, Traffic("reduce_scatter", 4, "step", "backward"), _EQUALISE),
         unit_reduction=(_ONCE_INPUT, _ONCE_OUTPUT),
         head_reduction=(_ONCE_INPUT, _ONCE_OUTPUT),
         last_unit=(_OWN_GRADIENT, _REDUCE_INPUT),
@@ -51,9 +55,9 @@ ZERO = {
         released=(_COPY,),
     ),
     2: ZeroRule(
-        backward=(*_SHARDED, _COPY, Held("grads", 4, shard=True, when="accumulating")),
-        update=(*_SHARDED, _REDUCE_OUTPUT),
-        traffic=(_STEP_GATHER, Traffic("reduce_scatter", 4, "microbatch", "backward")),
+        backward=(*_SHARDED, _COPY, _HELD_GRADIENT),
+        update=(*_SHARDED, _GRADIENT),
+        traffic=(_STEP_GATHER, Traffic("reduce_scatter", 4, "microbatch", "backward"), _EQUALISE),
         unit_reduction=(_REDUCE_INPUT, _ONCE_OUTPUT),
         head_reduction=(_REDUCE_INPUT, _ONCE_OUTPUT),
         carried=(_CARRIED,),
@@ -63,12 +67,13 @@ ZERO = {
         released=(_ONCE_COPY,),
     ),
     3: ZeroRule(
-        backward=(*_SHARDED, Held("grads", 4, shard=True, when="accumulating")),
-        update=(*_SHARDED, _REDUCE_OUTPUT),
+        backward=(*_SHARDED, _HELD_GRADIENT),
+        update=(*_SHARDED, _GRADIENT),
         traffic=(
             Traffic("all_gather", COMPUTE, "microbatch", "forward"),
             Traffic("all_gather", COMPUTE, "microbatch", "backward"),
             Traffic("reduce_scatter", 4, "microbatch", "backward"),
+            _EQUALISE,
         ),
         unit=(_AHEAD, _AHEAD),
         unit_reduction=(_REDUCE_INPUT, _ONCE_OUTPUT),

@@ -198,6 +198,8 @@ MEGATRON = Engine(
     sequence_parallel=(0, 1),
     context_parallel=True,
     expert_parallel=True,
+    unequal_chunks=True,
     offloads=("none", "optimizer"),  # --optimizer-cpu-offload
     rank_orders=("tp-cp-dp-pp", "tp-cp-pp-dp"),  # --use-tp-pp-dp-mapping
+    device_types="one program on every rank; --pipeline-model-parallel-layout gives each stage its own number of layers",
 )

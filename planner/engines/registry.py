@@ -37,8 +37,12 @@ def engine_named(name: str) -> Engine:
     accounting = accounting_named(name)
     lifted = {code for t in traits for code in TRAITS[t].lifts}
     stages = next((TRAITS[t].zero_stages for t in traits if TRAITS[t].zero_stages), engine.zero_stages)
-    rules = tuple(r for r in engine.rules if r.code not in lifted)
-    return replace(engine, name=name, accounting=accounting, rules=rules, zero_stages=stages)
+    rules = tuple(r for r in engine.rules if r.code not in lifted) + tuple(r for t in traits for r in TRAITS[t].adds)
+    more = [s for t in traits for s in TRAITS[t].schedules if base == TORCHTITAN.name]
+    schedules, note = (*engine.schedules, *more), "" if more else engine.schedules_note
+    return replace(
+        engine, name=name, accounting=accounting, rules=rules, zero_stages=stages, schedules=schedules, schedules_note=note
+    )
 
 
 @cache
@@ -53,5 +57,9 @@ def accounting_named(name: str) -> Accounting:
             near = difflib.get_close_matches(trait, list(TRAITS), n=1)
             fix = f"did you mean {near[0]}?" if near else f"use some of {', '.join(TRAITS)}"
             raise input_error("PLN502", f"no engine trait called '{trait}'", f"in '{name}'", fix)
+        if (only := TRAITS[trait].engines) and base not in only:
+            raise input_error(
+                "PLN502", f"engine {base} has no trait '{trait}'", f"only {', '.join(only)} has it", "leave it out"
+            )
         accounting = TRAITS[trait].apply(accounting)
     return replace(accounting, name=name) if traits else accounting

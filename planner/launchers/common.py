@@ -6,8 +6,12 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import Field
+
 from planner.errors import InputError, Location, Problem, input_error
-from planner.planfile import Plan
+from planner.planfile import ClusterType, Plan
+from planner.specs.layout import TYPE_ORDERS
+from planner.specs.training import Options, words
 
 PLAN_FILE = "plan.json"
 
@@ -21,15 +25,10 @@ class Emitted:
     executable: bool = False
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """Arguments of the runtime that are not part of the plan."""
+class RunSettings(Options):
+    """What launch files add to a plan: the runtime's options, and torchrun's."""
 
-    steps: int = 100
-    out: str = "runs/latest"
-    data: str | None = None
-    seed: int = 0
-    learning_rate: float = 3e-4
+    max_restarts: int = Field(default=0, ge=0, description="How often torchrun restarts a job that failed.")
 
 
 def environment(plan: Plan) -> dict[str, str]:
@@ -42,16 +41,14 @@ def environment(plan: Plan) -> dict[str, str]:
     return {"OMP_NUM_THREADS": "8", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
-def runtime_arguments(settings: RunSettings, plan_path: str = PLAN_FILE) -> list[str]:
+def runtime_arguments(settings: Options, plan_path: str = PLAN_FILE) -> list[str]:
     """The bundled runtime's module and its arguments."""
-    words = ["-m", "planner.runtime.train", plan_path, "--steps", str(settings.steps), "--out", settings.out]
-    words += ["--seed", str(settings.seed), "--lr", str(settings.learning_rate)]
-    return words + (["--data", settings.data] if settings.data else [])
+    return ["-m", "planner.runtime.train", plan_path, *words(settings)]
 
 
-def quoted(words: list[str]) -> str:
+def quoted(parts: list[str]) -> str:
     """Words as shell text."""
-    return " ".join(shlex.quote(w) for w in words)
+    return " ".join(shlex.quote(w) for w in parts)
 
 
 def processes_a_node(plan: Plan) -> int:
@@ -61,6 +58,52 @@ def processes_a_node(plan: Plan) -> int:
         what = f"{cluster.gpus} devices do not spread evenly over {cluster.nodes} nodes"
         raise input_error("PLN503", what, "every node starts as many processes", "plan for whole nodes")
     return cluster.gpus // cluster.nodes
+
+
+@dataclass(frozen=True)
+class NodeRange:
+    """Nodes of one device type, by their ranks."""
+
+    type: ClusterType
+    first: int
+    """Node rank of the first of them."""
+    second_named: bool
+    """Whether it is the type that was named second."""
+
+    @property
+    def last(self) -> int:
+        """Node rank of the last of them."""
+        return self.first + self.type.nodes - 1
+
+    @property
+    def text(self) -> str:
+        """Which node ranks they have."""
+        ranks = f"node ranks {self.first} to {self.last}" if self.last > self.first else f"node rank {self.first}"
+        return f"{ranks}: {self.type.hardware} ({self.type.device})"
+
+
+def node_ranges(plan: Plan) -> tuple[NodeRange, ...]:
+    """Which node ranks each of two device types has: those of the first pipeline stages come first. Empty for one type."""
+    if not plan.cluster.types:
+        return ()
+    first, second = (1, 0) if plan.layout.type_order == TYPE_ORDERS[1] else (0, 1)
+    a, b = plan.cluster.types[first], plan.cluster.types[second]
+    return NodeRange(a, 0, first == 1), NodeRange(b, a.nodes, second == 1)
+
+
+def type_check(plan: Plan, script: str, node_rank: str) -> str:
+    """Shell lines that warn where a node has other devices than its rank wants; empty for one type, and without nvidia-smi."""
+    ranges = node_ranges(plan)
+    if not ranges or plan.cluster.device_kind != "cuda":
+        return ""
+    first, second = ranges
+    return f"""
+wanted="{first.type.device}"
+[ "{node_rank}" -lt {second.first} ] || wanted="{second.type.device}"
+found=$(nvidia-smi --query-gpu=name --format=csv,noheader -i 0 2>/dev/null) || found=""
+[ -z "$found" ] || [ "$found" = "$wanted" ] ||
+  echo "{script}: node rank {node_rank} holds the stages for $wanted, this node has $found" >&2
+"""
 
 
 def write(files: list[Emitted], folder: Path, force: bool) -> list[Path]:

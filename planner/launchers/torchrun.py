@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from planner.launchers.common import PLAN_FILE, Emitted, RunSettings, environment, processes_a_node, quoted, runtime_arguments
+from planner.launchers.common import (
+    PLAN_FILE,
+    Emitted,
+    RunSettings,
+    environment,
+    node_ranges,
+    processes_a_node,
+    quoted,
+    runtime_arguments,
+    type_check,
+)
 from planner.planfile import Plan
 
 
@@ -13,18 +23,19 @@ def emit(plan: Plan, settings: RunSettings) -> list[Emitted]:
     every = f"NODE_RANK=<0..{nodes - 1}> MASTER_ADDR=<node 0> ./launch.sh   # on every node"
     usage = "./launch.sh" if nodes == 1 else every
     rendezvous = _SINGLE if nodes == 1 else _STATIC
+    types = "".join(f"# {nodes.text}\n" for nodes in node_ranges(plan))
     script = f"""#!/usr/bin/env bash
 # {plan.model.name} on {nodes} node(s) x {per_node} {plan.cluster.device}, made by planner {plan.planner}.
 # plan {plan.digest}
 # usage: {usage}
-set -euo pipefail
+{types}set -euo pipefail
 cd "$(dirname "${{BASH_SOURCE[0]}}")"
 
 {exports}
-{rendezvous.format(nodes=nodes)}
+{rendezvous.format(nodes=nodes)}{type_check(plan, "launch.sh", "$NODE_RANK")}
 exec "${{PYTHON:-python3}}" -m torch.distributed.run \\
   "${{rendezvous[@]}}" \\
-  --nproc-per-node {per_node} \\
+  --nproc-per-node {per_node} --max-restarts {settings.max_restarts} \\
   {quoted(runtime_arguments(settings))} "$@"
 """
     return [Emitted(PLAN_FILE, plan.to_json()), Emitted("launch.sh", script, executable=True)]

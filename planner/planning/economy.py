@@ -8,10 +8,13 @@ interval carries through.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from planner.cost.task import DeviceType
 from planner.errors import InputError, Problem, input_error
 from planner.planfile import ComputeOptimal, Economy, Estimate, Rate, Span
+from planner.specs.figures import Figure, Provenance
 from planner.specs.hardware import HardwareProfile
 from planner.specs.job import Job
 from planner.specs.model import Model
@@ -77,8 +80,15 @@ def _tokens(given: str | float) -> int:
     return number
 
 
-def economy(wanted: Budget, job: Job, gpus: int, hardware: HardwareProfile, estimate: Estimate) -> Economy:
-    """Steps, days, device-hours, cost and energy of training `wanted.tokens` at an estimate's step time."""
+Machine = HardwareProfile | Sequence[DeviceType]
+"""One profile, or the device types of a cluster of several."""
+
+
+def economy(wanted: Budget, job: Job, gpus: int, hardware: Machine, estimate: Estimate) -> Economy:
+    """Steps, days, device-hours, cost and energy of training `wanted.tokens` at an estimate's step time.
+
+    Over several device types prices and powers are those of the mean device.
+    """
     steps = -(-wanted.tokens // job.tokens_per_step)
     step = Span(value=estimate.step_time_s, low=estimate.interval.low_s, high=estimate.interval.high_s)
     price, power = _price(wanted, hardware), _power(hardware)
@@ -99,18 +109,31 @@ def economy(wanted: Budget, job: Job, gpus: int, hardware: HardwareProfile, esti
     )
 
 
-def _price(wanted: Budget, hardware: HardwareProfile) -> Rate | None:
+def _price(wanted: Budget, hardware: Machine) -> Rate | None:
     """USD of one device-hour: the one that was given, else the profile's."""
     if wanted.price is not None:
         return Rate(value=wanted.price, provenance="given", source="--price")
-    figure = hardware.price
-    return None if figure is None else Rate(value=figure.base, provenance=figure.provenance, source=figure.source)
+    return _mean(hardware, lambda h: h.price)
 
 
-def _power(hardware: HardwareProfile) -> Rate | None:
+def _power(hardware: Machine) -> Rate | None:
     """Board power of one device, watts."""
-    figure = hardware.device.power
-    return None if figure is None else Rate(value=figure.base, provenance=figure.provenance, source=figure.source)
+    return _mean(hardware, lambda h: h.device.power)
+
+
+_TRUST: tuple[Provenance, ...] = ("measured", "fitted", "datasheet", "assumed")
+
+
+def _mean(hardware: Machine, figure_of: Callable[[HardwareProfile], Figure | None]) -> Rate | None:
+    """A figure of the mean device; None where a profile lacks it."""
+    types = [DeviceType(hardware, 1)] if isinstance(hardware, HardwareProfile) else hardware
+    figures = [figure for t in types if (figure := figure_of(t.hardware)) is not None]
+    if len(figures) < len(types):
+        return None
+    total = sum(t.gpus for t in types)
+    value = sum(t.gpus * f.base for t, f in zip(types, figures, strict=True)) / total
+    source = "; ".join(dict.fromkeys(f.source for f in figures))
+    return Rate(value=value, provenance=max((f.provenance for f in figures), key=_TRUST.index), source=source)
 
 
 def budget_of(made: Economy) -> Budget:

@@ -8,8 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from planner.cost import frozen, intervals, memory, primitives, risk, step
-from planner.cost.blending import blend
+from planner.cost import devicetypes, frozen, intervals, memory, primitives, risk, step
 from planner.cost.primitives import Primitives, TimeParts
 from planner.cost.schedules import in_flight
 from planner.cost.states import params_by_place
@@ -39,23 +38,27 @@ class _Priced:
     layout: Layout
     x: LayoutArray
     stages: StageArray
-    kinds: tuple[_Kind, ...]
-    """By kind of layers."""
+    types: tuple[int, ...]
+    """The device type of each rank."""
+    by_type: tuple[tuple[_Kind, ...], ...]
+    """Each kind of layers, on each device type."""
     counts: Ints
     """Layers by kind of each rank, shape (ranks, kinds)."""
     q: Primitives
     """Primitives of each rank."""
     cost: StageCost
 
-    @property
-    def base(self) -> _Kind:
-        """The kind that embedding, head and sends are priced with."""
-        return self.kinds[self.task.model.text_kind]
+    def task_of(self, s: int) -> Task:
+        """The task as rank s sees it: on its device type."""
+        return _tasks(self.task)[self.types[s]]
 
-    @property
-    def p(self) -> Primitives:
-        """Primitives of the layout: all but what depends on the kinds of layers."""
-        return self.base.p
+    def kinds(self, s: int) -> tuple[_Kind, ...]:
+        """Each kind of layers on the device type of rank s."""
+        return self.by_type[self.types[s]]
+
+    def base(self, s: int) -> _Kind:
+        """The kind that embedding, head and sends are priced with."""
+        return self.kinds(s)[self.task.model.text_kind]
 
     def mean(self, values: Sequence[float], rank: int) -> float:
         """Mean over the layers of a rank of what one layer of each kind takes."""
@@ -66,14 +69,11 @@ class _Priced:
 def estimate_layout(task: Task, layout: Layout) -> Estimate:
     """What the cost model predicts for one layout (which must obey the rules)."""
     x, stages = LayoutArray.of([layout], task.job), StageArray.of([layout])
-    tasks = [task] if task.model.homogeneous else [task.only(k) for k in range(len(task.model.kinds))]
-    kinds = tuple(_Kind(*primitives.price_with_parts(t, x), frozen.sources(t, x)) for t in tasks)
-    counts, text = step.layers_by_kind(task, layout), task.model.text_kind
-    each = [k.p.take(stages.row) for k in kinds]
-    blended = None if task.model.homogeneous else blend(each, counts, text)
-    cost = step.stage_cost(kinds[text].p, x, stages, blended)
-    priced = _Priced(task, layout, x, stages, kinds, counts, blended or each[0], cost)
-    seconds = int(step.step_cost(kinds[text].p, x, stages, blended).step[0]) / 1e9
+    by_type = tuple(_kinds(t, x) for t in _tasks(task))
+    found = devicetypes.layout_cost(task, layout)
+    types, counts = devicetypes.stages_of(task, layout), step.layers_by_kind(task, layout)
+    priced = _Priced(task, layout, x, stages, types, by_type, counts, found.ranks, found.stages)
+    seconds = int(found.total.step[0]) / 1e9
     rate = task.job.tokens_per_step / seconds
     used = utilisation(task, layout, rate / task.gpus)
     breakdown = _breakdown(priced, seconds)
@@ -94,47 +94,71 @@ def estimate_layout(task: Task, layout: Layout) -> Estimate:
     )
 
 
+def _tasks(task: Task) -> tuple[Task, ...]:
+    """The task on each device type."""
+    return tuple(task.on(i) for i in range(len(task.types))) or (task,)
+
+
+def _kinds(task: Task, x: LayoutArray) -> tuple[_Kind, ...]:
+    """Each kind of layers on one device type."""
+    tasks = [task] if task.model.homogeneous else [task.only(k) for k in range(len(task.model.kinds))]
+    return tuple(_Kind(*primitives.price_with_parts(t, x), frozen.sources(t, x)) for t in tasks)
+
+
 def _breakdown(c: _Priced, seconds: float) -> Breakdown:
     """Parts of the step on the slowest rank; what rounding leaves is in `other`."""
     time, once = c.cost.time, c.cost.once
     s = int(np.argmax(time))
     n, n1, n2 = (int(a[s]) for a in (c.stages.layers, c.stages.selective, c.stages.full))
-    last = s == c.layout.pp - 1
+    last = s == c.layout.last_rank
     m, v = int(c.x.microbatches[0]), c.layout.virtual_stages
-    one = {k: c.mean([float(getattr(kind.parts, k)[0]) for kind in c.kinds], s) for k in ("compute", "tp", "cp", "ep", "zero")}
-    again_tp = [k * c.mean([float(x.parts.recompute_tp[i][0]) for x in c.kinds], s) for i, k in enumerate((n1, n2))]
+    one = {
+        k: c.mean([float(getattr(kind.parts, k)[0]) for kind in c.kinds(s)], s) for k in ("compute", "tp", "cp", "ep", "zero")
+    }
+    again_tp, again_cp = (
+        sum(
+            k * c.mean([float(getattr(x.parts, f"recompute_{axis}")[i][0]) for x in c.kinds(s)], s)
+            for i, k in enumerate((n1, n2))
+        )
+        for axis in ("tp", "cp")
+    )
     again = (n1 * int(c.q.recompute1[s]) + n2 * int(c.q.recompute2[s])) / 1e9
-    ends = (int(c.p.embedding[0]) if s == 0 else 0) + (int(c.p.head[0]) if last else 0)
+    ends = (int(c.q.embedding[s]) if s == 0 else 0) + (int(c.q.head[s]) if last else 0)
     ends_tp, ends_zero = (
-        sum(float(getattr(c.base.parts, f"{end}_{part}")[0]) for end, here in (("embedding", s == 0), ("head", last)) if here)
+        sum(
+            float(getattr(c.base(s).parts, f"{end}_{part}")[0]) for end, here in (("embedding", s == 0), ("head", last)) if here
+        )
         for part in ("tp", "zero")
     )
     d = int(np.argmax(once))
     update = int(c.stages.layers[d]) * int(c.q.update[d])
-    update += (int(c.p.update_first[0]) if d == 0 else 0) + (int(c.p.update_last[0]) if d == c.layout.pp - 1 else 0)
+    update += (int(c.q.update_first[d]) if d == 0 else 0) + (int(c.q.update_last[d]) if d == c.layout.last_rank else 0)
     parts = {
         "compute": m * (n * one["compute"] + ends / 1e9 - ends_tp - ends_zero),
-        "recompute": m * (again - sum(again_tp)),
-        "tp_comm": m * (n * one["tp"] + ends_tp + sum(again_tp)),
-        "cp_comm": m * n * one["cp"],
+        "recompute": m * (again - again_tp - again_cp),
+        "tp_comm": m * (n * one["tp"] + ends_tp + again_tp),
+        "cp_comm": m * (n * one["cp"] + again_cp),
         "ep_comm": m * n * one["ep"],
         "zero_comm": m * (n * one["zero"] + ends_zero),
         "pp_comm": m * int(c.q.p2p[s]) / 1e9,
-        "bubble": (int(time.sum()) - int(time[s])) / v / 1e9,
+        "bubble": (int(time.sum()) - int(time[s]) - step.credited(c.q, c.x, time)) / v / 1e9,
         "dp_comm": (int(once[d]) - update) / 1e9,
         "optimizer": update / 1e9,
     }
+    if v > 1 and len(c.kinds(s)) > 1:  # what its shorter chunks wait for others at their longest one
+        busy = ("compute", "recompute", "tp_comm", "cp_comm", "ep_comm", "zero_comm", "pp_comm")
+        parts["bubble"] += max(m * int(time[s]) / 1e9 - sum(parts[name] for name in busy), 0.0)
     return Breakdown(**parts, other=max(seconds - sum(parts.values()), 0.0))
 
 
 def _time_interval(task: Task, seconds: float) -> TimeInterval:
-    spread = intervals.time_spread(task)
+    spread = max((intervals.time_spread(t) for t in _tasks(task)), key=lambda s: s.relative)
     low, high = spread.around(seconds)
     return TimeInterval(low_s=low, high_s=high, relative=spread.relative, provenance=spread.provenance, source=spread.source)
 
 
 def _memory_interval(task: Task, gib: float) -> MemoryInterval:
-    spread = intervals.memory_spread(task)
+    spread = max((intervals.memory_spread(t) for t in _tasks(task)), key=lambda s: s.relative)
     low, high = spread.around(gib)
     return MemoryInterval(
         low_gib=low, high_gib=high, relative=spread.relative, provenance=spread.provenance, source=spread.source
@@ -144,38 +168,39 @@ def _memory_interval(task: Task, gib: float) -> MemoryInterval:
 LimitName = Literal["max_memory_fraction", "max_oom_probability"]
 
 
-def _limit(c: _Priced) -> tuple[float, LimitName]:
-    """GiB that a device may hold, and which limit says so; a limit of what is allocated counts with what lies around it."""
-    limit = c.task.limit / GIB
-    allocated = risk.allocated_limit(c.task)
+def _limit(c: _Priced, s: int) -> tuple[float, LimitName]:
+    """GiB that rank s's device may hold, and which limit says so; one of what is allocated counts with what lies around it."""
+    limit = c.task_of(s).limit / GIB
+    allocated = risk.allocated_limit(c.task_of(s))
     if allocated is None:
         return limit, "max_memory_fraction"
-    allowed = _held(c, allocated) / GIB
+    allowed = _held(c, s, allocated) / GIB
     return (allowed, "max_oom_probability") if allowed < limit else (limit, "max_memory_fraction")
 
 
-def _held(c: _Priced, allocated: int) -> float:
+def _held(c: _Priced, s: int, allocated: int) -> float:
     """Bytes that a device holds while `allocated` bytes are: with what the allocator keeps, and what lies outside."""
-    return allocated * c.task.reserved_ratio + int(c.p.outside[0])
+    return allocated * c.task_of(s).reserved_ratio + int(c.q.outside[s])
 
 
 def _memory(c: _Priced) -> Memory:
-    limit, limit_by = _limit(c)
-    stages = [_stage_memory(c, s, limit) for s in range(c.layout.pp)]
-    peak = max(stages, key=lambda m: m.total)
-    most = c.cost.allocated.max(keepdims=True).astype(float)
+    stages = [_stage_memory(c, s, _limit(c, s)[0]) for s in range(c.layout.pp)]
+    # The stage that comes nearest to its limit: with one device type the one that holds most.
+    peak = max(stages, key=lambda m: m.total) if not c.task.types else min(stages, key=lambda m: m.headroom)
+    limit, limit_by = _limit(c, peak.stage)
+    risks = [risk.out_of_memory_probability(c.task_of(s), a) for s, a in enumerate(c.cost.allocated[:, None].astype(float))]
     return Memory(
         limit_gib=limit,
         limit_by=limit_by,
-        usable_gib=c.task.hardware.device.memory.base / GIB,
+        usable_gib=c.task_of(peak.stage).hardware.device.memory.base / GIB,
         peak_gib=peak.total,
         interval=_memory_interval(c.task, peak.total),
-        oom_probability=float(risk.out_of_memory_probability(c.task, most)[0]),
-        peak_allocated_gib=max(m.allocated for m in stages),
+        oom_probability=max(float(each[0]) for each in risks),
+        peak_allocated_gib=peak.allocated if c.task.types else max(m.allocated for m in stages),
         peak_stage=peak.stage,
         peak_cause=peak.cause,
         host_gib=max(_hosted(c, s) for s in range(c.layout.pp)) / GIB if c.layout.offload == "optimizer" else 0.0,
-        fits=bool(np.all(c.cost.allocated <= c.p.capacity[0])),
+        fits=bool(np.all(c.cost.allocated <= c.q.capacity)),
         stages=stages,
     )
 
@@ -186,7 +211,7 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
     updating = ending == "update"
     allocated = int(c.cost.allocated[s])
     states = _states(c, s, updating)
-    first, last = int(s == 0), int(s == c.layout.pp - 1)
+    first, last = int(s == 0), int(s == c.layout.last_rank)
     a = np.array
     q = c.q.take(a([s]))
     receive = int(step.receive_bytes(q, a([first]), a([last]))[0])
@@ -199,8 +224,8 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
     transient = int(getattr(q, ending)[0]) if ending in ("between", "closing") else _transient(c, s, updating)
     activations = max(0, allocated - sum(states.values()) - buffers - transient) if flight else 0
     transient = allocated - sum(states.values()) - buffers - activations
-    ratio = c.task.reserved_ratio
-    total = _held(c, allocated) / GIB
+    ratio = c.task_of(s).reserved_ratio
+    total = _held(c, s, allocated) / GIB
     return StageMemory(
         stage=s,
         **{k: v / GIB for k, v in states.items()},
@@ -209,10 +234,12 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
         transient=transient / GIB,
         allocated=allocated / GIB,
         reserved=allocated * ratio / GIB,
-        outside=int(c.p.outside[0]) / GIB,
+        outside=int(c.q.outside[s]) / GIB,
         total=total,
         headroom=limit - total,
         cause=_cause(c, s, flight, ending),
+        hardware=c.task_of(s).hardware.name if c.task.types else None,
+        limit_gib=limit if c.task.types else None,
     )
 
 
@@ -224,22 +251,22 @@ def _hosted(c: _Priced, s: int) -> int:
 
 def _states(c: _Priced, s: int, updating: bool) -> dict[str, int]:
     """Bytes of parameters, gradients and optimizer states on one rank, its experts and frozen weights included."""
-    found = [_states_of(c, i, s, updating) for i in range(len(c.base.sources))]
+    found = [_states_of(c, i, s, updating) for i in range(len(c.base(s).sources))]
     return {part: sum(states[part] for states in found) for part in memory.PARTS}
 
 
 def _states_of(c: _Priced, source: int, s: int, updating: bool) -> dict[str, int]:
     """The same of the parameters under one rule: trained (0) or frozen (1)."""
-    x, (task, base, _) = c.x, c.base.sources[source]
-    places, each = params_by_place(base), [k.sources[source].counts for k in c.kinds]
+    x, (task, base, _) = c.x, c.base(s).sources[source]
+    places, each = params_by_place(base), [k.sources[source].counts for k in c.kinds(s)]
     shared, routed = (memory.state_bytes(task, x, shard) for shard in (x.shard, x.expert_shard))
     held, experts = (shared.update, routed.update) if updating else (shared.backward, routed.backward)
     layers = [int(n) for n in c.counts[s]]
-    if s == c.layout.pp - 1:
+    if s == c.layout.last_rank:
         layers[c.task.model.text_kind] += c.task.model.mtp
     count = sum(n * float(counts["layer"][0]) for n, counts in zip(layers, each, strict=True))
     count += float(places["first"][0]) if s == 0 else 0.0
-    count += float(places["last"][0]) if s == c.layout.pp - 1 else 0.0
+    count += float(places["last"][0]) if s == c.layout.last_rank else 0.0
     owned = sum(n * float(counts["experts"][0]) for n, counts in zip(layers, each, strict=True))
     return {part: int(held[part][0] * count + experts[part][0] * owned) for part in memory.PARTS}
 
@@ -247,7 +274,7 @@ def _states_of(c: _Priced, source: int, s: int, updating: bool) -> dict[str, int
 def _transient(c: _Priced, s: int, updating: bool) -> int:
     if updating:
         return 0
-    first, last = np.array([int(s == 0)]), np.array([int(s == c.layout.pp - 1)])
+    first, last = np.array([int(s == 0)]), np.array([int(s == c.layout.last_rank)])
     return int(step.stage_transient(c.q.take(np.array([s])), first, last, _strongest(c, s))[0])
 
 
@@ -267,7 +294,7 @@ def _cause(c: _Priced, s: int, flight: int, ending: str | None) -> str:
     """The peak's moment in words."""
     if ending:
         return _ENDINGS[ending] + (f", {flight} in flight" if flight else "")
-    last, mode = s == c.layout.pp - 1, _strongest(c, s)
+    last, mode = s == c.layout.last_rank, _strongest(c, s)
     elsewhere = np.zeros(1, dtype=np.int64)
     q = c.q.take(np.array([s]))
     layer = int(step.stage_transient(q, elsewhere, elsewhere, mode)[0])
@@ -282,9 +309,11 @@ _TRUST: tuple[Provenance, ...] = ("measured", "fitted", "datasheet", "assumed")
 
 def _provenance(task: Task, layout: Layout) -> Provenance:
     """The least certain origin among the figures that decide this estimate."""
-    d = task.hardware.device
-    origins = [d.memory.provenance, d.memory_bandwidth.provenance, d.gemm.provenance]
-    origins += [d.attention.provenance, d.sustained.provenance]
-    if layout.world_size > 1:
-        origins += [o for tier in task.hardware.network for o in (tier.bandwidth.provenance, tier.efficiency.provenance)]
+    origins: list[Provenance] = []
+    for hardware in task.profiles:
+        d = hardware.device
+        origins += [d.memory.provenance, d.memory_bandwidth.provenance, d.gemm.provenance]
+        origins += [d.attention.provenance, d.sustained.provenance]
+        if layout.world_size > 1:
+            origins += [o for tier in hardware.network for o in (tier.bandwidth.provenance, tier.efficiency.provenance)]
     return max(origins, key=_TRUST.index)

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner import stopping
+from planner.cost.task import DeviceType
 from planner.engines.base import job_problems, layout_problems
 from planner.errors import InfeasibleError, InputError, Problem, input_error
-from planner.planfile import Alternative, Certificate, Choice, Estimate, LowestMemory, Memory, Plan
+from planner.planfile import TWO_TYPES_VERSION, Alternative, Certificate, Choice, Estimate, LowestMemory, Memory, Plan
 from planner.planning import choice
 from planner.planning.economy import compute_optimal, economy
 from planner.planning.estimate import estimate_layout
 from planner.planning.lowmemory import lowest_limit
-from planner.planning.request import Request, Setting, prepare
+from planner.planning.request import Request, Setting, one_type, prepare
 from planner.search.solve import Outcome, Progress
 from planner.search.space import Space, declared_space
-from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES, Layout
+from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES, TYPE_ORDERS, Layout
 from planner.specs.policy import Policy
 from planner.units import GIB, gib, seconds
 
@@ -46,6 +47,8 @@ def _made(request: Request, alternatives: int, progress: Progress | None) -> Pla
     setting = prepare(request)
     if problems := job_problems(setting.task, setting.engine):
         raise InputError(problems)
+    if request.objective == "memory":
+        one_type(request, "--objective memory")
     space = declared_space(setting.task, setting.engine, request.pins, request.forbid)
     floor = lowest_limit(setting.task, setting.engine, space) if request.objective == "memory" else None
     task = setting.task if floor is None else floor.task
@@ -103,6 +106,7 @@ def _assemble(
         hardware=setting.task.hardware,
         engine=setting.engine.name,
         policy=setting.policy,
+        **_second(setting),
         layout=layout,
         estimate=estimate,
         certificate=certificate,
@@ -113,12 +117,18 @@ def _assemble(
     )
 
 
+def _second(setting: Setting) -> dict[str, Any]:
+    """The profile of the second device type, and the version of the format that has one."""
+    profiles = setting.task.profiles[1:]
+    return {"second_hardware": profiles[0], "version": TWO_TYPES_VERSION} if profiles else {}
+
+
 def _money(setting: Setting, estimate: Estimate) -> dict[str, Any]:
     """What the budget comes to, or how many tokens would be compute-optimal without one."""
     task = setting.task
     if setting.budget is None:
         return {"compute_optimal": compute_optimal(task.model, task.job, estimate)}
-    return {"economy": economy(setting.budget, task.job, task.gpus, task.hardware, estimate)}
+    return {"economy": economy(setting.budget, task.job, task.gpus, task.types or task.hardware, estimate)}
 
 
 def certificate_of(outcome: Outcome, space: Space, lowest: LowestMemory | None) -> Certificate:
@@ -160,6 +170,7 @@ def _declared(space: Space) -> dict[str, Any]:
         "recompute": [RECOMPUTE_MODES[mode] for mode in space.modes],
         "offload": [OFFLOADS[code] for code in space.offload],
         "order": [RANK_ORDERS[code] for code in space.order],
+        "type_order": [TYPE_ORDERS[code] for code in space.type_order],
     }
 
 
@@ -189,7 +200,7 @@ def explain_infeasible(setting: Setting, space: Space, request: Request, certifi
     try:
         changes = nearest_changes(task, engine, asked, whole, SHOWN_CHANGES)
         smallest = next((c.gpus for c in changes if c.gpus), None)
-        if smallest is None:
+        if smallest is None and not task.types:
             unit = task.hardware.node_size if whole else 1
             smallest = explain.smallest_cluster(task, engine, lambda t: asked.space(t, engine), unit)
         fix = _fix(changes)
@@ -208,7 +219,7 @@ def why_nothing_fits(setting: Setting, space: Space, fix: str) -> Problem:
 
     task = setting.task
     rows = enumerate_rows(task, setting.engine, space)
-    where = f"{task.gpus} x {task.hardware.device.name}"
+    where = " + ".join(f"{t.gpus} x {t.hardware.device.name}" for t in task.types or (DeviceType(task.hardware, task.gpus),))
     nearest = explain.nearest_layout(task, space, rows)
     if nearest is None:
         rules = sorted(rows.rejected.items(), key=lambda item: -item[1])
@@ -258,6 +269,8 @@ def short(layout: Layout) -> str:
     kinds = sorted({s.recompute.partition(":")[0] for s in layout.stages})
     recompute = "" if kinds == ["none"] else "recompute " + "/".join(kinds)
     placed = [f"order {layout.order}"] if layout.order != "tp-cp-dp-pp" else []
+    placed += [f"shard {layout.shard}"] if layout.shard else []
+    placed += ["second type first"] if layout.type_order == "reversed" else []
     placed += [f"offload {layout.offload}"] if layout.offload != "none" else []
     parts = [*degrees, f"zero {layout.zero}", f"micro_batch {layout.micro_batch}", schedule, *placed, recompute]
     return ", ".join(p for p in parts if p)

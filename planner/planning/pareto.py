@@ -17,7 +17,7 @@ from planner.engines.base import job_problems
 from planner.errors import InfeasibleError, InputError, Problem, input_error
 from planner.planfile import Plan
 from planner.planning import make
-from planner.planning.request import Request, prepare
+from planner.planning.request import Request, one_type, prepare
 from planner.planning.scale import scale
 from planner.search.front import Settled, memory_front, nondominated
 from planner.search.solve import Progress
@@ -103,6 +103,7 @@ def pareto(
     leave the points found so far. Raises InputError, InfeasibleError when nothing fits, TimeoutError or KeyboardInterrupt
     when stopped before the first point.
     """
+    one_type(request, f"--pareto {against}")
     if not 1 <= points <= MAX_POINTS:
         raise input_error("PLN107", f"--points {points}: not between 1 and {MAX_POINTS}", "each is a proof", "")
     if against == "memory" and len(set(counts)) > 1:

@@ -20,7 +20,7 @@ from planner.planfile import CountChoice, Objective, Plan
 from planner.planning import make
 from planner.planning.choice import TIE
 from planner.planning.economy import DAY, in_time
-from planner.planning.request import Request, Setting, prepare
+from planner.planning.request import Request, Setting, one_type, prepare
 from planner.search.solve import Progress
 from planner.search.space import declared_space
 from planner.units import days, seconds, significant
@@ -107,6 +107,7 @@ def scale(
     best plan so far, with a gap, and later ones are `open`.
     Raises InputError when the request is wrong for every count.
     """
+    one_type(request, "several sizes")
     if request.objective == "memory":
         why = "the lowest peak memory is found for one cluster"
         raise input_error(

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from planner.cost.task import LayoutArray
+from planner.cost.schedules import splits_backward
+from planner.cost.task import LayoutArray, Task
 from planner.engines.base import job_problems
 from planner.errors import InputError
 from planner.planning.request import Request, Setting, prepare
-from planner.search.space import MAX_CHUNKS, MAX_MICRO_BATCH, SHORT, Space, declared_space, enumerate_rows
-from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES
+from planner.search.space import MAX_CHUNKS, MAX_MICRO_BATCH, NAMED, SHORT, Space, declared_space, enumerate_rows
+from planner.specs.layout import RECOMPUTE_MODES, SCHEDULES
 from planner.specs.model import Model
 
 FORMAT, VERSION = "planner.space", "1.0"
@@ -84,11 +85,13 @@ def space_view(request: Request) -> SpaceView:
     before = _values(whole)
     axes = []
     for name, values in _values(space).items():
+        if name == "type_order" and not task.types:
+            continue
         gone = tuple(v for v in before[name] if v not in values)
         axes.append(Axis(name, values, reasons.get(name, ""), " ".join(flags.get(name, ())), gone))
     return SpaceView(
-        task.model.name, task.hardware.name, engine.name, task.gpus, tuple(axes), rows.enumerated, rows.rejected,
-        len(rows.layouts), explicit_layouts(rows.layouts, task.model, space.modes),
+        task.model.name, " + ".join(h.name for h in task.profiles), engine.name, task.gpus, tuple(axes), rows.enumerated,
+        rows.rejected, len(rows.layouts), explicit_layouts(rows.layouts, task.model, space.modes),
     )  # fmt: skip
 
 
@@ -102,8 +105,8 @@ def _values(space: Space) -> dict[str, tuple[Any, ...]]:
             named["virtual_stages"] = tuple(sorted({v for _, v in value}))
         elif f.name == "modes":
             named["recompute"] = tuple(RECOMPUTE_MODES[m] for m in value)
-        elif f.name in ("offload", "order"):
-            names = OFFLOADS if f.name == "offload" else RANK_ORDERS
+        elif f.name in NAMED:
+            names = NAMED[f.name]
             named[f.name] = tuple(names[code] for code in value)
         elif f.name == "sequence_parallel":
             named[f.name] = tuple(bool(v) for v in value)
@@ -126,7 +129,7 @@ def _flags(pins: Mapping[str, Sequence[object]], forbid: Sequence[str]) -> dict[
 def _reasons(setting: Setting) -> dict[str, str]:
     """Why each axis has the values that it has without pins and forbids."""
     task, engine = setting.task, setting.engine
-    fast = task.hardware.network[0].size or task.hardware.node_size
+    fast = min(h.network[0].size or h.node_size for h in task.profiles)
     devices = f"divisors of {task.gpus:,} devices"
     experts = bool(task.model.routed_mlps)
     spread = "divisors of the number of experts" if engine.expert_parallel else f"{engine.name} does not spread experts"
@@ -140,29 +143,45 @@ def _reasons(setting: Setting) -> dict[str, str]:
         "zero": f"stages that {engine.name} has",
         "micro_batch": f"powers of two up to {MAX_MICRO_BATCH}; a pin may name any size",
         "schedule": f"schedules that {engine.name} has; none where pp is 1",
-        "virtual_stages": f"with interleaved: 2 to {MAX_CHUNKS} chunks a rank, all of equal size",
+        "virtual_stages": f"with interleaved, interleaved-zb: up to {MAX_CHUNKS}, divisors of {task.model.n_layers} layers, "
+        "powers of two; 2 with zbv, dualpipev",
         "sequence_parallel": f"what {engine.name} allows; only with tp",
         "offload": f"what {engine.name} can keep in host memory",
         "order": f"rank orders of {engine.name}, where they differ: which axes are neighbours in the network",
+        "type_order": _type_order(task),
         "recompute": "of each layer, any mix inside a rank (one mode a rank with virtual stages)",
     }
+
+
+def _type_order(task: Task) -> str:
+    """What is searched on two device types."""
+    if not task.types:
+        return ""
+    first, second = (f"{t.gpus:,} x {t.hardware.name}" for t in task.types)
+    return (
+        f"which type holds the first stages: {first} (as-named) or {second} (reversed); every stage is wholly on one type, all "
+        "devices are used, the layers and recompute of each stage are free, one chunk a rank"
+    )
 
 
 def explicit_layouts(x: LayoutArray, model: Model, modes: Sequence[int]) -> int:
     """How many layouts rows stand for: splits of L layers over pp ranks, times recompute counts of every rank. Exact.
 
     Without chunks a rank of n layers has C(n + k - 1, k - 1) mixes of k modes, so that splits and mixes together are the
-    coefficient of z^L in (1 / (1 - z)^k - 1)^pp. With v chunks a rank has k choices, and L / v positions are split.
+    coefficient of z^L in (1 / (1 - z)^k - 1)^pp. With v chunks a rank has k choices, and ceil(L / v) positions are
+    split; where v does not divide L, the last rank has two of them at least. A split backward leaves a rank one choice.
     """
-    pairs, counts = np.unique(np.stack([x.pp, x.virtual_stages]), axis=1, return_counts=True)
-    many: Callable[[int, int], int] = lru_cache(maxsize=None)(lambda pp, v: _inside(model.n_layers, pp, v, len(modes)))
-    return sum(int(c) * many(int(pp), int(v)) for pp, v, c in zip(pairs[0], pairs[1], counts, strict=True))
+    choices = np.where(splits_backward(x.schedule), 1, len(modes))
+    found, counts = np.unique(np.stack([x.pp, x.virtual_stages, choices]), axis=1, return_counts=True)
+    many: Callable[[int, int, int], int] = lru_cache(maxsize=None)(lambda pp, v, k: _inside(model.n_layers, pp, v, k))
+    return sum(int(c) * many(*(int(n) for n in row)) for row, c in zip(found.T, counts, strict=True))
 
 
 def _inside(layers: int, pp: int, v: int, modes: int) -> int:
     """Splits and recompute mixes of one row."""
     if v > 1:
-        return modes**pp * comb(layers // v - 1, pp - 1)
+        places = -(-layers // v) - (layers % v > 0)
+        return modes**pp * comb(places - 1, pp - 1)
     total = 0
     for j in range(pp + 1):
         top = modes * (pp - j)

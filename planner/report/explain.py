@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Literal
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from planner.units import GIB, gib, seconds
 _MANY = 12
 """Longer lists of ranks and nodes show their ends only."""
 _CLOSEST = "The closest layout"
-_WIDE = ("recompute", "why")
+_WIDE = ("recompute", "why", "layout")
 """Columns whose text may take several lines."""
 
 
@@ -97,6 +98,8 @@ def blocks(e: Explanation) -> Iterator[Block]:
     if e.losses:
         lines = [line for loss in e.losses for line in (loss.name, f"  {loss.sentence}")]
         yield Block("What the runners-up lose against the plan", lines)
+    if e.one_type:
+        yield _one_type(e)
     if e.excluded:
         yield _excluded(e.excluded, e.layouts or 0)
     yield _mesh("Dense mesh", e.dense)
@@ -131,9 +134,32 @@ def _ranks(e: Explanation) -> Block:
         ahead = f"{seconds(b.ahead_s)} ({b.ahead_s / b.time_s:.1%}) before" if b.ahead_s else "as slow as"
         gain = f"; as fast as that, a step would gain {seconds(b.per_step_s)}" if b.ahead_s else ""
         after.append(f"slowest: rank {b.stage}, {seconds(b.time_s)} a micro-batch, {ahead} rank {b.next_stage}{gain}")
+    after += _typed(e.ranks)
     title = "What binds each pipeline rank" + (f" ({len(shown)} of {len(e.ranks)})" if len(shown) < len(e.ranks) else "")
     left, right = ("rank", "layers", "recompute", "binds"), ("slack", "+layer", "-recomp.", "time")
     return Block(title, (), left, right, rows, after)
+
+
+def _typed(ranks: Sequence[Rank]) -> list[str]:
+    """Which ranks are on which of two device types."""
+    runs = [(name, [r.stage for r in same]) for name, same in groupby(ranks, key=lambda r: r.hardware) if name]
+    where = [f"ranks {s[0]}-{s[-1]}" if len(s) > 1 else f"rank {s[0]}" for _, s in runs]
+    lines = [", ".join(f"{at} on {name}" for at, (name, _) in zip(where, runs, strict=True))] if runs else []
+    return [f"{line}; the link between them is the slower one of both networks" for line in lines]
+
+
+def _one_type(e: Explanation) -> Block:
+    """Each device type alone, and all devices at the slower one's speed."""
+    rows = [
+        (
+            f"{t.what} ({t.gpus:,})", t.layout or t.reason or "",
+            "" if t.step_time_s is None else seconds(t.step_time_s) + ("" if t.proven else ", not proven"),
+            "" if t.times_the_plan is None else f"{t.times_the_plan:.2f}",
+        )
+        for t in e.one_type
+    ]  # fmt: skip
+    rows.append(("both (the plan)", e.name, seconds(e.step_time_s), "1.00"))
+    return Block("What one device type would do", (), ("devices", "layout"), ("step", "times the plan"), rows)
 
 
 def _by_reason(ranks: Sequence[Rank]) -> list[tuple[str, str]]:
@@ -176,7 +202,8 @@ def _nodes(nodes: Sequence[Node], dense: Mesh, experts: bool) -> Block:
                 rows.append(("...",) + ("",) * (5 if experts else 3))
             first, last = node.places[0], node.places[-1]
             more = (_at(first.expert), _at(last.expert)) if experts else ()
-            rows.append((str(node.node), f"{first.rank}-{last.rank}", _at(first.dense), _at(last.dense), *more))
+            number = f"{node.node} {node.hardware}" if node.hardware else str(node.node)
+            rows.append((number, f"{first.rank}-{last.rank}", _at(first.dense), _at(last.dense), *more))
     left = ["node", "ranks", ",".join(dense.dimensions), "to"] + ["pp,edp,ep,etp", "to "] * experts
     if not any(row[3] for row in rows):
         keep = [0, 1, 2, 4][: 4 if experts else 3]

@@ -42,6 +42,7 @@ def _row(rank: int, a: Alternative, plan: Estimate) -> dict[str, object]:
     return {
         "rank": rank,
         **a.layout.model_dump(exclude={"stages"}),
+        **({"type_order": a.layout.type_order} if plan.memory.stages[0].hardware else {}),
         "stages": stages_text(a.layout.stages),
         "step_time_s": a.step_time_s,
         "step_time_low_s": a.step_time_s / time,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import groupby
 from typing import TextIO
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from planner.planning.make import limit_text, short
 from planner.report import money
 from planner.report.stagetext import stages_text
 from planner.report.uncertainty import probability, step_time, with_interval
-from planner.specs.layout import RANK_ORDERS
+from planner.specs.layout import RANK_ORDERS, Stage
 from planner.specs.projections import trained_params
 from planner.units import GIB, count, gib, seconds, significant
 
@@ -47,7 +48,8 @@ def print_plan(plan: Plan, out: Console) -> None:
     """The whole report of a plan or an estimate."""
     _headline(plan, out)
     out.print(_layout_table(plan))
-    out.print(Text("layers (recompute) of each rank: " + stages_text(plan.layout.stages)))
+    for name, stages in _by_type(plan):
+        out.print(Text(f"layers (recompute) of each rank{name}: {stages_text(stages)}"))
     out.print(_time_table(plan))
     out.print(_memory_table(plan))
     out.print(Text(_memory_text(plan)))
@@ -61,7 +63,8 @@ def print_plan(plan: Plan, out: Console) -> None:
 
 def _headline(plan: Plan, out: Console) -> None:
     job, cluster = plan.job, plan.cluster
-    nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''}, {cluster.gpus} x {cluster.device}"
+    devices = " + ".join(f"{t.gpus} x {t.device}" for t in cluster.types) or f"{cluster.gpus} x {cluster.device}"
+    nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''}, {devices}"
     out.print(f"[bold]{plan.model.name}[/] ({_parameters(plan)}) on {nodes}")
     out.print(f"sequence {job.seq_len:,}, global batch {job.global_batch:,}, {job.precision}, engine {plan.engine}")
     e, m = plan.estimate, plan.estimate.memory
@@ -103,11 +106,21 @@ def _layout_table(plan: Plan) -> Table:
         ("sp", "on" if layout.sequence_parallel else "off"),
     ]
     rows += [("offload", layout.offload)] if layout.offload != "none" else []
+    rows += [("shard", str(layout.shard))] if layout.shard else []
+    rows += [("first stages", _by_type(plan)[0][0].removeprefix(" on "))] if plan.cluster.types else []
     rows += [("rank order", layout.order)] if layout.order != RANK_ORDERS[0] else []
     for name, _ in rows:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_row(*(value for _, value in rows))
     return table
+
+
+def _by_type(plan: Plan) -> list[tuple[str, list[Stage]]]:
+    """Stages by the device type that holds them: ("", all of them) with one type."""
+    typed = [m.hardware for m in plan.estimate.memory.stages]
+    pairs = zip(typed, plan.layout.stages, strict=True)
+    groups = [(name, [stage for _, stage in same]) for name, same in groupby(pairs, key=lambda pair: pair[0])]
+    return [(f" on {name}" if name else "", stages) for name, stages in groups]
 
 
 def _time_table(plan: Plan) -> Table:
@@ -133,8 +146,14 @@ def _memory_table(plan: Plan) -> Table:
     # Small jobs are printed in MiB: a table of 0.0 GiB says nothing.
     unit, scale = ("GiB", 1.0) if m.peak_gib >= 1 else ("MiB", 1024.0)
     limit = f"limit {m.limit_gib * scale:.1f} = {limit_text(m, plan.policy)}"
+    typed = bool(plan.cluster.types)
+    if typed:
+        limits = dict.fromkeys((s.hardware, s.limit_gib) for s in m.stages)
+        limit = ", ".join(f"limit {(size or 0.0) * scale:.1f} on {name}" for name, size in limits)
     table = _table(f"\nMemory at each rank's peak, {unit} ({limit})")
     table.add_column("rank", justify="right")
+    if typed:
+        table.add_column("devices", no_wrap=True)
     for part in _PARTS:
         table.add_column(part, justify="right")
     for name in ("allocated", "total", "headroom"):
@@ -143,7 +162,9 @@ def _memory_table(plan: Plan) -> Table:
     for ranks, stage in _folded(m.stages):
         style = "bold" if stage.stage == m.peak_stage else ""
         values = [*(getattr(stage, p) for p in _PARTS), stage.allocated, stage.total, stage.headroom]
-        table.add_row(ranks, *(f"{v * scale:.1f}" for v in values), stage.cause, style=style)
+        table.add_row(
+            ranks, *([stage.hardware or ""] if typed else []), *(f"{v * scale:.1f}" for v in values), stage.cause, style=style
+        )
     return table
 
 

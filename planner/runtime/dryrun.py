@@ -8,6 +8,7 @@ further round, so two short runs give the long one exactly (tests compare both).
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections import Counter
@@ -25,11 +26,13 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from planner.planfile import Plan
-from planner.runtime import model
+from planner.runtime import model, norms
 from planner.runtime.fakerank import SMALL, Collective, FakeMeter, FusedRmsNorm, Origin, fake_group, fake_tensors
 from planner.runtime.meter import rounded, storages
-from planner.runtime.model import Decoder, initialise
-from planner.runtime.train import Options, Trainer
+from planner.runtime.model import Decoder
+from planner.runtime.train import Trainer
+from planner.specs.layout import Layout
+from planner.specs.training import Options
 from planner.units import GIB
 
 STATES = ("parameters", "optimizer states", "gradients", "gathered parameters")
@@ -92,7 +95,7 @@ class _FakeTrainer(Trainer):
     def allocate(self, part: Decoder) -> None:
         mode, meter = self._allocation
         with mode, meter, patch.object(model, "fill", lambda *_: None):
-            initialise(part, self.plan.job.seq_len, 0, torch.device("cpu"))
+            super().allocate(part)
 
     def optimizer_step(self, step: int) -> tuple[float, float]:
         meter = self._allocation[1]
@@ -128,7 +131,7 @@ def dry_run(plan: Plan, ranks: Sequence[int], exact: bool = False, workers: int 
     reports = []
     for i, rank in enumerate(ranks):
         found = runs[i * len(counts) : (i + 1) * len(counts)]
-        whole = found[0] if len(counts) == 1 else _extrapolated(*found, counts, m)
+        whole = found[0] if len(counts) == 1 else _extrapolated(found[0], found[1], counts, m)
         reports.append(_report(plan, rank, whole, counts[-1]))
     return reports
 
@@ -207,9 +210,10 @@ def _measure(plan: Plan, rank: int) -> _Measured:
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
+        logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # advice about the norm's two reductions
         stack.enter_context(fake_group(rank, plan.layout.world_size))
-        stack.enter_context(patch.object(model, "_RmsNormCpu", FusedRmsNorm))
-        mode, meter = fake_tensors(), FakeMeter(lambda group: _axis(plan, group))
+        stack.enter_context(patch.object(norms, "_RmsNormCpu", FusedRmsNorm))
+        mode, meter = fake_tensors(), FakeMeter(lambda group, op: _axis(plan, group, op))
         trainer = _FakeTrainer(plan, meter, mode)
         stack.enter_context(mode)
         stack.enter_context(meter)
@@ -242,14 +246,15 @@ class _Snapshot:
             self.categories[known.get(key) or self._use(key, size, origin, logits)] += size
 
     def _logit_sizes(self) -> set[int]:
-        """Bytes of one micro-batch's logits in 2 and 4 bytes, over the split vocabulary and over the whole."""
+        """Bytes of one micro-batch's logits in 2 and 4 bytes, over the split vocabulary and the whole; none without a head."""
+        if all(part.head is None for part in self.trainer.parts.values()):
+            return set()
         plan, layout = self.trainer.plan, self.trainer.layout
         values = layout.micro_batch * plan.job.seq_len // layout.cp
         return {rounded(values * width * n) for width in (plan.model.vocab, -(-plan.model.vocab // layout.tp)) for n in (2, 4)}
 
     def _use(self, key: int, size: int, origin: Origin, logit_sizes: set[int]) -> str:
-        head = any(part.head is not None for part in self.trainer.parts.values())
-        if head and size in logit_sizes and origin.operation in _OF_THE_HEAD:
+        if size in logit_sizes and origin.operation in _OF_THE_HEAD:
             return "logits and loss"
         if key in self.meter.sent:
             return "communication buffers"
@@ -287,9 +292,17 @@ def _gathered(module: FSDPModule) -> Iterator[tuple[str, Tensor | None]]:
             yield "gradients", whole.grad
 
 
-def _axis(plan: Plan, group: dist.ProcessGroup) -> str:
+_EXPERT_GROUPS = {"mesh_ep": "ep", "mesh_etp": "etp", "mesh_efsdp": "expert dp"}
+"""Descriptions that torch's device mesh gives its groups."""
+
+
+def _axis(plan: Plan, group: dist.ProcessGroup, op: str) -> str:
     """Axes along which the ranks of a group differ, in the planner's words."""
     layout = plan.layout
+    if group.group_desc in _EXPERT_GROUPS:
+        return _EXPERT_GROUPS[group.group_desc]
+    if group.size() == layout.world_size and (name := _of_all(layout, op)):  # torch's mesh reuses the group of all ranks
+        return name
     members = dist.get_process_group_ranks(group)
     sizes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.dp, "pp": layout.pp}
     stride, names = 1, []
@@ -300,6 +313,14 @@ def _axis(plan: Plan, group: dist.ProcessGroup) -> str:
     if names and set(names) <= {"dp", "cp"} and len(members) == layout.dp * layout.cp:
         return "dp x cp"
     return " x ".join(reversed(names))
+
+
+def _of_all(layout: Layout, op: str) -> str | None:
+    """What an exchange of experts over all ranks is called."""
+    if op == "all_to_all" and layout.cp < layout.world_size:
+        return "ep" if layout.ep == layout.world_size else "etp" if layout.etp == layout.world_size else None
+    apart = layout.tp > 1 and layout.ep * layout.etp == 1 and layout.dp * layout.cp > 1
+    return "expert dp" if apart and op != "all_to_all" else None
 
 
 def _cause(found: _Measured) -> str:

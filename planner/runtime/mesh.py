@@ -1,7 +1,7 @@
 """Processes and their grid: who am I, on which device, in which groups.
 
-The mesh has the dimensions (pp, dp, tp), tp innermost: neighbours in rank order, which share the fastest links, form
-a tensor parallel group.
+The mesh has the dimensions (pp, dp, cp, tp), tp innermost: neighbours in rank order, which share the fastest links, form
+a tensor parallel group. The dp and cp ranks of one tp rank hold the same parameters: together they are the mesh of ZeRO.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from planner.errors import input_error
 from planner.planfile import Plan
+from planner.runtime import experts
+from planner.specs.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -23,14 +27,24 @@ class World:
     """This process's place in the plan's grid."""
 
     mesh: DeviceMesh
-    """Dimensions (pp, dp, tp)."""
+    """Dimensions (pp, dp, cp, tp)."""
+    data: DeviceMesh
+    """The dp * cp ranks that hold the same parameters, one dimension, cp inside dp."""
+    states: DeviceMesh
+    """The same ranks as ZeRO shards over them: `data`, or (copies, ranks that share a copy) in hybrid sharding."""
     device: torch.device
     pp: int
     dp: int
+    cp: int
     tp: int
     pp_rank: int
     dp_rank: int
+    cp_rank: int
     tp_rank: int
+    loss_rank: int
+    """Pipeline rank of the head: the first one where stages make a V."""
+    experts: DeviceMesh | None = None
+    """Dimensions (pp, efsdp, ep, etp): the same ranks as the experts see them. None without routed experts."""
 
     @property
     def rank(self) -> int:
@@ -42,6 +56,11 @@ class World:
         """Processes in all."""
         return dist.get_world_size()
 
+    def tokens(self, seq_len: int) -> range:
+        """Positions of each sequence that this rank sees."""
+        piece = seq_len // self.cp
+        return range(piece * self.cp_rank, piece * (self.cp_rank + 1))
+
     @property
     def is_first_stage(self) -> bool:
         """Whether this rank holds the embedding."""
@@ -49,8 +68,8 @@ class World:
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the head and computes the loss (in every schedule here)."""
-        return self.pp_rank == self.pp - 1
+        """Whether this rank holds the head and computes the loss."""
+        return self.pp_rank == self.loss_rank
 
 
 def uses_cuda(plan: Plan) -> bool:
@@ -73,11 +92,19 @@ def start_processes(plan: Plan, timeout_s: float = 600.0) -> torch.device:
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
+        timeout = timedelta(seconds=timeout_s)
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+        # With a static rendezvous (which keeps the order of nodes) torchrun's store lives through restarts: without a
+        # prefix of its own a restarted job reads the addresses of the dead one, and hangs or is refused.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # Offloaded gradients are in host memory: their norm is summed there.
+        backend = "cpu:gloo,cuda:nccl" if plan.layout.offload == "optimizer" else "nccl"
         dist.init_process_group(
-            "nccl" if cuda else "gloo",
+            backend if cuda else "gloo",
+            store=PrefixStore(f"planner/attempt-{attempt}", store),
             rank=rank,
             world_size=size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timeout,
             device_id=device if cuda else None,
         )
     return device
@@ -100,7 +127,19 @@ def check_world_size(plan: Plan, size: int) -> None:
 def build_world(plan: Plan, device: torch.device) -> World:
     """The mesh of the plan's layout over all processes. Collective."""
     layout = plan.layout
-    shape = (layout.pp, layout.dp, layout.tp)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "tp"))
-    pp_rank, dp_rank, tp_rank = mesh.get_coordinate() or (0, 0, 0)
-    return World(mesh, device, *shape, pp_rank, dp_rank, tp_rank)
+    shape = (layout.pp, layout.dp, layout.cp, layout.tp)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "cp", "tp"))
+    data = _data_mesh(mesh, layout)
+    copies = data.size() // layout.sharded
+    states = data._unflatten(0, (copies, layout.sharded), ("copies", "shard")) if copies > 1 else data
+    grid = experts.build_mesh(layout, device.type) if plan.model.routed_mlps else None
+    pp_rank, dp_rank, cp_rank, tp_rank = mesh.get_coordinate() or (0, 0, 0, 0)
+    return World(mesh, data, states, device, *shape, pp_rank, dp_rank, cp_rank, tp_rank, layout.last_rank, grid)
+
+
+def _data_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
+    """The ranks that hold the same parameters; a mesh of two dimensions is joined only where both have ranks, since each
+    mesh is a communicator of its own."""
+    if layout.cp == 1:
+        return mesh["dp"]
+    return mesh["cp"] if layout.dp == 1 else mesh["dp", "cp"]._flatten("data")

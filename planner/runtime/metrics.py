@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 import torch.distributed as dist
 
 from planner.planfile import Plan
 from planner.runtime.mesh import World
+from planner.runtime.sinks import Sink
 from planner.units import GIB, gib, seconds
+
+if TYPE_CHECKING:
+    from planner.runtime.train import Trainer
 
 WARMUP_STEPS = 2
 """First steps left out of rates: they build kernels, communicators and optimizer states."""
@@ -39,6 +43,18 @@ class StepRecord:
     peak_reserved_bytes: int | None
     metered: bool
     """Whether the meter slowed this step down."""
+    loss_scale: float | None = None
+    """Factor on the loss after this step, in fp16."""
+    skipped_steps: int = 0
+    """Steps so far that made no update because fp16 gradients overflowed."""
+    profiled: bool = False
+    """Whether the profiler slowed this step down."""
+    samples: int = 0
+    """Sequences trained so far, this step's included."""
+    tokens: int = 0
+    """Tokens trained so far."""
+    eval_loss: float | None = None
+    """Mean over the evaluation set after this step, where there was an evaluation."""
 
 
 def rates(plan: Plan, step_time_s: float) -> dict[str, float]:
@@ -56,39 +72,56 @@ def peak_memory(device: torch.device, metered_bytes: int | None) -> tuple[int | 
     return metered_bytes, None
 
 
-def largest(values: tuple[int | None, int | None], world: World) -> tuple[int | None, int | None]:
-    """The largest of each over all ranks. Collective."""
-    data = torch.tensor([-1 if v is None else v for v in values], dtype=torch.int64, device=world.device)
+def agree(values: tuple[int | None, int | None], stop: int, world: World) -> tuple[int | None, int | None, int]:
+    """(allocated, reserved, stop): the largest of each over all ranks, and how any of them was asked to stop.
+
+    Collective.
+    """
+    data = torch.tensor([*(-1 if v is None else v for v in values), stop], dtype=torch.int64, device=world.device)
     dist.all_reduce(data, op=dist.ReduceOp.MAX)
-    first, second = (int(v) if v >= 0 else None for v in data.tolist())
-    return first, second
+    first, second, asked = data.tolist()
+    return (first if first >= 0 else None), (second if second >= 0 else None), int(asked)
 
 
 class Recorder:
-    """Rank 0's files and progress lines; on other ranks it only takes part in the collectives."""
+    """Rank 0's files and progress lines; on other ranks it only takes part in the collectives.
 
-    def __init__(self, plan: Plan, world: World, directory: Path, log_every: int, steps: int):
-        self.plan, self.world, self.directory = plan, world, directory
-        self.log_every, self.steps = max(1, log_every), steps
+    A resumed run goes on in metrics.jsonl after the step it resumes from: lines of steps done again are dropped.
+    """
+
+    def __init__(self, trainer: Trainer, say: Callable[[str], None], first: int, sinks: list[Sink]):
+        self.plan, self.world, self.options = trainer.plan, trainer.world, trainer.options
+        self.say, self.sinks, self.first = say, sinks, first
+        self.directory = Path(self.options.out)
         self.records: list[StepRecord] = []
+        """Of this process: earlier ones of a resumed run are in the file."""
         self.file: TextIO | None = None
-        if world.rank == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            self.file = (directory / "metrics.jsonl").open("w", encoding="utf-8")
+        if self.world.rank == 0:
+            self.file = self._opened(self.directory / "metrics.jsonl")
+
+    def _opened(self, path: Path) -> TextIO:
+        """The file with the lines of the steps before the first one of this process."""
+        kept = [line for line in _lines(path) if self.first and line["step"] < self.first]
+        temporary = path.with_suffix(".part")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+        return path.open("a", encoding="utf-8")
 
     def add(self, record: StepRecord) -> None:
         """Append one step."""
         self.records.append(record)
         if self.file is None:
             return
-        self.file.write(json.dumps(asdict(record)) + "\n")
+        values = asdict(record)
+        self.file.write(json.dumps(values) + "\n")
         self.file.flush()
-        if record.step % self.log_every == 0 or record.step == self.steps - 1:
-            peak = "" if record.peak_allocated_bytes is None else f"  peak {gib(record.peak_allocated_bytes, 2)}"
-            note = "  (metered)" if record.metered else ""
-            line = f"step {record.step:>5}  loss {record.loss:.4f}  norm {record.grad_norm:.3f}"
-            line += f"  {seconds(record.step_time_s)}  {record.tokens_per_s:,.0f} tokens/s  MFU {record.mfu:.1%}"
-            print(line + peak + note, file=sys.stderr, flush=True)
+        for sink in self.sinks:
+            sink.add(
+                record.step, {k: v for k, v in values.items() if v is not None and k not in ("step", "metered", "profiled")}
+            )
+        last = record.step == self.options.steps - 1
+        if record.step % self.options.log_every == 0 or last or record.eval_loss is not None:
+            self.say(progress_line(record))
 
     def close(self, peaks: tuple[int | None, int | None]) -> None:
         """Gather every rank's peak and write the summary. Collective."""
@@ -97,20 +130,29 @@ class Recorder:
         if self.file is None:
             return
         self.file.close()
+        for sink in self.sinks:
+            sink.close()
         allocated, reserved, stages = zip(*everyone, strict=True)
         path = self.directory / "summary.json"
         text = json.dumps(self._summary(list(allocated), list(reserved), list(stages)), indent=2)
         path.write_text(text + "\n", encoding="utf-8")
 
     def _summary(self, allocated: list[int | None], reserved: list[int | None], stages: list[int]) -> dict[str, Any]:
-        step_time = typical_step_time(self.records)
+        lines = _lines(self.directory / "metrics.jsonl")
+        timing: dict[str, Any] = {}
+        if self.records:
+            step_time = typical_step_time(self.records)
+            timing = {"step_time_s": step_time, "step_times_s": [r.step_time_s for r in self.records]}
+            timing |= rates(self.plan, step_time)
+        evaluated = [line["eval_loss"] for line in lines if line.get("eval_loss") is not None]
         return {
-            "steps": len(self.records),
-            "first_loss": self.records[0].loss,
-            "last_loss": self.records[-1].loss,
-            "step_time_s": step_time,
-            "step_times_s": [r.step_time_s for r in self.records],
-            **rates(self.plan, step_time),
+            "steps": len(lines),
+            "resumed_at": self.first or None,
+            "first_loss": lines[0]["loss"] if lines else None,
+            "last_loss": lines[-1]["loss"] if lines else None,
+            "skipped_steps": self.records[-1].skipped_steps if self.records else 0,
+            "eval_loss": evaluated[-1] if evaluated else None,
+            **timing,
             "peak_allocated_gib": [None if v is None else v / GIB for v in allocated],
             "peak_reserved_gib": [None if v is None else v / GIB for v in reserved],
             "stage_of_rank": stages,
@@ -120,10 +162,35 @@ class Recorder:
         }
 
 
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The steps of a metrics file; a last line that a kill cut off is left out."""
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            found.append(dict(json.loads(text)))
+        except ValueError:
+            continue
+    return found
+
+
+def progress_line(record: StepRecord) -> str:
+    """One step for the terminal."""
+    line = f"step {record.step:>5}  loss {record.loss:.4f}  norm {record.grad_norm:.3f}  lr {record.lr:.2e}"
+    line += f"  {seconds(record.step_time_s)}  {record.tokens_per_s:,.0f} tokens/s  MFU {record.mfu:.1%}"
+    if record.peak_allocated_bytes is not None:
+        line += f"  peak {gib(record.peak_allocated_bytes, 2)}"
+    if record.eval_loss is not None:
+        line += f"  eval loss {record.eval_loss:.4f}"
+    return line + ("  (metered)" if record.metered else "") + ("  (profiled)" if record.profiled else "")
+
+
 def typical_step_time(records: list[StepRecord]) -> float:
-    """Median seconds of a step without warm-up and metered steps; of what there is when nothing remains."""
-    clean = [r for r in records if not r.metered]
-    settled = [r for r in clean if r.step >= WARMUP_STEPS]
+    """Median seconds of a step without warm-up, metered and profiled steps; of what there is when nothing remains.
+
+    The first steps of a process warm up, wherever its run was resumed.
+    """
+    clean = [r for r in records if not (r.metered or r.profiled)]
+    settled = [r for r in clean if r.step >= records[0].step + WARMUP_STEPS]
     return statistics.median(r.step_time_s for r in settled or clean or records)
 
 

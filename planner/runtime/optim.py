@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from planner.runtime.mesh import World
+from planner.specs.training import Options
 
 
 def build_optimizer(params: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
@@ -24,13 +25,22 @@ def build_optimizer(params: Iterable[nn.Parameter], lr: float) -> torch.optim.Ad
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first tenth (at most 100 steps), then a cosine to a tenth of the peak."""
-    warmup = max(1, min(100, steps // 10))
+DECAY_SHARE = 0.2
+"""Of all steps, the last ones in which `wsd` falls (Hu 2024, arXiv 2404.06395, uses a tenth to a fifth)."""
+
+
+def learning_rate(step: int, options: Options) -> float:
+    """The rate of a step: a linear warm-up, then the schedule down to `min_lr` times the peak."""
+    steps = options.steps
+    warmup = max(1, min(100, steps // 10)) if options.warmup_steps < 0 else options.warmup_steps
     if step < warmup:
-        return peak * (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+        return options.lr * (step + 1) / warmup
+    if options.lr_schedule == "constant":
+        return options.lr
+    begin = warmup if options.lr_schedule != "wsd" else max(warmup, steps - int(DECAY_SHARE * steps))
+    done = min(1.0, max(0, step - begin) / max(1, steps - begin))
+    left = (1 + math.cos(math.pi * done)) / 2 if options.lr_schedule == "cosine" else 1 - done
+    return options.lr * (options.min_lr + (1 - options.min_lr) * left)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -39,20 +49,37 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def clip_gradients(params: list[nn.Parameter], max_norm: float, world: World) -> float:
-    """Scale gradients to a global norm of at most `max_norm`; returns the norm before.
+def _by_mesh(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters with gradients, those of one mesh together."""
+    groups: dict[object, list[nn.Parameter]] = {}
+    for param in params:
+        if param.grad is not None:
+            groups.setdefault(param.grad.device_mesh if isinstance(param.grad, DTensor) else None, []).append(param)
+    return list(groups.values())
 
-    Each parameter counts once: DTensor norms cover dp and tp, one all-reduce adds the pipeline's stages.
+
+def global_norm(params: list[nn.Parameter], world: World) -> Tensor:
+    """Norm of all gradients of the grid, the same on every rank. Collective.
+
+    Each parameter counts once: DTensor norms cover the ranks of their own mesh (experts have another one than the rest, and
+    one operation takes tensors of one mesh only), and one all-reduce adds the pipeline's stages.
     """
-    grads = [p.grad for p in params if p.grad is not None]
-    norm = get_total_norm(grads)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norms = []
+    for group in _by_mesh(params):
+        norm = get_total_norm([p.grad for p in group if p.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
     if world.pp > 1:
         squared = norm**2
         dist.all_reduce(squared, group=world.mesh["pp"].get_group())
         norm = squared**0.5
-    clip_grads_with_norm_(params, max_norm, norm)
-    return float(norm)
+    return norm
+
+
+def clip_gradients(params: list[nn.Parameter], max_norm: float, norm: Tensor) -> None:
+    """Scale gradients of global norm `norm` to at most `max_norm`."""
+    for group in _by_mesh(params):
+        clip_grads_with_norm_(group, max_norm, norm)
 
 
 def full_gradients(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -23,11 +23,16 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from planner.runtime.model import Block, Decoder, Norm
-from planner.specs.job import Job, Precision
+from planner.runtime import experts
+from planner.runtime.attention import Attention
+from planner.runtime.context import Context
+from planner.runtime.mla import LatentAttention
+from planner.runtime.model import Block, Decoder, Mlp
+from planner.runtime.moe import Moe
+from planner.runtime.precision import DTYPES
+from planner.runtime.replicated import Replicated
+from planner.specs.job import Job
 from planner.specs.layout import Layout, Stage
-
-DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def apply_tp(part: Decoder, mesh: DeviceMesh) -> None:
@@ -40,26 +45,62 @@ def apply_tp(part: Decoder, mesh: DeviceMesh) -> None:
         if table is not None:
             parallelize_module(table, mesh, embedding)
     for block in part.blocks():
-        parallelize_module(block, mesh, _block_plan(block))
+        parallelize_module(block, mesh, {**_attention_plan(block), **_mlp_plan(block)})
     if part.head is not None:
         head = ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False)
         parallelize_module(part.head, mesh, head)
     for module in part.modules():
-        if isinstance(module, Norm):  # whole on every rank; `model._local` sums its gradient over the group
+        if isinstance(module, Replicated):  # `replicated.whole` sums its gradient over the group
             distribute_module(module, mesh)
+    for block in part.blocks():
+        if isinstance(block.attn, LatentAttention):
+            block.attn.tp = mesh
     part.tie()  # the styles above replaced both parameters; tying before would silently untie them
 
 
-def _block_plan(block: Block) -> dict[str, ParallelStyle]:
-    gather = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
-    plan: dict[str, ParallelStyle] = {"attn": gather, "mlp": gather}
-    for name in ("attn.wq", "attn.wk", "attn.wv", "mlp.w1"):
-        plan[name] = ColwiseParallel()
-    if block.mlp.w3 is not None:
-        plan["mlp.w3"] = ColwiseParallel()
-    for name in ("attn.wo", "mlp.w2"):
-        plan[name] = RowwiseParallel(output_layouts=Shard(1))
-    return plan
+_GATHER = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+
+
+def _attention_plan(block: Block) -> dict[str, ParallelStyle]:
+    if isinstance(block.attn, LatentAttention):  # it gathers latents, not its input
+        up = ColwiseParallel(input_layouts=Shard(1))
+        return {"attn.wq": up, "attn.wkv": up, "attn.wo": RowwiseParallel(output_layouts=Shard(1))}
+    plan: dict[str, ParallelStyle] = {f"attn.{name}": ColwiseParallel() for name in ("wq", "wk", "wv")}
+    return {**plan, "attn": _GATHER, "attn.wo": RowwiseParallel(output_layouts=Shard(1))}
+
+
+def _mlp_plan(block: Block) -> dict[str, ParallelStyle]:
+    """Split the dense MLP, or the shared experts; routed experts take the tokens of their own rank."""
+    name, mlp = ("mlp.shared", block.mlp.shared) if isinstance(block.mlp, Moe) else ("mlp", block.mlp)
+    if not isinstance(mlp, Mlp):
+        return {}
+    plan: dict[str, ParallelStyle] = {name: _GATHER, f"{name}.w1": ColwiseParallel()}
+    if mlp.w3 is not None:
+        plan[f"{name}.w3"] = ColwiseParallel()
+    return {**plan, f"{name}.w2": RowwiseParallel(output_layouts=Shard(1))}
+
+
+def apply_cp(part: Decoder, mesh: DeviceMesh) -> None:
+    """Give every attention its cp group."""
+    context = Context(mesh.get_group(), mesh.size())
+    for block in part.blocks():
+        if isinstance(block.attn, Attention):  # latent attention is refused by rule
+            block.attn.context = context
+
+
+COMPILER = "inductor"
+"""Backend of torch.compile."""
+
+
+def apply_compile(part: Decoder, tp: int) -> None:
+    """Compile each block on its own: equal blocks share one graph. Before ZeRO, so that its hooks stay outside.
+
+    The embedding's output under tp is still being communicated when the first block begins, and a compiled block would cut
+    its gradient off without a word: one copy before it waits for the values (`Decoder.settle`).
+    """
+    part.settle = tp > 1
+    for block in part.blocks():
+        block.compile(backend=COMPILER)
 
 
 def apply_recompute(parts: list[Decoder], stage: Stage) -> None:
@@ -80,23 +121,29 @@ def effective_zero(layout: Layout) -> int:
     return layout.zero if layout.dp * layout.cp > 1 else 0
 
 
-def apply_zero(part: Decoder, layout: Layout, job: Job, mesh: DeviceMesh) -> None:
+def apply_zero(part: Decoder, layout: Layout, job: Job, mesh: DeviceMesh, expert_mesh: DeviceMesh | None = None) -> None:
     """Wrap the embedding, each block, the norm with the head, and the rest, each as one unit of communication.
+
+    Experts that other ranks share than the rest of their layer are units of their own (`experts.wrap`).
 
     Kept (bytes, c = 2 in bf16, 4 in fp32): master weights and AdamW states 12P/D (12P for stage 0); a compute copy
     c*P from forward to the end of the step for stages 0 to 2, of one unit at a time for stage 3; fp32 gradients 4P/D
-    (4P for stage 0, and for stage 1 with several micro-batches).
+    (4P for stage 0, and for stage 1 with several micro-batches). With offload what is divided by D lives in host memory:
+    FSDP2 copies a unit's masters to the device to gather them, and its reduced gradients back.
     """
-    if not needs_wrapper(layout, job):
-        return
     zero = effective_zero(layout)
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[job.precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
+    bare = experts.wrap(part, expert_mesh, layout, zero, policy)
+    if not needs_wrapper(layout, job):
+        return
 
     def wrap(module: nn.Module | list[nn.Module], free_after_forward: bool) -> None:
+        options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": bare or None}
         if zero == 0:
-            replicate(module, mesh=mesh, mp_policy=policy)
+            replicate(module, **options)
         else:
-            options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
+            if layout.offload == "optimizer":
+                options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
             fully_shard(module, reshard_after_forward=free_after_forward, **options)
 
     embeddings = [m for m in (part.tok, part.pos) if m is not None]
@@ -114,7 +161,9 @@ def apply_zero(part: Decoder, layout: Layout, job: Job, mesh: DeviceMesh) -> Non
     # Tied: one parameter cannot be in two units, so embedding, norm and head stay in the root unit.
     wrap(part, False)
     if zero:
-        _gather_ahead([embeddings[0] if embeddings and not tied else None, *part.blocks(), heads[-1] if heads else part])
+        units = [unit for block in part.blocks() for unit in (*(moe.experts for moe in experts.mixtures(block)), block)]
+        _gather_ahead([embeddings[0] if embeddings and not tied else None, *units, heads[-1] if heads else part])
+    experts.gather_early(part.blocks())
 
 
 def _gather_ahead(units: Sequence[nn.Module | None]) -> None:
@@ -134,10 +183,11 @@ def prepare_accumulation(module: nn.Module, zero: int, last: bool) -> None:
     """Tell FSDP2 what this micro-batch's backward does, without a pipeline.
 
     Stages 0 and 1 add gradients up unreduced and reduce with the last micro-batch; 2 and 3 reduce-scatter each time.
-    Stages 0 to 2 keep gathered parameters until the last backward; 3 frees them after each.
+    Stages 0 to 2 keep gathered parameters until the last backward; 3 frees them after each. Copies of the states (hybrid
+    sharding) are made equal with the last micro-batch.
     """
-    if not isinstance(module, FSDPModule):
-        return
-    module.set_is_last_backward(last)
-    module.set_requires_gradient_sync(last or zero >= 2)
-    module.set_reshard_after_backward(last or zero == 3)
+    for unit in experts.units(module):
+        unit.set_is_last_backward(last)
+        unit.set_requires_gradient_sync(last or zero >= 2)
+        unit.set_requires_all_reduce(last)
+        unit.set_reshard_after_backward(last or zero == 3)

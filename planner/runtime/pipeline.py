@@ -1,41 +1,55 @@
 """Pipeline parallelism: which layers a rank holds, its stages, and the schedule.
 
-Stages are numbered chunk-major: chunk 0 of rank 0 to pp-1, then chunk 1 of rank 0 to pp-1 (stage = chunk * pp + rank).
+`Layout.chunk_ranges` and `specs.layout.stage_of` say which layers and which stage a rank's chunk is: chunk after chunk over the
+ranks, or down and up again in the V of ZBV and DualPipeV, whose first rank holds both the embedding and the head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 from torch.distributed.pipelining._backward import stage_backward
 from torch.distributed.pipelining.schedules import _PipelineSchedule
 
 from planner.planfile import Plan
-from planner.runtime.loss import token_loss
 from planner.runtime.mesh import World
 from planner.runtime.model import Decoder
-from planner.runtime.parallelize import DTYPES, effective_zero
+from planner.runtime.parallelize import effective_zero
+from planner.runtime.precision import DTYPES
+from planner.specs.layout import SPLIT_BACKWARD, stage_of
 
-
-def layer_ranges(chunks: list[list[int]]) -> list[range]:
-    """Layers of each stage in stage order, from layer counts as [rank][chunk]."""
-    counts = [rank[c] for c in range(len(chunks[0])) for rank in chunks]
-    starts = [sum(counts[:i]) for i in range(len(counts))]
-    return [range(start, start + n) for start, n in zip(starts, counts, strict=True)]
+CHUNKED = {
+    "interleaved": ScheduleInterleaved1F1B,
+    "interleaved-zb": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+"""torch's schedules of several stages a rank."""
 
 
 def build_parts(plan: Plan, world: World) -> dict[int, Decoder]:
-    """This rank's parts on the meta device, by stage number."""
-    ranges = layer_ranges(plan.layout.chunks)
-    last = len(ranges) - 1
+    """This rank's parts on the meta device, by stage number, in the order of its chunks."""
+    layout = plan.layout
+    last = layout.pp * layout.virtual_stages - 1
+    parts = {}
     with torch.device("meta"):
-        return {
-            i: Decoder(plan.model, ranges[i], first=i == 0, last=i == last) for i in range(world.pp_rank, len(ranges), world.pp)
-        }
+        for chunk, layers in enumerate(layout.chunk_ranges[world.pp_rank]):
+            stage = stage_of(layout.schedule, layout.pp, world.pp_rank, chunk)
+            parts[stage] = Decoder(plan.model, layers, first=stage == 0, last=stage == last)
+    return parts
 
 
 class ZeroStage(PipelineStage):
@@ -54,6 +68,7 @@ class ZeroStage(PipelineStage):
         self.submod.set_is_last_backward(last_backward)
         self.submod.set_reshard_after_backward(self.zero == 3)
         self.submod.set_requires_gradient_sync(True)
+        self.submod.set_requires_all_reduce(last_backward)
         grads = stage_backward(bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"])
         return grads, None
 
@@ -63,18 +78,23 @@ def _boundary(plan: Plan, stage: int, stages: int) -> tuple[torch.Tensor, torch.
     b, s, layout = plan.layout.micro_batch, plan.job.seq_len, plan.layout
     dtype = DTYPES[plan.job.precision]
     options: dict[str, Any] = {"dtype": dtype, "device": "meta", "requires_grad": True}
+    s = s // layout.cp
     hidden = torch.empty(b, s // layout.tp, plan.model.hidden, **options)
     tokens = torch.empty(b, s, dtype=torch.int64, device="meta")
     logits = torch.empty(b, s, plan.model.vocab, **options)
     return (tokens if stage == 0 else hidden), (logits if stage == stages - 1 else hidden)
 
 
-def build_schedule(plan: Plan, world: World, parts: dict[int, nn.Module]) -> _PipelineSchedule:
-    """The plan's schedule over this rank's parts; the loss is the mean over micro-batches."""
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def build_schedule(plan: Plan, world: World, parts: dict[int, nn.Module], loss: Loss) -> _PipelineSchedule:
+    """The plan's schedule over this rank's parts; `loss` of (logits, targets) is meant over micro-batches."""
     layout = plan.layout
     stages = world.pp * layout.virtual_stages
     zero = effective_zero(layout)
-    kind = ZeroStage if zero >= 2 else PipelineStage
+    # Where the backward is split, only torch's own stage knows when the last gradient is there: it reduces after all of them.
+    kind = ZeroStage if zero >= 2 and layout.schedule not in SPLIT_BACKWARD else PipelineStage
     built: list[Any] = []
     for index, part in parts.items():
         enters, leaves = _boundary(plan, index, stages)
@@ -84,8 +104,8 @@ def build_schedule(plan: Plan, world: World, parts: dict[int, nn.Module]) -> _Pi
             stage.zero = zero
         built.append(stage)
     m = layout.microbatches(plan.job)
-    if layout.schedule == "interleaved":
-        return ScheduleInterleaved1F1B(built, m, loss_fn=token_loss)
+    if layout.schedule in CHUNKED:
+        return CHUNKED[layout.schedule](built, m, loss_fn=loss)
     if layout.schedule == "gpipe":
-        return ScheduleGPipe(built[0], m, loss_fn=token_loss)
-    return Schedule1F1B(built[0], m, loss_fn=token_loss)
+        return ScheduleGPipe(built[0], m, loss_fn=loss)
+    return Schedule1F1B(built[0], m, loss_fn=loss)

@@ -1,49 +1,26 @@
 """Train a plan: `torchrun --nproc-per-node N -m planner.runtime.train PLAN.json --steps 20 --out DIR`.
 
-`Trainer` builds the plan's model, schedule and optimizer on this rank; `train_step` is the one step of every run.
+`Trainer` builds the plan's model, schedule and optimizer on this rank; `train_step` is the one step of every run. What
+happens between steps is in `loop`.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
-import time
-import warnings
-from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.tensor import DTensor
 
-from planner import planfile
-from planner.errors import InputError, PlannerError
 from planner.planfile import Plan
-from planner.runtime import loss, metrics, optim, parallelize, pipeline
+from planner.runtime import experts, faults, loss, optim, parallelize, pipeline, precision
 from planner.runtime.data import Batches
-from planner.runtime.mesh import World, build_world, start_processes
-from planner.runtime.meter import Meter
+from planner.runtime.mesh import World, build_world
 from planner.runtime.model import Decoder, initialise
-
-METERED_STEP = 2
-"""The step (counted from 0) that the memory meter watches on a CPU: all lasting state exists by then."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a run adds to its plan."""
-
-    steps: int = 20
-    seed: int = 0
-    lr: float = 3e-4
-    max_norm: float = 1.0
-    """Gradients are clipped to this global norm."""
-    data: Path | None = None
-    """Token file; a synthetic stream when left out."""
+from planner.runtime.precision import LossScale
+from planner.specs.training import Options
 
 
 class Trainer:
@@ -52,30 +29,50 @@ class Trainer:
     def __init__(self, plan: Plan, device: torch.device, options: Options | None = None):
         self.plan, self.options = plan, options or Options()
         self.layout = plan.layout
+        self.compiled = "compile" in plan.engine.split("+")
+        fused = self.compiled and device.type == "cuda" and plan.layout.tp == 1
+        self.token_loss = loss.compiled_loss() if fused else loss.token_loss
         self.microbatches = plan.layout.microbatches(plan.job)
         self.zero = parallelize.effective_zero(plan.layout)
         self.world: World = build_world(plan, device)
         self.parts = self._build_parts()
-        self.schedule = pipeline.build_schedule(plan, self.world, dict(self.parts)) if self.world.pp > 1 else None
+        self.scale = LossScale(plan.job.precision)
+        self.schedule = None
+        if self.world.pp > 1:
+            self.schedule = pipeline.build_schedule(plan, self.world, dict(self.parts), self._scaled_loss)
         self.optimizer = optim.build_optimizer(self.parameters(), self.options.lr)
         self.batches = Batches(plan, self.world, self.options.seed, self.options.data)
+        self.own_losses: list[Tensor] = []
+        """This rank's loss of each micro-batch of the last step, on the last stage."""
+        self.mark: Callable[[int, int], None] = lambda step, phase: None
+        """Told where the step is, by an index of `faults.PHASES`."""
 
     def _build_parts(self) -> dict[int, Decoder]:
         """Build on the meta device, parallelise, then allocate only what this rank keeps."""
         mesh, layout = self.world.mesh, self.layout
+        precision.check_fp8(self.plan, self.world.device)
         parts = pipeline.build_parts(self.plan, self.world)
         parallelize.apply_recompute(list(parts.values()), layout.stages[self.world.pp_rank])
         for part in parts.values():
             part.tie()
+            if self.plan.job.linears == "fp8":
+                precision.apply_fp8(part)
             if layout.tp > 1:
                 parallelize.apply_tp(part, mesh["tp"])
-            parallelize.apply_zero(part, layout, self.plan.job, mesh["dp"])
+            if layout.cp > 1:
+                parallelize.apply_cp(part, mesh["cp"])
+            experts.place(part, self.world.experts, layout)
+            if self.compiled:
+                parallelize.apply_compile(part, layout.tp)
+            parallelize.apply_zero(part, layout, self.plan.job, self.world.states, self.world.experts)
             self.allocate(part)
         return parts
 
     def allocate(self, part: Decoder) -> None:
         """Give a part its memory and first values."""
-        initialise(part, self.plan.job.seq_len, self.options.seed, self.world.device)
+        job, device = self.plan.job, self.world.device
+        home = torch.device("cpu") if self.layout.offload == "optimizer" else device
+        initialise(part, self.world.tokens(job.seq_len), self.options.seed, device, home, precision.DTYPES[job.precision])
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters by name; names do not depend on the plan."""
@@ -88,28 +85,43 @@ class Trainer:
     def forward_backward(self, step: int) -> float:
         """Gradients of one global batch; returns its mean loss, on every rank. Collective."""
         tokens, targets = self.batches.get(step)
+        self.mark(step, 1)
         with loss.split_vocabulary(self.layout.tp):
             losses = self._accumulate(tokens, targets) if self.schedule is None else self._pipeline(tokens, targets)
         _settle_gradients(self.parameters())
-        return self._mean_loss(losses)
+        self.scale.unscale(self.parameters())
+        self.own_losses = losses
+        return self.mean_loss(losses) / self.scale.value
+
+    def _scaled_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Loss of a micro-batch, times the loss scale."""
+        return self.token_loss(logits, targets) * self.scale.value
 
     def _accumulate(self, tokens: Tensor, targets: Tensor) -> list[Tensor]:
         """One micro-batch after another, without a pipeline."""
         (part,) = self.parts.values()
-        size, losses = self.layout.micro_batch, []
-        for i in range(self.microbatches):
-            rows = slice(i * size, (i + 1) * size)
+        losses = []
+        for i, (own, wanted) in enumerate(self.micro_batches(tokens, targets)):
             parallelize.prepare_accumulation(part, self.zero, last=i == self.microbatches - 1)
-            value = loss.token_loss(part(tokens[rows]), targets[rows])
+            value = self._scaled_loss(part(own), wanted)
             (value / self.microbatches).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.plain(value))
         return losses
 
+    def micro_batches(self, tokens: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's batch in micro-batches."""
+        size = self.layout.micro_batch
+        return zip(torch.split(tokens, size), torch.split(targets, size), strict=True)
+
     def _pipeline(self, tokens: Tensor, targets: Tensor) -> list[Tensor]:
-        """All micro-batches through the schedule; losses appear on the last stage only."""
+        """Forward and backward of all micro-batches through the schedule."""
         assert self.schedule is not None
+        return self.through(self.schedule.step, tokens, targets)
+
+    def through(self, run: Callable[..., Any], tokens: Tensor, targets: Tensor) -> list[Tensor]:
+        """Losses of all micro-batches by one of the schedule's methods, times the loss scale; on the last stage only."""
         losses: list[Tensor] = []
-        self.schedule.step(
+        run(
             *((tokens,) if self.world.is_first_stage else ()),
             target=targets if self.world.is_last_stage else None,
             losses=losses,
@@ -117,15 +129,14 @@ class Trainer:
         )
         return [loss.plain(value) for value in losses]
 
-    def _mean_loss(self, losses: list[Tensor]) -> float:
-        """Mean over micro-batches and data parallel ranks, sent from the last stage to all."""
+    def mean_loss(self, losses: list[Tensor]) -> float:
+        """Mean over micro-batches, data and context parallel ranks, sent from the last stage to all."""
         total = torch.zeros((), device=self.world.device)
         if losses:
-            total = torch.stack(losses).float().mean() / self.world.dp
-        mesh = self.world.mesh
-        for dim, size in (("dp", self.world.dp), ("pp", self.world.pp)):
-            if size > 1:
-                dist.all_reduce(total, group=mesh[dim].get_group())
+            total = torch.stack(losses).float().mean() / self.world.data.size()
+        for mesh in (self.world.data, self.world.mesh["pp"]):
+            if mesh.size() > 1:
+                dist.all_reduce(total, group=mesh.get_group())
         return float(total)
 
     def named_gradients(self) -> dict[str, Tensor]:
@@ -133,17 +144,25 @@ class Trainer:
         return optim.full_gradients(self.named_parameters())
 
     def optimizer_step(self, step: int) -> tuple[float, float]:
-        """Clip, update, clear gradients; returns (gradient norm, learning rate). Collective."""
-        lr = optim.learning_rate(step, self.options.steps, self.options.lr)
+        """Clip, update, clear gradients; returns (gradient norm, learning rate). Collective.
+
+        Gradients that overflowed make no step.
+        """
+        lr = optim.learning_rate(step, self.options)
         optim.set_learning_rate(self.optimizer, lr)
-        norm = optim.clip_gradients(self.parameters(), self.options.max_norm, self.world)
-        self.optimizer.step()
+        norm = optim.global_norm(self.parameters(), self.world)
+        if self.scale.accepts(norm):
+            faults.check_norm(self, step, float(norm))
+            optim.clip_gradients(self.parameters(), self.options.max_norm, norm)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm, lr
+        return float(norm), lr
 
     def train_step(self, step: int) -> tuple[float, float, float]:
         """One optimizer step: (loss, gradient norm, learning rate)."""
         value = self.forward_backward(step)
+        self.mark(step, 2)
+        faults.check_loss(self, step, value)
         return (value, *self.optimizer_step(step))
 
 
@@ -155,91 +174,7 @@ def _settle_gradients(params: list[nn.Parameter]) -> None:
             param.grad = grad.redistribute(placements=param.placements)
 
 
-def run(plan: Plan, device: torch.device, options: Options, out: Path, log_every: int = 1) -> None:
-    """Train for `options.steps` steps and write metrics and summary into `out`. Collective."""
-    trainer = Trainer(plan, device, options)
-    world, meter = trainer.world, Meter()
-    if device.type == "cuda":  # what building took is not the plan's peak
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    recorder = metrics.Recorder(plan, world, out, log_every, options.steps)
-    peaks: tuple[int | None, int | None] = (None, None)
-    for step in range(options.steps):
-        metered = device.type == "cpu" and step == min(METERED_STEP, options.steps - 1)
-        start = time.perf_counter()
-        with meter if metered else nullcontext():
-            value, norm, lr = trainer.train_step(step)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elapsed = time.perf_counter() - start
-        peaks = metrics.peak_memory(device, meter.peak or None)
-        allocated, reserved = metrics.largest(peaks, world)
-        recorder.add(
-            metrics.StepRecord(
-                step=step,
-                loss=value,
-                grad_norm=norm,
-                lr=lr,
-                step_time_s=elapsed,
-                **metrics.rates(plan, elapsed),
-                peak_allocated_bytes=allocated,
-                peak_reserved_bytes=reserved,
-                metered=metered,
-            )
-        )
-    recorder.close(peaks)
+if __name__ == "__main__":  # the module that launch files name; the program is in `command`
+    from planner.runtime.command import main
 
-
-def check_plan(plan: Plan) -> None:
-    """Raise InputError for a plan that the runtime does not run: the rules are the bundled engine's, not ours."""
-    problems = planfile.refusals(plan)
-    if problems:
-        raise InputError(problems)
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="planner.runtime.train", description="Train a plan.", allow_abbrev=False)
-    parser.add_argument("plan", type=Path, help="plan file")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--out", type=Path, required=True, help="directory for metrics.jsonl and summary.json")
-    parser.add_argument("--data", type=Path, default=None, help="flat binary file of token ids")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate")
-    parser.add_argument("--log-every", type=int, default=1, help="steps between progress lines")
-    return parser.parse_args()
-
-
-@record
-def main() -> None:
-    """Entry point of each process."""
-    arguments = _arguments()
-    rank = int(os.environ.get("RANK", "0"))
-    # The embedding's output is a view under sequence parallelism; nothing here writes into it.
-    warnings.filterwarnings("ignore", message=".*returned a view tensor")
-    try:
-        plan = planfile.read(arguments.plan)
-        check_plan(plan)
-        device = start_processes(plan)
-        options = Options(arguments.steps, arguments.seed, arguments.lr, data=arguments.data)
-        run(plan, device, options, arguments.out, arguments.log_every)
-        dist.barrier()  # nobody leaves while another still talks to it
-    except PlannerError as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # every rank stops for the same reason: say it once a node
-            print(error, file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        print(f"[rank {rank}] {type(error).__name__}: {first}", file=sys.stderr, flush=True)
-        raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-if __name__ == "__main__":
     main()
-    # Everything is written. Threads of gloo and of the autograd engine may outlive their owners while the interpreter is
-    # torn down, and abort a run that succeeded ("terminate called without an active exception"): leave without teardown.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)

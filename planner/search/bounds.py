@@ -11,15 +11,18 @@ Every bound is admissible because it only drops constraints:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from planner.cost import step
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
-from planner.cost.schedules import in_flight, in_flight_layers
+from planner.cost.schedules import ends, in_flight, in_flight_layers, put_off, splits_backward
 from planner.cost.task import Bools, Ints, LayoutArray
+from planner.specs.layout import SCHEDULES
+from planner.specs.model import Model
 
 BIG = np.int64(1) << 60
 """Stands for infinity; two of them never meet in a sum."""
@@ -35,7 +38,7 @@ class Group:
     """Rows with one pipeline degree; ranks are the second axis of every array."""
 
     p: Primitives
-    """Fields as columns, shape (rows, 1)."""
+    """Fields as columns, shape (rows, 1); (rows, pp) on several device types, for which `hetero` has the bounds."""
     layouts: LayoutArray
     pp: int
     n_layers: int
@@ -45,8 +48,10 @@ class Group:
     last: Ints
     flight: Ints
     """In-flight chunk-micro-batches, shape (rows, pp)."""
+    waiting: Ints
+    """Those among them that wait for their weight gradients, shape (rows, pp)."""
     stack: Stack | None = None
-    """Primitives by kind of layers, where the model mixes several; `p` is then that of its last layers."""
+    """Primitives by kind of layers, where places matter (`by_place`); `p` is then that of its last layers."""
     blended: Primitives | None = None
     """Primitives of windows of layers of several kinds, shape (rows, 1, windows): see `mixed`."""
 
@@ -72,20 +77,11 @@ class Group:
         zero = np.zeros((1, 1), dtype=np.int64)
         return step.stage_time(self.p, self.first, self.last, zero, zero, zero)
 
-    def room(self, mode: int) -> Ints:
-        """Bytes left for layers when the strongest recompute mode is `mode`, shape (rows, pp)."""
-        return room(self.p, self.first, self.last, self.flight, mode)
-
-    def deep_room(self, mode: int) -> Ints:
-        """The same for every window, shape (rows, pp, 1 or windows)."""
-        if self.blended is None:
-            return self.room(mode)[:, :, None]
-        return room(self.blended, self.first[:, :, None], self.last[:, :, None], self.flight[:, :, None], mode)
-
-    def ends_within(self, layers: Ints, mode: int) -> Bools:
-        """Whether ranks with `layers` layers fit when a backward ends, shape (rows, pp, 1 or windows)."""
-        place = (self.first[:, :, None], self.last[:, :, None], layers, self.flight[:, :, None])
-        return step.stage_update_bytes(self.deep, *place, mode) <= self.p.capacity[:, :, None]
+    def left(self, mode: int, layers: Ints) -> Ints:
+        """Bytes that ranks with `layers` layers may save for backward when the strongest recompute mode is `mode`, shape (rows,
+        pp, 1 or windows)."""
+        place = (self.first[:, :, None], self.last[:, :, None], self.flight[:, :, None])
+        return step.saved_limit(self.deep, *place, layers, mode)
 
     def act(self, mode: int) -> Ints:
         """Saved bytes of one layer and micro-batch under a mode, shape (rows, 1)."""
@@ -98,50 +94,59 @@ class Group:
         index = np.arange(self.pp, dtype=np.int64).reshape((1, self.pp) + (1,) * (layers.ndim - 2))
         return in_flight_layers(x.schedule[extra], x.pp[extra], x.virtual_stages[extra], x.microbatches[extra], index, layers)
 
+    def kept(self, p: Primitives, layers: Ints, mode: int) -> Ints:
+        """Bytes that micro-batches in flight keep of `layers` on each rank under a mode; broadcasts like `weight`."""
+        held = self.weight(layers) * p.saved(mode)
+        if not np.any(self.waiting):
+            return held
+        extra = (slice(None), slice(None)) + (None,) * (layers.ndim - 2)
+        return held + self.waiting[extra] * (layers // self.chunks) * p.deferred
 
-def room(p: Primitives, first: Ints, last: Ints, flight: Ints, mode: int) -> Ints:
-    """Bytes left for layers when the strongest recompute mode is `mode`; all arguments broadcast."""
-    base = step.stage_base_bytes(p, first, last, flight)
-    return p.capacity - base - step.stage_transient(p, first, last, mode)
+    @property
+    def chunks(self) -> int:
+        """v of rows under a split backward, which share it."""
+        return int(self.layouts.virtual_stages[0])
 
 
 def group_of(p: Primitives, layouts: LayoutArray, n_layers: int, modes: tuple[int, ...]) -> Group:
-    """A group from rows that share pp."""
-    pp = int(layouts.pp[0])
-    index = np.arange(pp, dtype=np.int64)[None, :]
+    """A group from rows that share pp, and a schedule where one of them splits its backward: that recomputes nothing."""
+    modes = (0,) if splits_backward(layouts.schedule[:1])[0] else modes
     columns = Primitives(**{f.name: getattr(p, f.name)[:, None] for f in fields(p)})
-    x = layouts
+    return group_by_rank(columns, layouts, n_layers, modes)
+
+
+def group_by_rank(columns: Primitives, x: LayoutArray, n_layers: int, modes: tuple[int, ...]) -> Group:
+    """The same from primitives with ranks on their second axis, or one column for all of them."""
+    pp = int(x.pp[0])
+    index = np.arange(pp, dtype=np.int64)[None, :]
     flight = in_flight(x.schedule[:, None], x.pp[:, None], x.virtual_stages[:, None], x.microbatches[:, None], index)
-    first, last = (index == 0).astype(np.int64), (index == pp - 1).astype(np.int64)
-    return Group(columns, layouts, pp, n_layers, modes, first, last, flight)
+    waiting = put_off(x.schedule[:, None], x.pp[:, None], index)
+    first, last = ends(x.schedule[:1, None], pp, index)
+    return Group(columns, x, pp, n_layers, modes, first, last, flight, waiting)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
 def most_layers(g: Group) -> Ints:
-    """The most layers, in whole layers a chunk, that each rank can hold under its best recompute, shape (rows, pp). Exact."""
-    best = np.zeros((len(g.layouts), g.pp), dtype=np.int64)
+    """The most layers, in whole layers a chunk, that each rank can hold under its best recompute, shape (rows, pp). Exact.
+
+    Chunks are equal, so v layers more, one a chunk, weigh v states, as many activations as chunk-micro-batches in flight, and
+    as many output gradients as wait for their weight gradients.
+    """
+    best, v = np.zeros((len(g.layouts), g.pp), dtype=np.int64), g.least
+    place, zero = (g.first, g.last, g.flight), np.zeros((1, 1), dtype=np.int64)
+    between = g.p.capacity - step.between_base(g.p, *place)
     for mode in g.modes:
-        room = g.room(mode)
-        if np.all(g.layouts.virtual_stages == 1):
-            most = np.where(room < 0, 0, room // (g.p.state + g.flight * g.act(mode)))
-        else:
-            most = _most_by_bisection(g, room, mode)
-        for ending in step.endings(g.p, g.first, g.last, g.flight, mode).values():
-            most = np.minimum(most, ending.most(g.p.capacity, g.p.chunks))
-        best = np.maximum(best, most)
-    return np.minimum(best, g.n_layers) // g.least * g.least  # chunks are equal: a rank holds whole multiples of them
-
-
-def _most_by_bisection(g: Group, room: Ints, mode: int) -> Ints:
-    """The same where in-flight weight is a step function of the layers (virtual stages); it never decreases."""
-    low, high = np.zeros_like(room), np.full_like(room, g.n_layers)
-    while np.any(low < high):
-        middle = (low + high + 1) // 2
-        fits = middle * g.p.state + g.weight(middle) * g.act(mode) <= room
-        low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
-    return low
+        room = g.p.capacity - step.stage_base_bytes(g.p, *place) - step.stage_transient(g.p, g.first, g.last, mode)
+        kept = g.flight * g.act(mode)
+        most = room // (v * g.p.state + kept + g.waiting * g.p.deferred)
+        others = between // np.maximum(g.first * (v * g.p.state + kept - g.act(mode)), 1)
+        best = np.maximum(best, np.where((room < 0) | (between < 0), 0, np.where(g.first == 1, np.minimum(most, others), most)))
+    for ending in step.endings(g.p, g.first, g.last).values():
+        left = g.p.capacity - ending.of(zero)
+        best = np.minimum(best, np.where(left < 0, 0, left // np.maximum(ending.state, 1) // v))
+    return np.minimum(best, g.n_layers // v) * v
 
 
 def memory_feasible(g: Group) -> Bools:
@@ -203,31 +208,45 @@ def simple_bound(g: Group) -> Ints:
 
 def target_bound(g: Group, target: int) -> Ints:
     """Lower bound on T, valid below `target`: min(bound, target) for each row. ns, shape (rows,)."""
-    rows = len(g.layouts)
-    result = np.full(rows, target, dtype=np.int64)
-    least = int(g.least.min())
-    reach = reach_below(g, target)
+    result = np.full(len(g.layouts), target, dtype=np.int64)
+    least, reach = int(g.least.min()), reach_below(g, target)
     alive = np.nonzero(reach >= g.least[:, 0])[0]
-    if not len(alive):
-        return result
-    order = alive[np.argsort(reach[alive], kind="stable")]
-    start = 0
-    while start < len(order):
-        # Rows of similar reach share a table, so that little of it is padding.
-        width = max(1, int(reach[order[start]]) * 5 // 4 + 1 - least)
-        stop = start + max(1, _TABLE_ENTRIES // (g.pp * width))
-        stop = min(stop, start + int(np.searchsorted(reach[order[start:]], least + width, side="right")))
-        chunk = order[start : max(stop, start + 1)]
-        result[chunk] = _table_bound(_rows_of(g, chunk), target, int(reach[chunk].max()))
-        start += len(chunk)
+    for chunk in of_similar_reach(reach, alive, _TABLE_ENTRIES // g.pp, lambda most: most - least):
+        result[chunk] = _table_bound(rows_of(g, chunk), target, int(reach[chunk].max()))
     return result
 
 
-def same_pipeline(x: LayoutArray, rows: Ints, mixes: bool = False) -> list[Ints]:
-    """Rows in chunks that share pp and whether they have virtual stages (`mixes`: how many): what a `Group` needs."""
-    v = x.virtual_stages[rows] if mixes else (x.virtual_stages[rows] > 1).astype(np.int64)
-    most = int(v.max(initial=0)) + 1
-    key = x.pp[rows] * most + v
+def of_similar_reach(reach: Ints, rows: Ints, entries: int, width: Callable[[int], int]) -> Iterator[Ints]:
+    """`rows` in chunks of similar reach, which share a table so that little of it is padding.
+
+    `entries` bounds the rows of a chunk times its table's `width`, the windows of a rank that holds so many layers at most.
+    """
+    order = rows[np.argsort(reach[rows], kind="stable")]
+    start = 0
+    while start < len(order):
+        most = int(reach[order[start]]) * 5 // 4 + 1
+        stop = start + max(1, entries // width(most))
+        stop = min(stop, start + int(np.searchsorted(reach[order[start:]], most, side="right")))
+        chunk = order[start : max(stop, start + 1)]
+        yield chunk
+        start += len(chunk)
+
+
+def by_place(model: Model, virtual_stages: Ints) -> Bools:
+    """Where the cost of a rank depends on which layers it holds, not only on how many: kinds mix, or a round is shorter."""
+    return np.asarray((model.n_layers % virtual_stages > 0) | (not model.homogeneous))
+
+
+def same_pipeline(x: LayoutArray, rows: Ints, model: Model) -> list[Ints]:
+    """Rows in chunks that share pp and whether they have virtual stages (`by_place`: how many): what a `Group` needs.
+
+    Those that split their backward share their schedule and v besides.
+    """
+    split, v = splits_backward(x.schedule[rows]), x.virtual_stages[rows]
+    v = np.where(split | by_place(model, v), v, (v > 1).astype(np.int64))
+    kind = v * len(SCHEDULES) + np.where(split, x.schedule[rows], 0)
+    most = int(kind.max(initial=0)) + 1
+    key = x.pp[rows] * most + kind
     chunks = []
     for value in np.unique(key):
         same = rows[key == value]
@@ -236,8 +255,9 @@ def same_pipeline(x: LayoutArray, rows: Ints, mixes: bool = False) -> list[Ints]
     return chunks
 
 
-def _rows_of(g: Group, rows: Ints) -> Group:
-    return Group(g.p.take(rows), g.layouts.take(rows), g.pp, g.n_layers, g.modes, g.first, g.last, g.flight[rows])
+def rows_of(g: Group, rows: Ints) -> Group:
+    """Some rows of a group, without what is kept by kind of layers."""
+    return replace(g, p=g.p.take(rows), layouts=g.layouts.take(rows), flight=g.flight[rows], waiting=g.waiting[rows])
 
 
 def _allowed_bottleneck(g: Group, target: int) -> Ints:
@@ -248,7 +268,7 @@ def _allowed_bottleneck(g: Group, target: int) -> Ints:
 def allowed_bottleneck(g: Group, target: int, once: Ints, total: Ints) -> Ints:
     """The same from lower bounds on max d and on sum R."""
     x = g.layouts
-    budget = (target - 1 - g.p.constant[:, 0] - once) * x.virtual_stages - total
+    budget = (target - 1 - g.p.constant[:, 0] - once) * x.virtual_stages - total + g.p.credit[:, 0]
     factor = x.virtual_stages * x.microbatches - 1
     return np.where(budget < 0, -1, np.where(factor > 0, budget // np.maximum(factor, 1), BIG // 2))
 
@@ -274,7 +294,7 @@ def _table_bound(g: Group, target: int, reach: int) -> Ints:
     result = np.full(len(g.layouts), target, dtype=np.int64)
     if not len(found):
         return result
-    sub, again, time = _rows_of(g, found), again[found], time[found]
+    sub, again, time = rows_of(g, found), again[found], time[found]
     once = np.maximum(_least_once(sub), _smallest_once(sub, time, layers))
     base = sub.extra_time().sum(axis=1) + g.n_layers * (sub.p.forward + sub.p.backward)[:, 0]
     first = to_step(sub, slowest[found], np.maximum(base, _base_total(sub)), once)
@@ -282,7 +302,7 @@ def _table_bound(g: Group, target: int, reach: int) -> Ints:
     tight = np.nonzero(first < target)[0]
     extra = _smallest_sum(np.where(time[tight] < BIG, again[tight], BIG), least, g.n_layers)
     within = extra < BIG
-    close = _rows_of(sub, tight)
+    close = rows_of(sub, tight)
     value = to_step(close, slowest[found][tight], base[tight] + np.where(within, extra, 0), once[tight])
     result[found[tight]] = np.where(within, np.minimum(value, target), target)
     return result
@@ -296,22 +316,21 @@ def least_recompute(g: Group, layers: Ints) -> Ints:
     """
     shape = np.broadcast(g.flight[:, :, None], layers).shape
     p = g.deep
-    held = layers * p.state
     best = np.full(shape, BIG, dtype=np.int64)
     if np.any(g.layouts.virtual_stages > 1):
-        weight = g.weight(np.broadcast_to(layers, shape))
+        everywhere = np.broadcast_to(layers, shape)
         first, last = g.first[:, :, None], g.last[:, :, None]
         none = np.zeros_like(layers)
         linear = step.stage_time(p, first, last, layers, none, none)
         for mode in g.modes:
-            fits = held + weight * p.saved(mode) <= g.deep_room(mode)
+            fits = g.kept(p, everywhere, mode) <= g.left(mode, layers)
             time = step.stage_time(p, first, last, layers, layers if mode == 1 else none, layers if mode == 2 else none)
             best = np.where(fits, np.minimum(best, time - linear), best)
         return best
     pairs = g.flight[:, :, None] * layers
     for strongest in g.modes:
         usable = tuple(m for m in g.modes if m <= strongest)
-        short = held + pairs * p.act0 - g.deep_room(strongest)
+        short = pairs * p.act0 - g.left(strongest, layers)
         best = np.minimum(best, _relaxed(g, layers, short, usable))
     return best
 

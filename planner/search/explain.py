@@ -9,12 +9,13 @@ import numpy as np
 
 from planner import stopping
 from planner.cost import step
+from planner.cost.schedules import splits_backward
 from planner.cost.task import MAX_DEVICES, Ints, LayoutArray, Task
 from planner.engines.base import Engine
-from planner.search import bounds, mixed
+from planner.search import bounds, hetero, mixed
 from planner.search.solve import group_of, memory_feasible, price
 from planner.search.space import Rows, Space, enumerate_rows
-from planner.specs.layout import RECOMPUTE_MODES, Layout, even_stages
+from planner.specs.layout import RECOMPUTE_MODES, Layout, Stage, even_stages
 
 MAX_TRIES = 400
 """Cluster sizes that are tried before the search for the smallest one gives up."""
@@ -35,13 +36,18 @@ def nearest_layout(task: Task, space: Space, rows: Rows) -> Nearest | None:
     best: tuple[int, int, int] | None = None
     for mode in space.modes if len(x) else ():
         excess = _even_excess(task, x, mode)
+        excess = np.where(splits_backward(x.schedule) & (mode > 0), np.iinfo(np.int64).max, excess)  # nothing is recomputed
         row = int(np.argmin(excess))
         if best is None or int(excess[row]) < best[0]:
             best = (int(excess[row]), row, mode)
     if best is None:
         return None
-    stages = even_stages(task.model.n_layers, int(x.pp[best[1]]), RECOMPUTE_MODES[best[2]])
-    return Nearest(x.layout(best[1], stages), best[0])
+    return Nearest(x.layout(best[1], _even(task, x, best[1], best[2])), best[0])
+
+
+def _even(task: Task, x: LayoutArray, row: int, mode: int) -> list[Stage]:
+    """The even split of a row under one recompute mode."""
+    return even_stages(task.model.n_layers, int(x.pp[row]), RECOMPUTE_MODES[mode], int(x.virtual_stages[row]))
 
 
 def any_fits(task: Task, engine: Engine, space: Space) -> bool:
@@ -53,7 +59,7 @@ def any_fits(task: Task, engine: Engine, space: Space) -> bool:
     if not len(x):
         return False
     p, stack = price(task, x)
-    for chunk in bounds.same_pipeline(x, np.arange(len(x)), stack is not None):
+    for chunk in bounds.same_pipeline(x, np.arange(len(x)), task.model):
         stopping.check()
         g = group_of(task, space.modes, x, p, stack, chunk)
         if memory_feasible(task, g).any():
@@ -63,14 +69,15 @@ def any_fits(task: Task, engine: Engine, space: Space) -> bool:
 
 def _even_excess(task: Task, x: LayoutArray, mode: int) -> Ints:
     """Bytes beyond what each layout may hold when split evenly under one recompute mode."""
-    if task.model.homogeneous:
+    if task.model.homogeneous and not task.types:
         return step.even_step_cost(task, x, mode).excess
     p, stack = price(task, x)
     excess = np.full(len(x), np.iinfo(np.int64).max)
-    for chunk in bounds.same_pipeline(x, np.arange(len(x)), True):
-        even = x.layout(int(chunk[0]), even_stages(task.model.n_layers, int(x.pp[chunk[0]])))
+    for chunk in bounds.same_pipeline(x, np.arange(len(x)), task.model):
+        even = x.layout(int(chunk[0]), _even(task, x, int(chunk[0]), mode))
         g = group_of(task, (mode,), x, p, stack, chunk)
-        excess[chunk] = mixed.excess(task, g, step.layers_by_kind(task, even), mode)
+        counts = step.chunks_by_kind(task, even)
+        excess[chunk] = mixed.excess(g, counts, mode) if g.stack else hetero.excess(g, counts.sum(axis=(1, 2)), mode)
     return excess
 
 

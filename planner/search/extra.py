@@ -11,12 +11,13 @@ from dataclasses import replace
 import numpy as np
 
 from planner.cost.blending import Stack
-from planner.cost.primitives import Primitives, capacity
+from planner.cost.primitives import Primitives
 from planner.cost.task import Ints, LayoutArray, Task
 from planner.engines.base import Engine
 from planner.search import bounds
-from planner.search.solve import group_of, memory_feasible, price
+from planner.search.solve import group_of, memory_feasible, price, with_limit
 from planner.search.space import Space, enumerate_rows
+from planner.specs.hardware import HardwareProfile
 from planner.units import MIB
 
 MOST_MIB = 1 << 24
@@ -25,11 +26,16 @@ MOST_MIB = 1 << 24
 
 def with_memory(task: Task, extra: int) -> Task:
     """The task on devices with `extra` more bytes; the policy's limits hold of the larger memory."""
-    device = task.hardware.device
+    types = tuple(replace(t, hardware=_larger(t.hardware, extra)) for t in task.types)
+    return replace(task, hardware=_larger(task.hardware, extra), types=types)
+
+
+def _larger(hardware: HardwareProfile, extra: int) -> HardwareProfile:
+    """The profile with `extra` more bytes on every device."""
+    device = hardware.device
     memory = device.memory.model_copy(update={"value": f"{int(device.memory.base) + extra} B"})
     memory.__dict__.pop("base", None)
-    larger = device.model_copy(update={"memory": memory})
-    return replace(task, hardware=task.hardware.model_copy(update={"device": larger}))
+    return hardware.model_copy(update={"device": device.model_copy(update={"memory": memory})})
 
 
 def least_extra_memory(task: Task, engine: Engine, space: Space) -> int | None:
@@ -64,11 +70,10 @@ def least_extra_memory(task: Task, engine: Engine, space: Space) -> int | None:
 
 
 def _fitting(task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, stack: Stack | None, rows: Ints) -> Ints:
-    """Those of `rows` that fit the task's memory; nothing else that was priced depends on it."""
-    p = replace(p, capacity=capacity(task, p.outside))
-    stack = None if stack is None else stack.with_capacity(p.capacity)
+    """Those of `rows` that fit the task's memory."""
+    p, stack = with_limit(task, p, stack)
     found = []
-    for chunk in bounds.same_pipeline(x, rows, stack is not None):
+    for chunk in bounds.same_pipeline(x, rows, task.model):
         g = group_of(task, modes, x, p, stack, chunk)
         found.append(chunk[memory_feasible(task, g)])
     return np.concatenate([np.zeros(0, dtype=np.int64), *found])

@@ -46,7 +46,7 @@ def memory_front(task: Task, engine: Engine, space: Space, points: int, progress
     yield Settled(task, outcome)
     if outcome.status != "optimal" or outcome.stopped_by or points < 2:
         return
-    low = _lowest(task, rows.layouts, space.modes, state.fits)
+    low = _lowest(state)
     for fraction in np.linspace(task.max_memory_fraction, low, points).tolist()[1:]:
         stopping.check()
         started, lower = time.perf_counter(), replace(task, max_memory_fraction=fraction)
@@ -63,8 +63,8 @@ def memory_front(task: Task, engine: Engine, space: Space, points: int, progress
 
 def _under(state: solve._State, task: Task) -> solve._State:
     """The state of a search under a lower limit: bounds are kept, and memory tested anew where rows still fitted."""
-    p, stack = solve.price(task, state.layouts)
-    fits = _fitting(task, state.layouts, state.space.modes, state.fits)
+    p, stack = solve.with_limit(task, state.p, state.stack)
+    fits = _fitting(state, task, state.fits)
     nothing = np.zeros(len(state.layouts), dtype=bool)
     bound = np.where(fits, state.bound, bounds.BIG)
     return replace(
@@ -72,23 +72,23 @@ def _under(state: solve._State, task: Task) -> solve._State:
     )
 
 
-def _fitting(task: Task, x: LayoutArray, modes: tuple[int, ...], candidates: Bools) -> Bools:
+def _fitting(state: solve._State, task: Task, candidates: Bools) -> Bools:
     """Which of the candidate rows fit under the task's limit. Exact."""
-    p, stack = solve.price(task, x)
+    x, (p, stack) = state.layouts, solve.with_limit(task, state.p, state.stack)
     fits, rows = np.zeros(len(x), dtype=bool), np.nonzero(candidates)[0]
-    for chunk in bounds.same_pipeline(x, rows, stack is not None):
+    for chunk in bounds.same_pipeline(x, rows, task.model):
         stopping.check()
-        g = solve.group_of(task, modes, x, p, stack, chunk)
+        g = solve.group_of(task, state.space.modes, x, p, stack, chunk)
         fits[chunk] = solve.memory_feasible(task, g)
     return fits
 
 
-def _lowest(task: Task, x: LayoutArray, modes: tuple[int, ...], fits: Bools) -> float:
-    """The lowest limit, as a share of usable memory, that some row fits under; `fits` says which fit under the task's own."""
-    low, high = 0.0, task.max_memory_fraction
+def _lowest(state: solve._State) -> float:
+    """The lowest limit, as a share of usable memory, that some row fits under; the state says which fit under its task's."""
+    low, high, fits = 0.0, state.task.max_memory_fraction, state.fits
     while high - low > RESOLUTION * high:
         middle = high / 2 if low == 0 else (low * high) ** 0.5
-        found = _fitting(replace(task, max_memory_fraction=middle), x, modes, fits)
+        found = _fitting(state, replace(state.task, max_memory_fraction=middle), fits)
         if found.any():
             high, fits = middle, found
         else:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.cost import step
+from planner.cost import devicetypes, step
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
+from planner.cost.schedules import splits_backward
 from planner.cost.task import Ints, LayoutArray, StageArray, Task, even_runs
 from planner.specs.layout import RECOMPUTE_MODES, Layout, even_stages
 
@@ -43,7 +44,7 @@ def best_even(
     ascending `bound` (ns), which ends the scan: a row whose bound is not below the best value found cannot be better.
     """
     best: tuple[int, int, int] | None = None
-    usable = order[_divides(task, x)[order]]
+    usable, split = order[_divides(task, x)[order]], splits_backward(x.schedule)
     for start in range(0, len(usable), _PIECE):
         rows = usable[start : start + _PIECE]
         if best is not None and int(bound[rows[0]]) >= best[0]:
@@ -51,14 +52,33 @@ def best_even(
         for mode in modes:
             p, stack = priced
             cost = _cost(task, x.take(rows), p.take(rows), None if stack is None else stack.take(rows), mode)
-            times = np.where(cost.fits, cost.step, np.iinfo(np.int64).max)
+            allowed = cost.fits & ~(split[rows] & (mode > 0))
+            times = np.where(allowed, cost.step, np.iinfo(np.int64).max)
             at = int(np.argmin(times))
-            if bool(cost.fits[at]) and (best is None or int(times[at]) < best[0]):
+            if bool(allowed[at]) and (best is None or int(times[at]) < best[0]):
                 best = int(times[at]), int(rows[at]), mode
     if best is None:
         return None
     stages = even_stages(task.model.n_layers, int(x.pp[best[1]]), RECOMPUTE_MODES[best[2]])
     return Even(best[1], best[0], x.layout(best[1], stages))
+
+
+_TRIES = 500
+"""Rows whose even split is priced on two device types, the lowest bounds first."""
+
+
+def first_even(task: Task, x: LayoutArray, modes: tuple[int, ...], order: Ints, bound: Ints) -> Even | None:
+    """The same on two device types: layers spread evenly over the stages of both, among the rows with the lowest bounds."""
+    best: Even | None = None
+    for row in order[:_TRIES].tolist():
+        if best is not None and int(bound[row]) >= best.step_ns:
+            break
+        for mode in modes:
+            layout = x.layout(row, even_stages(task.model.n_layers, int(x.pp[row]), RECOMPUTE_MODES[mode]))
+            cost = devicetypes.layout_cost(task, layout).total
+            if bool(cost.fits[0]) and (best is None or int(cost.step[0]) < best.step_ns):
+                best = Even(row, int(cost.step[0]), layout)
+    return best
 
 
 def _divides(task: Task, x: LayoutArray) -> np.ndarray:
@@ -71,7 +91,8 @@ def _cost(task: Task, x: LayoutArray, p: Primitives, stack: Stack | None, mode: 
     if stack is None:
         return step.step_cost(p, x, even_runs(x, task.model.n_layers, mode))
     stages = _every_rank(task, x, mode)
-    return step.step_cost(p, x, stages, stack.take(stages.row).blend(_counts(task, x, stages)))
+    layouts = [x.layout(row, even_stages(task.model.n_layers, int(x.pp[row]))) for row in range(len(x))]
+    return step.step_cost(p, x, stages, step.blended_ranks(task, stack.take(stages.row), layouts, x.microbatches))
 
 
 def _every_rank(task: Task, x: LayoutArray, mode: int) -> StageArray:
@@ -82,14 +103,3 @@ def _every_rank(task: Task, x: LayoutArray, mode: int) -> StageArray:
     index = np.concatenate([np.arange(pp, dtype=np.int64) for pp in x.pp.tolist()])
     none = np.zeros_like(held)
     return StageArray(row, index, np.ones_like(held), held, held if mode == 1 else none, held if mode == 2 else none)
-
-
-def _counts(task: Task, x: LayoutArray, stages: StageArray) -> Ints:
-    """Layers of each kind on every rank, kinds on the last axis."""
-    counts = np.zeros((len(stages.row), len(task.model.kinds)), dtype=np.int64)
-    for pp, v in sorted(set(zip(x.pp.tolist(), x.virtual_stages.tolist(), strict=True))):
-        same = (x.pp[stages.row] == pp) & (x.virtual_stages[stages.row] == v)
-        example = int(np.nonzero((x.pp == pp) & (x.virtual_stages == v))[0][0])
-        layout = x.layout(example, even_stages(task.model.n_layers, pp))
-        counts[same] = step.layers_by_kind(task, layout)[stages.index[same]]
-    return counts

@@ -7,141 +7,88 @@ least sum and the least step-wise term each exact on the table of windows; recom
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from planner.cost import step
 from planner.cost.blending import Stack
-from planner.cost.primitives import Primitives
-from planner.cost.task import Bools, Ints, Task
-from planner.search import bounds
+from planner.cost.primitives import Blend
+from planner.cost.schedules import chunk_moments
+from planner.cost.task import Bools, Ints, LayoutArray, Task
+from planner.search import bounds, holding
+from planner.search.alike import distinct
 from planner.search.bounds import BIG, Group
-from planner.search.windows import Windows, windows
+from planner.search.windows import Windows, positions, windows
 
-_ENTRIES = 1_000_000
+ENTRIES = 1_000_000
 """Entries of a table of (rows, ranks, windows) that are worked on at once."""
 
 
 def blended(g: Group, counts: Ints) -> Group:
-    """The group with the primitives of windows; `counts` of shape (rows or 1, 1 or ranks, windows, kinds)."""
+    """The group with the primitives of windows; `counts` of shape (rows or 1, 1 or ranks, windows, chunks, kinds)."""
     assert g.stack is not None
-    return replace(g, blended=g.stack.deep(2).blend(counts))
+    moments, deep = _moments(g), g.stack.deep(5 - g.stack.means.ndim)  # a stack by rank has the axis of ranks already
+    if moments is None:
+        return replace(g, blended=deep.blend(counts[..., 0, :]))
+    return replace(g, blended=deep.blend(counts, moments=moments[:, :, None]))
+
+
+def blend_rank(stack: Stack, x: LayoutArray, s: int, counts: Ints) -> Blend:
+    """Primitives of rank s of rows with one v, with `counts` (rows, chunks, kinds) layers."""
+    v = int(x.virtual_stages[0])
+    return (
+        stack.blend(counts[:, 0])
+        if v == 1
+        else stack.blend(counts, moments=chunk_moments(int(x.pp[0]), v, x.microbatches)[:, s])
+    )
+
+
+def _moments(g: Group) -> Ints | None:
+    """Micro-batches of each chunk in flight (`chunk_moments`), shape (rows, ranks, moments, chunks); None without chunks."""
+    v = int(g.layouts.virtual_stages[0])
+    return chunk_moments(g.pp, v, g.layouts.microbatches) if v > 1 else None
 
 
 def rows_of(g: Group, rows: Ints) -> Group:
     """Some rows of a group."""
     assert g.stack is not None
-    return replace(g, p=g.p.take(rows), layouts=g.layouts.take(rows), flight=g.flight[rows], stack=g.stack.take(rows))
-
-
-def _table(task: Task, g: Group, reach: int) -> tuple[Group, Windows]:
-    """The group priced for every window of up to `reach` layers."""
-    v = int(g.layouts.virtual_stages[0])
-    w = windows(task.model.kind_of_layer, v, max(reach // v, 1))
-    return blended(g, w.counts[None, None]), w
+    return replace(bounds.rows_of(g, rows), stack=g.stack.take(rows))
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Held:
-    """What the memory test needs of some rows: one pipeline degree, one number of chunks."""
-
-    stack: Stack
-    flight: Ints
-    """Shape (rows, pp)."""
-    v: int
-    modes: tuple[int, ...]
-    pp: int
-
-    def take(self, rows: Ints) -> _Held:
-        """Some of the rows."""
-        return replace(self, stack=self.stack.take(rows), flight=self.flight[rows])
-
-    def fits(self, s: int, counts: Ints) -> Bools:
-        """Whether rank s of each row can hold `counts` (rows, kinds) layers; a byte is forgiven for each rounded mean."""
-        p, flight = self.stack.blend(counts, timed=False), self.flight[:, s]
-        layers = counts.sum(axis=1)
-        first, last = np.array([s == 0], dtype=np.int64), np.array([s == self.pp - 1], dtype=np.int64)
-        return fits(p, first, last, flight, layers, self.v, self.modes, forgiving=True)
-
-
-def fits(
-    p: Primitives, first: Ints, last: Ints, flight: Ints, layers: Ints, v: int, modes: tuple[int, ...], forgiving: bool = False
-) -> Bools:
-    """Whether ranks with `layers` layers in equal chunks fit under some recompute mode, and the optimizer beside them.
-
-    All arguments broadcast. `forgiving`: a byte of each rounded mean does not count.
-    """
-    weight = flight * (layers // v)
-    forgiven = layers + weight if forgiving else 0
-    best = np.zeros(np.broadcast(flight, layers).shape, dtype=bool)
-    for mode in modes:
-        within = step.stage_update_bytes(p, first, last, layers, flight, mode) <= p.capacity + forgiven
-        room = bounds.room(p, first, last, flight, mode) + forgiven
-        best = best | ((layers * p.state + weight * p.saved(mode) <= room) & within)
-    return np.asarray(best)
-
-
 def memory_feasible(task: Task, g: Group) -> Bools:
-    """Which rows have any split and recompute that fits.
-
-    Each rank takes as many layers as it can: a window that fits still fits when it loses layers, but for the rounding of
-    means, one byte each, which is forgiven. So a row that is excluded surely does not fit; one within those bytes of the
-    limit is decided when it is solved.
-    """
+    """Which rows have any split and recompute that fits: surely not the others (`holding`)."""
     assert g.stack is not None
-    v, rows = int(g.layouts.virtual_stages[0]), len(g.layouts)
-    held = _Held(g.stack, g.flight, v, g.modes, g.pp)
-    w = windows(task.model.kind_of_layer, v, g.n_layers // v)
-    at, alive = np.zeros(rows, dtype=np.int64), np.arange(rows)
-    size = np.full(rows, w.positions // g.pp, dtype=np.int64)
-    for s in range(g.pp):
-        size = _longest(held, s, w, at[alive], size)
-        found = size > 0
-        at[alive] += size
-        if not found.all():
-            alive, size, held = alive[found], size[found], held.take(np.nonzero(found)[0])
-        if not len(alive):
-            break
-    result = np.zeros(rows, dtype=bool)
-    result[alive] = at[alive] == w.positions
-    return result
+    v, x = int(g.layouts.virtual_stages[0]), g.layouts
+    # With chunks the moments of a rank follow from full rounds of micro-batches, of which no more than three matter.
+    some, kind = distinct(np.concatenate([g.stack.bytes, g.flight.T, np.minimum(x.microbatches // x.pp, 3)[None]]))
+    w = windows(task.model.kind_of_layer, v, positions(g.n_layers, v))
+    flight = g.flight[some]
+    moments = chunk_moments(g.pp, v, x.microbatches[some]) if v > 1 else flight[:, :, None, None]
+    return holding.hold_all(g.stack.take(some), flight, moments, w, g.modes)[kind]
 
 
-def _longest(held: _Held, s: int, w: Windows, at: Ints, guess: Ints) -> Ints:
-    """The longest window from `at` that rank s of each row can hold, in positions; 0 for none. `guess` is tried first."""
-    low, high = np.zeros_like(at), np.maximum(w.positions - at - (held.pp - 1 - s), 0)  # every later rank holds a position
-    probe, stride = np.clip(guess, 1, np.maximum(high, 1)), 1
-    while len(rows := np.nonzero(low < high)[0]):
-        size = probe[rows]
-        good = held.take(rows).fits(s, w.counts[w.at[at[rows], size]])
-        low[rows] = np.where(good, size, low[rows])
-        high[rows] = np.where(good, high[rows], size - 1)
-        # Gallop away from the guess, then halve what is left between the two ends.
-        near = np.where(low == probe, low + stride, high - stride + 1)
-        probe = np.where((near > low) & (near <= high), near, (low + high + 1) // 2)
-        stride *= 2
-    return low
+def fitting(g: Group, layers: Ints) -> Bools:
+    """Whether windows fit under some recompute mode, and the optimizer beside them, shape (rows, ranks, windows)."""
+    p, first, last = g.deep, g.first[:, :, None], g.last[:, :, None]
+    weight = g.weight(np.broadcast_to(layers, (len(g.layouts), g.pp, layers.shape[2])))
+    best = np.zeros(weight.shape, dtype=bool)
+    for mode in g.modes:
+        best = best | (weight * p.saved(mode) <= g.left(mode, layers))
+    return np.asarray(best & (step.stage_update_bytes(p, first, last, layers) <= p.capacity))
 
 
-def _fits(g: Group, layers: Ints) -> Bools:
-    """Whether windows fit, shape (rows, ranks, windows)."""
-    v = int(g.layouts.virtual_stages[0])
-    return fits(g.deep, g.first[:, :, None], g.last[:, :, None], g.flight[:, :, None], layers, v, g.modes)
-
-
-def excess(task: Task, g: Group, counts: Ints, mode: int) -> Ints:
-    """Bytes beyond what each row may hold when its ranks hold `counts` (ranks, kinds) layers, all under one recompute mode."""
-    g = blended(g, counts[None, :, None, :])
-    p, layers, v = g.deep, counts.sum(axis=1)[None, :, None], g.layouts.virtual_stages[:, None, None]
-    weight = g.flight[:, :, None] * -(-layers // v)
-    backward = layers * p.state + weight * p.saved(mode) - g.deep_room(mode)
-    place = (g.first[:, :, None], g.last[:, :, None], layers, g.flight[:, :, None])
-    update = step.stage_update_bytes(p, *place, mode) - p.capacity
-    return np.asarray(np.maximum(backward, update).max(axis=(1, 2)))
+def excess(g: Group, counts: Ints, mode: int) -> Ints:
+    """Bytes beyond what each row may hold when its ranks hold `counts` (ranks, chunks, kinds) layers, all under one recompute
+    mode."""
+    g = blended(g, counts[None, :, None])
+    p, layers = g.deep, counts.sum(axis=(1, 2))[None, :, None]
+    weight = g.weight(np.broadcast_to(layers, (len(g.layouts), g.pp, 1)))
+    update = step.stage_update_bytes(p, g.first[:, :, None], g.last[:, :, None], layers) - p.capacity
+    return np.asarray(np.maximum(weight * p.saved(mode) - g.left(mode, layers), update).max(axis=(1, 2)))
 
 
 # ---- time ----------------------------------------------------------------------------------------------------------
@@ -190,7 +137,9 @@ def reach_below(task: Task, g: Group, target: int) -> Ints:
     """The most layers that one rank can hold in a plan below `target`, shape (rows,)."""
     room = _allowed_bottleneck(task, g, target) - g.extra_time().min(axis=1)
     by_time = np.where(room < 0, 0, room // np.maximum(_least_layer(g), 1))
-    return np.minimum(by_time, g.n_layers - (g.pp - 1) * g.layouts.virtual_stages)
+    v = g.layouts.virtual_stages
+    lacking = -g.n_layers % v  # the last rank's, which count as positions
+    return np.minimum(by_time + lacking, (-(-g.n_layers // v) - (g.pp - 1)) * v)
 
 
 def _allowed_bottleneck(task: Task, g: Group, target: int) -> Ints:
@@ -203,37 +152,50 @@ def target_bound(task: Task, g: Group, target: int) -> Ints:
     result = np.full(len(g.layouts), target, dtype=np.int64)
     reach, v = reach_below(task, g, target), int(g.layouts.virtual_stages[0])
     alive = np.nonzero(reach >= v)[0]
-    order = alive[np.argsort(reach[alive], kind="stable")]
-    start = 0
-    while start < len(order):
-        # Rows of similar reach share a table, so that little of it is padding.
-        most = int(reach[order[start]]) * 5 // 4 + 1
-        width = len(windows(task.model.kind_of_layer, v, max(min(most, g.n_layers) // v, 1)).counts)
-        stop = start + max(1, _ENTRIES // (g.pp * width))
-        stop = min(stop, start + int(np.searchsorted(reach[order[start:]], most, side="right")))
-        chunk = order[start : max(stop, start + 1)]
+
+    def width(most: int) -> int:
+        return len(windows(task.model.kind_of_layer, v, max(min(most // v, positions(g.n_layers, v)), 1)).counts)
+
+    for chunk in bounds.of_similar_reach(reach, alive, ENTRIES // g.pp, width):
         result[chunk] = _table_bound(task, rows_of(g, chunk), target, int(reach[chunk].max()))
-        start += len(chunk)
     return result
 
 
 def _table_bound(task: Task, g: Group, target: int, reach: int) -> Ints:
     """`target_bound` for rows whose ranks hold at most `reach` layers."""
-    g, w = _table(task, g, reach)
+    v, allowed = int(g.layouts.virtual_stages[0]), _allowed_bottleneck(task, g, target)
+    w = windows(task.model.kind_of_layer, v, max(reach // v, 1))
+    w = w.only(_useful(task, g, w, allowed))
+    if not len(w.counts):
+        return np.full(len(g.layouts), target, dtype=np.int64)
+    return chain_bound(blended(g, w.counts[None, None]), w, allowed, _base_total(task, g), _least_once(g), target)
+
+
+def chain_bound(g: Group, w: Windows, allowed: Ints, least_total: Ints, least_once: Ints, target: int) -> Ints:
+    """min(bound, target) for each row of a group priced for every window, from the least max R, sum R and max D over chains of
+    windows; no R is above `allowed`, sum R and max D are at least `least_total` and `least_once`, shape (rows,)."""
     layers = w.layers[None, None, :]
     first, last, p = g.first[:, :, None], g.last[:, :, None], g.deep
-    again = np.where(_fits(g, layers), bounds.least_recompute(g, layers), BIG)
+    again = np.where(fitting(g, layers) & w.whole, bounds.least_recompute(g, layers), BIG)
     linear = layers * (p.forward + p.backward) + step.end_time(p, first, last)
     time = np.where(again >= BIG, BIG, again + linear)
-    time = np.where(time > _allowed_bottleneck(task, g, target)[:, None, None], BIG, time)
+    time = np.where(time > allowed[:, None, None], BIG, time)
     once = np.where(time < BIG, step.stage_once(p, first, last, layers), BIG)
     slowest, total, step_wise = least_maximum(time, w), least_sum(time, w), least_maximum(once, w)
     found = (slowest < BIG) & (total < BIG)
     value = bounds.to_step(
-        g, np.where(found, slowest, 0), np.where(found, np.maximum(total, _base_total(task, g)), 0),
-        np.maximum(np.where(found, step_wise, 0), _least_once(g)),
+        g, np.where(found, slowest, 0), np.where(found, np.maximum(total, least_total), 0),
+        np.maximum(np.where(found, step_wise, 0), least_once),
     )  # fmt: skip
     return np.where(found, np.minimum(value, target), target)
+
+
+def _useful(task: Task, g: Group, w: Windows, allowed: Ints) -> Bools:
+    """Windows that a chain under the allowed bottlenecks of some row can have: work of no more than one rank and no less than
+    what the other ranks leave. Nothing else need be priced."""
+    room = allowed - g.extra_time().min(axis=1)
+    work, least = w.counts.sum(axis=1) @ _least_layers(g), _work(task, g) - (g.pp - 1) * np.maximum(room, 0)
+    return np.asarray(((work <= room) & (work >= least)).any(axis=1))
 
 
 def least_maximum(values: Ints, w: Windows) -> Ints:
@@ -248,16 +210,28 @@ def least_sum(values: Ints, w: Windows) -> Ints:
 
 def _chain(values: Ints, w: Windows, join: np.ufunc) -> Ints:
     rows, pp, _ = values.shape
-    length = w.positions
-    best = np.full((rows, length + 1), BIG, dtype=np.int64)
+    usable = [np.unique(w.sizes[(values[:, s] < BIG).any(axis=0)]) for s in range(pp)]
+    if not all(map(len, usable)):
+        return np.full(rows, BIG, dtype=np.int64)
+    low, high = _meetings(usable, w.positions)
+    best = np.full((rows, w.positions + 1), BIG, dtype=np.int64)
     best[:, 0] = 0
+    nothing = np.full((rows, 1), BIG, dtype=np.int64)  # the last entry, which is that of windows left out
     for s in range(pp):
         following = np.full_like(best, BIG)
-        mine = values[:, s]
-        usable = np.nonzero((mine < BIG).any(axis=0))[0]
-        sizes = np.unique(w.layers[usable]) // w.chunks
-        for n in sizes[sizes <= length].tolist():
-            candidate = np.minimum(join(best[:, : length + 1 - n], mine[:, w.at[: length + 1 - n, n]]), BIG)
-            np.minimum(following[:, n:], candidate, out=following[:, n:])
+        mine = np.concatenate([values[:, s], nothing], axis=1)
+        for n in usable[s].tolist():
+            start, stop = max(low[s], low[s + 1] - n), min(high[s], high[s + 1] - n) + 1
+            if start < stop:
+                candidate = join(best[:, start:stop], mine[:, w.at[start:stop, n]])
+                np.minimum(following[:, start + n : stop + n], candidate, out=following[:, start + n : stop + n])
         best = following
-    return best[:, length]
+    return best[:, w.positions]
+
+
+def _meetings(sizes: list[Ints], end: int) -> tuple[list[int], list[int]]:
+    """The first and the last position at which each rank, and the end, can begin when ranks hold windows of these sizes."""
+    least, most = (np.concatenate([[0], np.cumsum([pick(s) for s in sizes])]) for pick in (np.min, np.max))
+    low = np.maximum(least, end - (most[-1] - most))
+    high = np.minimum(most, end - (least[-1] - least))
+    return low.tolist(), high.tolist()

@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 
 from planner import stopping
-from planner.cost import primitives, step
+from planner.cost import devicetypes, primitives, step
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.task import Bools, Ints, LayoutArray, StageArray, Task
 from planner.engines.base import Engine
-from planner.search import bounds, incumbent, mixed, stages
+from planner.search import bounds, hetero, incumbent, mixed, stages
 from planner.search.bounds import BIG, Group
 from planner.search.space import Rows, Space, enumerate_rows
 from planner.specs.layout import Layout, Stage, format_recompute
 
 GROWTH = (1.02, 1.02, 1.03, 1.04, 1.05, 1.06, 1.08, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0, 4.0, 16.0, 256.0)
 """Factors between targets; after the last the target is infinite."""
-_MASTER_ROWS = 500
+_MASTER_ROWS = 100
 Progress = Callable[[str, int, int], None]
 
 
@@ -98,11 +98,6 @@ class _State:
     def group(self, rows: Ints) -> Group:
         """Rows with one pp as a `Group`."""
         return group_of(self.task, self.space.modes, self.layouts, self.p, self.stack, rows)
-
-    @property
-    def mixing(self) -> Task | None:
-        """The task, where its model mixes kinds of layers."""
-        return self.task if self.stack is not None else None
 
     def kth(self, k: int) -> int:
         """The k-th best value over distinct groups, BIG while there are fewer."""
@@ -178,30 +173,59 @@ def _prepare(task: Task, space: Space, rows: Rows) -> _State:
     size = len(x)
     none = np.zeros(size, dtype=bool)
     state = _State(task, space, x, p, np.full(size, BIG), none.copy(), none.copy(), none.copy(), stack)
-    for chunk in bounds.same_pipeline(x, np.arange(size), stack is not None):
+    for chunk in bounds.same_pipeline(x, np.arange(size), task.model):
         stopping.check()
         g = state.group(chunk)
         fits = memory_feasible(task, g)
         state.fits[chunk] = fits
-        simple = mixed.simple_bound(task, g) if g.stack else bounds.simple_bound(g)
-        state.bound[chunk] = np.where(fits, simple, BIG)
+        state.bound[chunk] = np.where(fits, _simple_bound(task, g), BIG)
     key = np.stack([x.tp, x.cp, x.pp, x.ep], axis=1)
     state.groups = np.unique(key, axis=0, return_inverse=True)[1].ravel() if size else np.zeros(0, dtype=np.int64)
     return state
 
 
+def _simple_bound(task: Task, g: Group) -> Ints:
+    """Lower bound on T without memory, ns, shape (rows,)."""
+    if task.types:
+        return hetero.simple_bound(task, g)
+    return mixed.simple_bound(task, g) if g.stack else bounds.simple_bound(g)
+
+
+def _target_bound(task: Task, g: Group, target: int) -> Ints:
+    """Lower bound on T, valid below `target`, ns, shape (rows,)."""
+    if task.types:
+        return hetero.target_bound(task, g, target)
+    return mixed.target_bound(task, g, target) if g.stack else bounds.target_bound(g, target)
+
+
 def price(task: Task, x: LayoutArray) -> tuple[Primitives, Stack | None]:
-    """(primitives of each row, those by kind of layers where the model mixes several and the first are its last kind's)."""
+    """(primitives of each row, those by kind of layers where the model mixes several and the first are its last kind's).
+
+    With several device types their axis is the last one.
+    """
+    if task.types:
+        return hetero.price(task, x)
     if task.model.homogeneous:
         return primitives.price(task, x), None
     kinds = [primitives.price(task.only(k), x) for k in range(len(task.model.kinds))]
     return kinds[task.model.text_kind], Stack.of(kinds, task.model.text_kind)
 
 
+def with_limit(task: Task, p: Primitives, stack: Stack | None) -> tuple[Primitives, Stack | None]:
+    """What was priced, under the memory limit of `task`: nothing else depends on it."""
+    p = replace(p, capacity=primitives.capacity(task, p.outside))
+    return p, None if stack is None else stack.with_capacity(p.capacity)
+
+
 def group_of(task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, stack: Stack | None, rows: Ints) -> Group:
-    """Rows with one pipeline degree (and one v, where the model mixes kinds of layers) as a `Group`."""
-    g = bounds.group_of(p.take(rows), x.take(rows), task.model.n_layers, modes)
-    return g if stack is None else replace(g, stack=stack.take(rows))
+    """Rows with one pipeline degree (and one v, where places matter: `by_place`) as a `Group`."""
+    if task.types:
+        return hetero.group_of(task, modes, x, p, stack, rows)
+    own = p.take(rows)
+    g = bounds.group_of(own, x.take(rows), task.model.n_layers, modes)
+    if not bounds.by_place(task.model, x.virtual_stages[rows[:1]])[0]:
+        return g
+    return replace(g, stack=Stack.of([own]) if stack is None else stack.take(rows))
 
 
 def memory_feasible(task: Task, g: Group) -> Bools:
@@ -237,11 +261,11 @@ def _raise_target(state: _State, k: int, report: Progress) -> None:
 def _refine(state: _State, target: int, k: int) -> None:
     """Raise the bounds of rows below the target, where they could still matter."""
     rows = np.nonzero(state.fits & ~state.known & (state.bound < min(target, state.kth(k) + 1)))[0]
-    for chunk in bounds.same_pipeline(state.layouts, rows, state.stack is not None):
+    for chunk in bounds.same_pipeline(state.layouts, rows, state.task.model):
         stopping.check()
         g = state.group(chunk)
-        better = mixed.target_bound(state.task, g, target) if g.stack else bounds.target_bound(g, target)
-        state.bound[chunk] = np.maximum(state.bound[chunk], np.minimum(better, target))
+        better = np.minimum(_target_bound(state.task, g, target), target)
+        state.bound[chunk] = np.maximum(state.bound[chunk], better)
 
 
 def _solve(state: _State, row: int, target: int, k: int) -> None:
@@ -253,8 +277,8 @@ def _solve(state: _State, row: int, target: int, k: int) -> None:
     if reach < int(state.layouts.virtual_stages[row]):  # not even one layer a chunk stays below the cutoff
         state.examined[row], state.bound[row] = True, max(int(state.bound[row]), cutoff)
         return
-    t = stages.tables(g, reach, state.mixing)
-    v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row])
+    t = stages.tables(g, state.task, reach)
+    v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row].max())
     below = (cutoff - constant - 1) * v + 1
     found = stages.best_split(t, below, stopping.check)
     _agree(t, below, found)
@@ -270,8 +294,9 @@ def _solve(state: _State, row: int, target: int, k: int) -> None:
 
 def _reach(state: _State, g: Group, cutoff: int) -> int:
     """The most layers that a rank of a group of one row can hold in a plan below `cutoff`."""
-    mixing = state.mixing
-    return int((mixed.reach_below(mixing, g, cutoff) if mixing else bounds.reach_below(g, cutoff))[0])
+    if state.task.types:
+        return int(hetero.reach_below(state.task, g, cutoff)[0])
+    return int((mixed.reach_below(state.task, g, cutoff) if g.stack else bounds.reach_below(g, cutoff))[0])
 
 
 def _agree(t: stages.Tables, below: int, found: tuple[int, list[int]] | None) -> None:
@@ -305,6 +330,7 @@ def _choose(state: _State, k: int, stopped: bool) -> tuple[Candidate, ...]:
 
 _PREFERENCE = (
     "offload", "order", "zero", "virtual_stages", "cp", "ep", "etp", "tp", "pp", "schedule", "sequence_parallel", "micro_batch",
+    "type_order",
 )  # fmt: skip
 """Ties between rows of equal time or bound go to the lower value, first name first. Documented in the README. No two rows of
 a space are equal in all of them (dp follows), so the order in which rows were enumerated never matters."""
@@ -361,8 +387,8 @@ def _candidate(state: _State, row: int) -> Candidate:
     """The canonical plan of a row; re-evaluated by the cost model, which must give the same integer."""
     value, _ = state.values[row]
     g = state.group(np.array([row]))
-    t = stages.tables(g, _reach(state, g, value + 1), state.mixing)
-    v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row])
+    t = stages.tables(g, state.task, _reach(state, g, value + 1))
+    v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row].max())
     verdict = stages.cp_sat(t, (value - constant) * v + 1, canonical=True)
     if verdict.status != "OPTIMAL" or verdict.split is None:
         raise SearchError(f"the tie-break of a plan is {verdict.status}")
@@ -378,7 +404,11 @@ def _even(state: _State) -> tuple[Candidate, ...]:
     """The best even split, where no row was solved: a plan all the same, re-evaluated like any other."""
     order = np.nonzero(state.fits)[0]
     order = order[np.lexsort((*_preferences(state.layouts, order)[::-1], state.bound[order]))]
-    found = incumbent.best_even(state.task, state.layouts, (state.p, state.stack), state.space.modes, order, state.bound)
+    modes, bound = state.space.modes, state.bound
+    if state.task.types:
+        found = incumbent.first_even(state.task, state.layouts, modes, order, bound)
+    else:
+        found = incumbent.best_even(state.task, state.layouts, (state.p, state.stack), modes, order, bound)
     if found is None:
         return ()
     cost = _evaluate(state, found.row, found.layout, LayoutArray.of([found.layout], state.task.job))
@@ -389,10 +419,13 @@ def _even(state: _State) -> tuple[Candidate, ...]:
 
 def _evaluate(state: _State, row: int, layout: Layout, x: LayoutArray) -> step.StepCost:
     """The cost model's own verdict on a layout of a row."""
+    if state.task.types:
+        return devicetypes.layout_cost(state.task, layout).total
     only, ranks = np.array([row]), StageArray.of([layout])
     blended = None
     if state.stack is not None:
-        blended = state.stack.take(only).take(ranks.row).blend(step.layers_by_kind(state.task, layout))
+        kinds = state.stack.take(only).take(ranks.row)
+        blended = step.blended_ranks(state.task, kinds, [layout], x.microbatches)
     return step.step_cost(state.p.take(only), x, ranks, blended)
 
 

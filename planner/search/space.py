@@ -16,17 +16,17 @@ from typing import Any, TypeVar
 import numpy as np
 
 from planner import stopping
-from planner.cost.task import INTERLEAVED, NONE, LayoutArray, Task
+from planner.cost.task import INTERLEAVED, INTERLEAVED_ZB, NONE, SPLIT_CODES, V_CODES, LayoutArray, Task
 from planner.engines.base import Engine, Rule, schedule_codes
 from planner.errors import input_error
-from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES
+from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES, TYPE_ORDERS
 
 MAX_MICRO_BATCH = 16
 MAX_CHUNKS = 16
 """Chunks a rank, at most: Llama 3 used 8 or fewer; beyond, per-chunk overheads that the model lacks dominate."""
 AXES = ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "virtual_stages")
 """Integer axes that can be pinned."""
-NAMED = {"offload": OFFLOADS, "order": RANK_ORDERS}
+NAMED = {"offload": OFFLOADS, "order": RANK_ORDERS, "type_order": TYPE_ORDERS}
 """Axes whose values have names, in the order of their codes."""
 SHORT = {"mbs": "micro_batch", "sp": "sequence_parallel", "vpp": "virtual_stages", "v": "virtual_stages"}
 """Short names of axes."""
@@ -55,6 +55,8 @@ class Space:
     """Codes of what lives in host memory."""
     order: tuple[int, ...] = (0,)
     """Codes of rank orders."""
+    type_order: tuple[int, ...] = (0,)
+    """Codes of which device type holds the first stages."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,12 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
     tp stays inside the fastest domain of the network. Pins restrict an axis to values, forbids to its neutral one.
     Raises InputError for an unknown axis or value.
     """
-    fast = task.hardware.network[0].size or task.hardware.node_size
+    fast = min(h.network[0].size or h.node_size for h in task.profiles)
     divisors = _divisors(task.gpus)
     layers = task.model.n_layers
-    chunks = range(2, min(MAX_CHUNKS, layers) + 1)
-    plain = [(code, 1) for code in schedule_codes(engine) if code != INTERLEAVED]
-    schedules = [(NONE, 1), *plain, *((INTERLEAVED, v) for v in chunks if INTERLEAVED in schedule_codes(engine))]
+    chunks = interleaved_chunks(layers, any(SHORT.get(name, name) == "virtual_stages" for name in pins))
+    codes_run = sorted(schedule_codes(engine), key=lambda code: code in (INTERLEAVED, INTERLEAVED_ZB))
+    schedules = [(NONE, 1), *((code, v) for code in codes_run for v in _chunk_choices(code, chunks))]
     values: dict[str, tuple[int, ...]] = {
         "tp": tuple(d for d in divisors if d <= fast),
         "cp": tuple(d for d in divisors if d & (d - 1) == 0 and d <= 64) if engine.context_parallel else (1,),
@@ -96,8 +98,9 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
     modes: tuple[int, ...] = (0, 1, 2)
     sequence: tuple[int, ...] = tuple(sorted({0, *engine.sequence_parallel}))
     named = {
-        "offload": tuple(OFFLOADS.index(n) for n in engine.offloads),
+        "offload": (0,) if engine.offload_on_request and "offload" not in pins else tuple(map(OFFLOADS.index, engine.offloads)),
         "order": tuple(map(RANK_ORDERS.index, engine.rank_orders)),
+        "type_order": (0, 1) if task.types else (0,),
     }
     for flag, axis, wanted in _restrictions(pins, forbid):
         if axis == "schedule":
@@ -123,9 +126,25 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
         else:
             chosen = _integers(axis, wanted)
             values[axis] = _kept(flag, values[axis], tuple(v for v in values[axis] if v in chosen))
+    if 0 not in modes:  # a split backward recomputes nothing (a rule)
+        schedules = [s for s in schedules if s[0] not in SPLIT_CODES]
     return Space(
         **values, schedules=tuple(schedules), sequence_parallel=sequence, modes=modes, any_etp="etp" in pins, **named,
     )  # fmt: skip
+
+
+def _chunk_choices(code: int, chunks: Sequence[int]) -> Sequence[int]:
+    """Chunks that a rank may hold under a schedule, of those in the declared range."""
+    return chunks if code in (INTERLEAVED, INTERLEAVED_ZB) else [v for v in (2,) if v in chunks] if code in V_CODES else (1,)
+
+
+def interleaved_chunks(layers: int, pinned: bool) -> list[int]:
+    """Chunks a rank of interleaved pipelines: divisors of the layers and powers of two; any number where they are pinned.
+
+    Others leave the last rank's chunks unequal all the same, and take no bottleneck away that these do not.
+    """
+    every = range(2, min(MAX_CHUNKS, layers) + 1)
+    return [v for v in every if pinned or layers % v == 0 or v & (v - 1) == 0]
 
 
 def _expert_degrees(task: Task, engine: Engine) -> tuple[int, ...]:
@@ -208,12 +227,12 @@ def with_pins(space: Space, pins: Mapping[str, Sequence[object]], flag: str = "-
 def _pinned_schedules(space: Space, codes: Sequence[int] | None, chunks: Sequence[int] | None) -> tuple[tuple[int, int], ...]:
     """(schedule, virtual stages) of a space under pins of one of them or both."""
     if codes is None:
-        plain = [c for c, v in space.schedules if v == 1]
-        return tuple((c, v) for v in chunks or () for c in ([INTERLEAVED] if v > 1 else plain))
+        own = dict.fromkeys([*(c for c, _ in space.schedules), INTERLEAVED])
+        return tuple((c, v) for v in chunks or () for c in own if v in _chunk_choices(c, [w for w in chunks or () if w > 1]))
     if chunks is not None:
         return tuple((c, v) for c in codes for v in chunks)
-    declared = tuple(v for c, v in space.schedules if c == INTERLEAVED) or (2,)
-    return tuple((c, v) for c in codes for v in (declared if c == INTERLEAVED else (1,)))
+    declared = tuple(dict.fromkeys(v for _, v in space.schedules if v > 1)) or (2,)
+    return tuple((c, v) for c in codes for v in _chunk_choices(c, declared))
 
 
 def _restrictions(pins: Mapping[str, Sequence[object]], forbid: Sequence[str]) -> list[tuple[str, str, Sequence[object]]]:
@@ -223,6 +242,7 @@ def _restrictions(pins: Mapping[str, Sequence[object]], forbid: Sequence[str]) -
         result.append((f"--pin {name}={','.join(map(str, wanted))}", axis_named(name), wanted))
     neutral: dict[str, Sequence[object]] = {a: [1] for a in AXES} | {"zero": [0], "recompute": ["none"]}
     neutral |= {"sequence_parallel": ["false"], "offload": ["none"], "order": [RANK_ORDERS[0]]}
+    neutral |= {"type_order": [TYPE_ORDERS[0]]}
     for name in forbid:
         axis, flag = SHORT.get(name, name), f"--forbid {name}"
         if axis in SCHEDULES and axis != "none":
@@ -318,7 +338,7 @@ def _degrees(space: Space) -> list[tuple[int, ...]]:
 
 def _inner_axes(space: Space) -> tuple[dict[str, Sequence[int]], dict[str, Sequence[int]]]:
     """What the grid grows by beyond the degrees: (schedule, virtual stages), then the other choices of a row."""
-    rest = ("micro_batch", "zero", "sequence_parallel", "offload")
+    rest = ("micro_batch", "zero", "sequence_parallel", "offload", "type_order")
     inner = list(itertools.product(*(getattr(space, name) for name in rest)))
     schedules, chunks = ([pair[k] for pair in space.schedules] for k in (0, 1))
     pipeline: dict[str, Sequence[int]] = {"schedule": schedules, "virtual_stages": chunks}

@@ -24,7 +24,7 @@ from planner.cost.primitives import Primitives
 from planner.cost.task import Bools, Ints, Task
 from planner.search import mixed
 from planner.search.bounds import BIG, Group, most_layers
-from planner.search.windows import windows
+from planner.search.windows import positions, windows
 
 DETERMINISTIC_TIME = 60.0
 """CP-SAT's own clock, the only limit that could stop a proof: the same on every machine."""
@@ -50,16 +50,13 @@ class Tables:
     """A = v m - 1."""
     chunks: int
     """v: layers for each position of the sequence."""
-
-    @property
-    def positions(self) -> int:
-        """Positions of the sequence that the ranks divide."""
-        return self.n_layers // self.chunks
+    credit: int = 0
+    """What a split backward takes off the pipeline's time (`step.pipeline_time`)."""
 
     @cached_property
-    def sizes(self) -> Ints:
-        """Positions of each entry."""
-        return self.layers // self.chunks
+    def positions(self) -> int:
+        """Positions of the sequence that the ranks divide."""
+        return positions(self.n_layers, self.chunks)
 
     @cached_property
     def least_bottleneck(self) -> int | None:
@@ -81,15 +78,37 @@ class Tables:
         """Whether a window's entry depends on its length alone."""
         return len(self.at) == 1
 
-    def entries(self, size: int) -> Ints:
-        """Entries of the windows of `size` positions by where they start, one for all when that makes no difference."""
-        return self.at[: 1 if self.anywhere else self.positions + 1 - size, size]
+    @cached_property
+    def from_start(self) -> tuple[Ints, Ints]:
+        """(entry, end) of every window by start and size, shape (positions + 1, sizes), sizes from 1 on.
+
+        Windows that do not exist have the entry after the last, and end after the end.
+        """
+        length, longest = self.positions, self.at.shape[1] - 1
+        end = np.arange(length + 1)[:, None] + np.arange(1, longest + 1)[None, :]
+        entry = np.broadcast_to(self.at[:, 1:], end.shape)
+        missing = (entry < 0) | (end > length)
+        return np.where(missing, self.time.shape[1], entry), np.where(missing, length + 1, end)
+
+    @cached_property
+    def from_end(self) -> tuple[Ints, Ints]:
+        """(entry, start) of every window by end and size, likewise."""
+        length, longest = self.positions, self.at.shape[1] - 1
+        start = np.arange(length + 1)[:, None] - np.arange(1, longest + 1)[None, :]
+        entry = self.at[0 if self.anywhere else np.maximum(start, 0), np.arange(1, longest + 1)[None, :]]
+        missing = (entry < 0) | (start < 0)
+        return np.where(missing, self.time.shape[1], entry), np.where(missing, length + 1, start)
+
+    def split(self, sizes: list[int]) -> list[int]:
+        """Layers of each rank from its positions: what v rounds lack of whole ones is missing on the last rank."""
+        whole = [n * self.chunks for n in sizes]
+        return [*whole[:-1], whole[-1] - (self.positions * self.chunks - self.n_layers)]
 
     def columns(self, split: list[int]) -> list[int]:
         """The entry that each rank holds under a split into layers."""
         found, start = [], 0
         for n in split:
-            size = n // self.chunks
+            size = -(-n // self.chunks)
             found.append(int(self.at[0 if self.anywhere else start, size]))
             start += size
         return found
@@ -99,15 +118,20 @@ class Tables:
         columns = self.columns(split)
         time = [int(self.time[s, c]) for s, c in enumerate(columns)]
         once = [int(self.once[s, c]) for s, c in enumerate(columns)]
-        return self.factor * max(time) + sum(time) + self.chunks * max(once)
+        return self.objective(max(time), sum(time), max(once))
+
+    def objective(self, slowest: int, total: int, once: int) -> int:
+        """The objective from max R, sum R and max D; it falls with none of them."""
+        pipeline = max(self.factor * slowest + total - self.credit, (self.factor + 1) * slowest)
+        return pipeline + self.chunks * once
 
 
-def tables(g: Group, reach: int | None = None, task: Task | None = None) -> Tables:
-    """The exact tables of a group of one row, for up to `reach` layers a rank. `task` where the model mixes kinds."""
+def tables(g: Group, task: Task, reach: int | None = None) -> Tables:
+    """The exact tables of a group of one row, for up to `reach` layers a rank."""
     v = int(g.layouts.virtual_stages[0])
-    top = g.n_layers - (g.pp - 1) * v
+    top = (positions(g.n_layers, v) - (g.pp - 1)) * v
     top = max(v, min(top, reach if reach is not None else top))
-    if task is not None:
+    if g.stack is not None:
         return _window_tables(g, task, top)
     most = most_layers(g)[0]
     top = max(v, min(top, int(most.max())))
@@ -119,7 +143,8 @@ def tables(g: Group, reach: int | None = None, task: Task | None = None) -> Tabl
 def _window_tables(g: Group, task: Task, top: int) -> Tables:
     w = windows(task.model.kind_of_layer, int(g.layouts.virtual_stages[0]), top // int(g.layouts.virtual_stages[0]))
     g = mixed.blended(g, w.counts[None, None])
-    return _priced(g, w.layers, w.at, np.ones((g.pp, len(w.layers)), dtype=bool))
+    beside = step.stage_update_bytes(g.deep, g.first[:, :, None], g.last[:, :, None], w.layers) <= g.p.capacity[:, :, None]
+    return _priced(g, w.layers, w.at, beside[0] & w.whole)
 
 
 def _priced(g: Group, layers: Ints, at: Ints, allowed: Bools) -> Tables:
@@ -132,7 +157,7 @@ def _priced(g: Group, layers: Ints, at: Ints, allowed: Bools) -> Tables:
     time = np.where(fits & allowed, time, BIG)
     once = np.broadcast_to(step.stage_once(one, first, last, columns), time.shape)
     factor = v * int(g.layouts.microbatches[0]) - 1
-    return Tables(time, once, selective, full, layers, at, g.n_layers, factor, v)
+    return Tables(time, once, selective, full, layers, at, g.n_layers, factor, v, int(g.p.credit[0, 0]))
 
 
 def _flat(p: Primitives) -> Primitives:
@@ -143,12 +168,12 @@ def _flat(p: Primitives) -> Primitives:
 def _uniform(g: Group, p: Primitives, layers: Ints) -> tuple[Bools, Ints, Ints]:
     """(fits, selective, full) of the cheapest uniform mode that fits, shape (pp, n)."""
     shape = (g.pp, layers.shape[1])
-    weight = g.weight(np.broadcast_to(layers[None], (1, *shape)))[0]
+    everywhere = np.broadcast_to(layers[None], (1, *shape))
     best = np.full(shape, BIG, dtype=np.int64)
     counts = [np.zeros(shape, dtype=np.int64) for _ in range(3)]
     for mode in g.modes:
         again = np.broadcast_to(layers * p.again(mode), shape)
-        fits = (layers * p.state + weight * p.saved(mode) <= g.deep_room(mode)[0]) & g.ends_within(layers[0], mode)[0]
+        fits = g.kept(g.deep, everywhere, mode)[0] <= g.left(mode, layers)[0]
         better = fits & (again < best)
         best = np.where(better, again, best)
         for other in (1, 2):
@@ -164,18 +189,17 @@ def _mixed(g: Group, p: Primitives, layers: Ints) -> tuple[Bools, Ints, Ints]:
     flight = g.flight[0][:, None]
     save1, save2 = p.act0 - p.act1, p.act0 - p.act2
     cost1, cost2 = p.recompute1, p.recompute2
-    rooms = [g.deep_room(mode)[0] for mode in range(3)]
-    within = [g.ends_within(layers[0], mode)[0] for mode in range(3)]
+    rooms = [g.left(mode, layers)[0] for mode in range(3)]
     full_counts = range(int(layers.max()) + 1) if 2 in g.modes else range(1)
     for n2 in full_counts:
         for strongest in (2,) if n2 else (0, 1):
             if strongest not in g.modes:
                 continue
-            short = layers * p.state + flight * (layers * p.act0 - n2 * save2) - rooms[strongest]
+            short = flight * (layers * p.act0 - n2 * save2) - rooms[strongest]
             n1 = _selective_needed(short, flight * save1, layers, n2, strongest, g.modes)
             time = np.where((n1 + n2 <= layers) & (n2 <= layers), n1 * cost1 + n2 * cost2, BIG)
             time = np.where(n1 >= 0, time, BIG)
-            better = (time < best) & within[strongest]
+            better = time < best
             best = np.where(better, time, best)
             best1, best2 = np.where(better, n1, best1), np.where(better, n2, best2)
         # More full layers cost more by themselves: stop when they alone exceed every value found.
@@ -222,7 +246,7 @@ def best_split(t: Tables, below: int, check: Callable[[], None] = lambda: None) 
         mask = allowed & (t.once <= limit) & (t.time <= cap)
         start = _least_maximum(t, t.time, mask) if cap >= floor_time else None
         for threshold in [] if start is None else np.unique(t.time[mask & (t.time >= start)]).tolist():
-            if t.factor * threshold + least.sum + t.chunks * floor_once >= best:
+            if t.objective(threshold, least.sum, floor_once) >= best:
                 break
             check()
             found = _least_sum(t, mask & (t.time <= threshold))
@@ -243,7 +267,7 @@ class _Least:
 
     def cap(self, best: int, limit: int) -> int:
         """The largest bottleneck of a plan under `best` whose max D is at least `limit`."""
-        room = best - 1 - self.sum - self.t.chunks * limit
+        room = best - 1 - self.sum + self.t.credit - self.t.chunks * limit
         return room // self.t.factor if self.t.factor else (int(BIG) if room >= 0 else -1)
 
     def next_limit(self, best: int, limit: int, floor_time: int) -> int | None:
@@ -259,46 +283,50 @@ class _Least:
 
 def _least_maximum(t: Tables, values: Ints, mask: Bools) -> int | None:
     """The least max of `values` over splits of allowed entries, None without any."""
-    best = np.full(t.positions + 1, BIG, dtype=np.int64)
+    (entry, start), best = _joins(t, mask), _nowhere(t)
     best[0] = 0
-    for s in range(mask.shape[0]):
-        following = np.full_like(best, BIG)
-        mine = np.where(mask[s], values[s], BIG)
-        for n in _sizes(t, mask[s]):
-            reached = np.maximum(best[: len(best) - n], mine[t.entries(n)])
-            np.minimum(following[n:], reached, out=following[n:])
-        best = following
-    return int(best[-1]) if best[-1] < BIG else None
+    for mine in _padded(np.where(mask, values, BIG)):
+        best[:-1] = np.maximum(best[start], mine[entry]).min(axis=1, initial=BIG)
+    return int(best[-2]) if best[-2] < BIG else None
 
 
-def _sizes(t: Tables, mask: Bools) -> list[int]:
-    """Sizes, in positions, of the windows that a rank may hold."""
-    sizes = np.nonzero(np.bincount(t.sizes[mask]))[0]
-    return [n for n in sizes.tolist() if n <= t.positions]
+def _joins(t: Tables, mask: Bools) -> tuple[Ints, Ints]:
+    """(entry, start) of the windows by end and size, of sizes that some rank may hold."""
+    entry, start = t.from_end
+    allowed = np.append(mask.any(axis=0), False)
+    sizes = np.nonzero(allowed[entry].any(axis=0))[0]
+    return entry[:, sizes], start[:, sizes]
+
+
+def _nowhere(t: Tables) -> Ints:
+    """A value for each position, and one for where no window starts or ends: all infinite."""
+    return np.full(t.positions + 2, BIG, dtype=np.int64)
+
+
+def _padded(values: Ints) -> Ints:
+    """`values` of entries, and an infinite one for windows that do not exist."""
+    return np.concatenate([values, np.full((len(values), 1), BIG, dtype=np.int64)], axis=1)
 
 
 def _least_sum(t: Tables, mask: np.ndarray) -> tuple[int, list[int]] | None:
-    """The least sum of R over splits of allowed entries, and the split."""
-    size = t.positions + 1
-    best = np.full(size, BIG, dtype=np.int64)
-    best[0] = 0
-    choices = []
-    for s in range(mask.shape[0]):
-        following, choice = np.full(size, BIG, dtype=np.int64), np.zeros(size, dtype=np.int64)
-        mine = np.where(mask[s], t.time[s], BIG)
-        for n in _sizes(t, mask[s]):
-            candidate = best[: size - n] + mine[t.entries(n)]
-            better = candidate < following[n:]
-            following[n:][better], choice[n:][better] = candidate[better], n
-        best = np.minimum(following, BIG)
-        choices.append(choice)
-    if best[-1] >= BIG:
+    """The least sum of R over splits of allowed entries, and the split: of equal ones that of the shortest last windows."""
+    (entry, start), best = _joins(t, mask), _nowhere(t)
+    if not entry.shape[1]:
         return None
-    split, left = [], t.positions
-    for choice in reversed(choices):
-        split.append(int(choice[left]))
-        left -= split[-1]
-    return int(best[-1]), [n * t.chunks for n in reversed(split)]
+    best[0] = 0
+    before, every = [], np.arange(t.positions + 1)
+    for mine in _padded(np.where(mask, t.time, BIG)):
+        reached = best[start] + mine[entry]
+        chosen = reached.argmin(axis=1)
+        best[:-1] = np.minimum(reached[every, chosen], BIG)
+        before.append(start[every, chosen])
+    if best[-2] >= BIG:
+        return None
+    sizes, at = [], t.positions
+    for starts in reversed(before):
+        sizes.append(at - int(starts[at]))
+        at -= sizes[-1]
+    return int(best[-2]), t.split(sizes[::-1])
 
 
 # ---- CP-SAT --------------------------------------------------------------------------------------------------------
@@ -321,10 +349,10 @@ def cp_sat(t: Tables, below: int, canonical: bool = False) -> Verdict:
     """
     from ortools.sat.python import cp_model
 
-    model: Any = cp_model.CpModel()
     kept = _arcs(t, below)
     if any(not len(arcs) for arcs in kept):
         return Verdict("INFEASIBLE", None, None)
+    model: Any = cp_model.CpModel()
     rows = [s for s, arcs in enumerate(kept) for _ in arcs]
     arcs = np.concatenate(kept)
     starts, sizes, entries = (arcs[:, i].tolist() for i in range(3))
@@ -340,10 +368,14 @@ def cp_sat(t: Tables, below: int, canonical: bool = False) -> Verdict:
         model.add(slowest >= sum(time[i] * x[i] for i in mine))
         model.add(largest >= sum(once[i] * x[i] for i in mine))
     if t.anywhere:
-        model.add(sum(n * b for n, b in zip(layers, x, strict=True)) == t.n_layers)
+        model.add(sum(n * b for n, b in zip(sizes, x, strict=True)) == t.positions)
     else:
         _join(model, x, rows, starts, sizes)
     total = t.factor * slowest + sum(c * b for c, b in zip(time, x, strict=True)) + t.chunks * largest
+    if t.credit:  # the larger of two terms
+        first, total = total - t.credit, model.new_int_var(0, max(below - 1, 0), "T")
+        model.add(total >= first)
+        model.add(total >= (t.factor + 1) * slowest + t.chunks * largest)
     model.add(total <= below - 1)
     if canonical:
         scale = len(kept) * t.n_layers + 1
@@ -354,10 +386,11 @@ def cp_sat(t: Tables, below: int, canonical: bool = False) -> Verdict:
     status = solver.solve(model)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return Verdict(solver.status_name(status), None, None)
-    split = [0] * len(kept)
-    for s, n, b in zip(rows, layers, x, strict=True):
+    held = [0] * len(kept)
+    for s, n, b in zip(rows, sizes, x, strict=True):
         if solver.value(b):
-            split[s] = n
+            held[s] = n
+    split = t.split(held)
     return Verdict(solver.status_name(status), t.value(split), split)
 
 
@@ -388,64 +421,45 @@ def deterministic_solver() -> Any:
 def _arcs(t: Tables, below: int) -> list[Ints]:
     """(start, positions, entry) of each rank's windows that a split under `below` could use, rows of an array a rank.
 
-    A window is dropped when its own bottleneck, with the least of everything else, is too long.
+    A window is dropped when the least sum and the least maximum through it, with the least D, are too long. Where windows do
+    not differ by their place, one stands for those of its size.
     """
     fits = t.time < BIG
-    pp = t.time.shape[0]
     if not fits.any(axis=1).all():
-        return [np.zeros((0, 3), dtype=np.int64)] * pp
-    floor_time = t.least_bottleneck
-    if floor_time is None:
-        return [np.zeros((0, 3), dtype=np.int64)] * pp
-    floor_once = max(int(t.once[s][fits[s]].min()) for s in range(pp))
-    once = t.chunks * np.maximum(t.once, floor_once)
-    if not t.anywhere:
-        return _arcs_between(t, fits, once, below)
-    bottleneck = t.factor * np.maximum(np.where(fits, t.time, 0), floor_time) + once
-    # sum R = L * slope + sum of what exceeds the slope: a bound that does not depend on how the layers are split.
-    slope = int(np.min((t.time[:, 1:] - t.time[:, :-1])[fits[:, 1:] & fits[:, :-1]], initial=np.iinfo(np.int64).max))
-    slope = 0 if slope == np.iinfo(np.int64).max else slope // t.chunks
-    over = np.where(fits, t.time - slope * t.layers, BIG)
-    least = over.min(axis=1)
-    rest = t.n_layers * slope + int(least.sum())
+        return [np.zeros((0, 3), dtype=np.int64)] * len(fits)
+    once = t.chunks * np.maximum(t.once, np.where(fits, t.once, BIG).min(axis=1).max())
+    (sums, sums_after), (peaks, peaks_after) = t.least_sums, t.least_peaks
+    entry, end = t.from_start
+    own, later = _padded(np.where(fits, t.time, BIG)), _padded(once)
     keep = []
-    for s in range(pp):
-        total = rest + np.where(fits[s], over[s] - least[s], 0)
-        found = np.nonzero(fits[s] & (bottleneck[s] + total < below))[0]
-        keep.append(np.stack([np.zeros_like(found), t.layers[found] // t.chunks, found], axis=1))
-    return keep
-
-
-def _arcs_between(t: Tables, fits: Bools, once: Ints, below: int) -> list[Ints]:
-    """The same where windows differ by their place: the least sum and the least maximum through each of them."""
-    sums, peaks = t.least_sums, t.least_peaks
-    keep = []
-    for s in range(t.time.shape[0]):
-        found = [np.zeros((0, 3), dtype=np.int64)]
-        for n in _sizes(t, fits[s]):
-            entry = t.entries(n)
-            starts, ends = slice(None, t.positions + 1 - n), slice(n, None)
-            through = np.minimum(sums[0][s, starts] + sums[1][s + 1, ends], BIG) + t.time[s, entry]
-            peak = np.maximum(np.maximum(peaks[0][s, starts], peaks[1][s + 1, ends]), t.time[s, entry])
-            reached = (through < BIG) & (peak < BIG)
-            usable = np.nonzero(reached & (t.factor * np.where(reached, peak, 0) + once[s, entry] + through < below))[0]
-            found.append(np.stack([usable, np.full_like(usable, n), entry[usable]], axis=1))
-        keep.append(np.concatenate(found))
+    for s in range(len(own)):
+        time = own[s][entry]
+        through = np.minimum(sums[s, :-1, None] + sums_after[s + 1][end], BIG) + time
+        peak = np.maximum(np.maximum(peaks[s, :-1, None], peaks_after[s + 1][end]), time)
+        reached = (through < BIG) & (peak < BIG)
+        least = t.factor * np.where(reached, peak, 0) + later[s][entry] + through - t.credit
+        usable = reached & (least < below)
+        if t.anywhere:
+            size = np.nonzero(usable.any(axis=0))[0]
+            start = np.zeros_like(size)
+        else:
+            size, start = np.nonzero(usable.T)
+        keep.append(np.stack([start, size + 1, entry[start, size]], axis=1))
     return keep
 
 
 def _potentials(t: Tables, join: np.ufunc) -> tuple[Ints, Ints]:
-    """The least sum (or maximum) of R over the ranks before each (rank, position), and from it to the end."""
-    pp, end = t.time.shape[0], t.positions
-    before, after = np.full((pp + 1, end + 1), BIG), np.full((pp + 1, end + 1), BIG)
-    before[0, 0], after[pp, end] = 0, 0
-    sizes = [_sizes(t, t.time[s] < BIG) for s in range(pp)]
+    """The least sum (or maximum) of R over the ranks before each (rank, position), and from it to the end.
+
+    The position after the last is where windows end that do not exist.
+    """
+    pp, time = t.time.shape[0], _padded(t.time)
+    before, after = (np.full((pp + 1, t.positions + 2), BIG) for _ in range(2))
+    before[0, 0], after[pp, t.positions] = 0, 0
+    entry, start = t.from_end
     for s in range(pp):
-        for n in sizes[s]:
-            reached = np.minimum(join(before[s, : end + 1 - n], t.time[s, t.entries(n)]), BIG)
-            before[s + 1, n:] = np.minimum(before[s + 1, n:], reached)
+        before[s + 1, :-1] = join(before[s][start], time[s][entry]).min(axis=1, initial=BIG)
+    entry, end = t.from_start
     for s in reversed(range(pp)):
-        for n in sizes[s]:
-            reached = np.minimum(join(after[s + 1, n:], t.time[s, t.entries(n)]), BIG)
-            after[s, : end + 1 - n] = np.minimum(after[s, : end + 1 - n], reached)
+        after[s, :-1] = join(after[s + 1][end], time[s][entry]).min(axis=1, initial=BIG)
     return before, after

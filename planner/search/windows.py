@@ -1,18 +1,21 @@
-"""Runs of consecutive layers of a model that mixes several kinds: what a pipeline rank can hold.
+"""Runs of consecutive layers: what a pipeline rank can hold where that depends on their place.
 
-Ranks hold equal chunks (a rule), so with v chunks chunk c of a rank starts c L / v layers after its first one: a rank is a
-window of a chain of L / v positions, each standing for v layers. Costs depend on how many layers of each kind a window
-holds only, so windows with equal counts share an entry.
+With v chunks the L layers are cut into v rounds of ceil(L / v) layers, the last ones one layer shorter where v does not divide
+L (`chunk_layers`). A chain of ceil(L / v) positions stands for all rounds at once: a rank is a window of it, and holds the
+layers at these positions of every round. Only the last position may lack layers, so that only the last rank can have unequal
+chunks; each of them holds a layer. Costs depend on how many layers of each kind each chunk holds, so windows with equal counts
+share an entry.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
-from planner.cost.task import Ints
+from planner.cost.task import Bools, Ints
+from planner.specs.layout import chunk_layers
 
 
 @dataclass(frozen=True)
@@ -20,16 +23,29 @@ class Windows:
     """The windows of up to `reach` positions."""
 
     counts: Ints
-    """Layers of each kind by entry, shape (entries, kinds)."""
+    """Layers of each kind in each chunk by entry, shape (entries, chunks, kinds)."""
     at: Ints
     """Entry of the window of n positions (second axis) that starts at position a (first axis); -1 where there is none."""
-    chunks: int
-    """v: layers for each position."""
+
+    @property
+    def chunks(self) -> int:
+        """v: layers for each position, but for what the last one lacks."""
+        return self.counts.shape[1]
 
     @property
     def layers(self) -> Ints:
         """Layers by entry."""
-        return self.counts.sum(axis=1)
+        return self.counts.sum(axis=(1, 2))
+
+    @property
+    def sizes(self) -> Ints:
+        """Positions by entry."""
+        return self.counts.sum(axis=2).max(axis=1)
+
+    @property
+    def whole(self) -> Bools:
+        """Entries with a layer in every chunk."""
+        return np.asarray(self.counts.sum(axis=2).min(axis=1) > 0)
 
     @property
     def positions(self) -> int:
@@ -41,18 +57,32 @@ class Windows:
         """Positions of the longest window."""
         return self.at.shape[1] - 1
 
+    def only(self, entries: Bools) -> Windows:
+        """The windows of some entries; the others are left out."""
+        number = np.where(entries, np.cumsum(entries) - 1, -1)
+        return replace(self, counts=self.counts[entries], at=np.where(self.at >= 0, number[self.at], -1))
+
+
+def positions(n_layers: int, chunks: int) -> int:
+    """Length of the chain of a model's layers."""
+    return -(-n_layers // chunks)
+
 
 @lru_cache(maxsize=256)
 def windows(kinds: tuple[int, ...], chunks: int, reach: int) -> Windows:
-    """The windows over layers of these kinds, of up to `reach` positions. `chunks` divides the number of layers."""
-    length, n_kinds = len(kinds) // chunks, max(kinds) + 1
-    one_hot = np.eye(n_kinds, dtype=np.int64)[np.array(kinds)].reshape(chunks, length, n_kinds).sum(axis=0)
-    before = np.concatenate([np.zeros((1, n_kinds), dtype=np.int64), np.cumsum(one_hot, axis=0)])
+    """The windows over layers of these kinds, of up to `reach` positions."""
+    length, n_kinds = positions(len(kinds), chunks), max(kinds) + 1
+    rounds, one_hot = chunk_layers(len(kinds), chunks), np.zeros((length, chunks, n_kinds), dtype=np.int64)
+    start = 0
+    for c, n in enumerate(rounds):
+        one_hot[np.arange(n), c, kinds[start : start + n]] = 1
+        start += n
+    before = np.concatenate([np.zeros_like(one_hot[:1]), np.cumsum(one_hot, axis=0)])
     reach = min(reach, length)
-    start, size = np.meshgrid(np.arange(length + 1), np.arange(reach + 1), indexing="ij")
-    inside = (size > 0) & (start + size <= length)
-    held = before[(start + size)[inside]] - before[start[inside]]
-    counts, entry = np.unique(held, axis=0, return_inverse=True)
-    at = np.full(start.shape, -1, dtype=np.int64)
+    first, size = np.meshgrid(np.arange(length + 1), np.arange(reach + 1), indexing="ij")
+    inside = (size > 0) & (first + size <= length)
+    held = before[(first + size)[inside]] - before[first[inside]]
+    counts, entry = np.unique(held.reshape(len(held), -1), axis=0, return_inverse=True)
+    at = np.full(first.shape, -1, dtype=np.int64)
     at[inside] = entry.ravel()
-    return Windows(counts, at, chunks)
+    return Windows(counts.reshape(-1, chunks, n_kinds), at)

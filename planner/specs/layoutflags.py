@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from planner.errors import input_error
-from planner.specs.layout import Layout, even_stages
+from planner.specs.layout import V_SHAPED, Layout, even_stages
 from planner.specs.model import Model
 
 
@@ -31,10 +31,12 @@ def complete_layout(named: dict[str, Any], model: Model, gpus: int) -> Layout:
         raise input_error("PLN107", "degrees are at least 1", f"tp {tp}, cp {cp}, pp {pp}", "")
     values.setdefault("dp", max(gpus // (tp * cp * pp), 1))
     values.setdefault("sequence_parallel", tp > 1)
+    if values.get("schedule") in V_SHAPED:
+        values.setdefault("virtual_stages", 2)
     chunks = int(values.get("virtual_stages", 1))
     values.setdefault("schedule", "none" if pp == 1 else "interleaved" if chunks > 1 else "1f1b")
     if "stages" not in values:
-        values["stages"] = _stages(model, pp, None if layers is None else list(layers), recompute)
+        values["stages"] = _stages(model, pp, max(chunks, 1), None if layers is None else list(layers), recompute)
     from pydantic import ValidationError
 
     try:
@@ -46,11 +48,11 @@ def complete_layout(named: dict[str, Any], model: Model, gpus: int) -> Layout:
         raise input_error("PLN107", f"{name}: {message}", f"found {first.get('input')!r}", "") from None
 
 
-def _stages(model: Model, pp: int, layers: list[int] | None, recompute: str) -> list[dict[str, Any]]:
+def _stages(model: Model, pp: int, chunks: int, layers: list[int] | None, recompute: str) -> list[dict[str, Any]]:
     if layers is None:
         if pp > model.n_layers:
             raise input_error(
                 "PLN208", f"pp {pp} needs more layers than the {model.n_layers} there are", "", "choose a smaller pp"
             )
-        layers = [s.layers for s in even_stages(model.n_layers, pp)]
+        layers = [s.layers for s in even_stages(model.n_layers, pp, virtual_stages=chunks)]
     return [{"layers": n, "recompute": recompute} for n in layers]

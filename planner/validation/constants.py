@@ -62,7 +62,7 @@ def moves(batch: Batch) -> frozenset[str]:
     """Constants that can change the batch's step times at all."""
     x, task = batch.layouts, batch.task
     present = {"compute": True, "elementwise": True, "host": True, "tp": bool((x.tp > 1).any()), "pp": bool((x.pp > 1).any())}
-    present["dp"] = bool((x.shard > 1).any())
+    present["dp"] = bool((x.data > 1).any())
     present["ep"] = any(group.mlp.routed for group, _ in task.model.kinds) and bool(((x.ep > 1) | (x.etp > 1)).any())
     present["scale"] = task.gpus > task.hardware.node_size
     present["narrow"] = task.job.linears != "same"

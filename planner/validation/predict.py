@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from planner.cost import intervals, risk, step
-from planner.cost.blending import blend
+from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives, PrimitiveTable, TimeParts, primitive_table
 from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
 from planner.engines.registry import accounting_named
@@ -18,6 +18,7 @@ from planner.specs import files
 from planner.specs.calibration import without_recipe
 from planner.specs.hardware import HardwareProfile
 from planner.units import GIB
+from planner.validation.measured import hardware_of
 from planner.validation.prediction import MemoryKind, Outcome, Predicted, Prediction
 from planner.validation.profilemap import ProfileMap, StalledRule, load_map
 from planner.validation.rows import Row, Run, Unusable, positive, read_table, run_of
@@ -116,10 +117,12 @@ def load_table(path: str, rules: ProfileMap, quality: frozenset[str] | None = No
         if quality is not None and outcome == "ran" and row.get("quality", "") not in {"", *quality}:
             skipped[f"quality {row['quality']}"] += 1
             continue
+        if (own := hardware_of(row)) is not None:
+            profiles.setdefault(own.name, own)
         try:
             entry = _entry(line, row, rules, outcome, profile)
             if profile is not None:
-                _same_device(rules.profile_of(row), profile, profiles)
+                _same_device(own.name if own is not None else rules.profile_of(row), profile, profiles)
         except Unusable as why:
             skipped[str(why)] += 1
             continue
@@ -176,7 +179,8 @@ def _profile(name: str, known: dict[str, HardwareProfile]) -> HardwareProfile:
 
 
 def _entry(line: int, row: Row, rules: ProfileMap, outcome: Outcome, wanted: str | None) -> Entry:
-    profile, engine = wanted or rules.profile_of(row), rules.engine_of(row)
+    own = hardware_of(dict(row))
+    profile, engine = wanted or rules.profile_of(row) or (own.name if own else None), rules.engine_of(row)
     if engine is None:
         raise Unusable(f"no engine accounting for {row.get('framework') or 'a blank framework'}")
     if profile is None:
@@ -250,7 +254,8 @@ def priced(batch: Batch, task: Task) -> tuple[list[PrimitiveTable], Primitives, 
 
 def _blended(tables: list[Primitives], batch: Batch) -> Primitives:
     """Primitives of each rank of a model that mixes kinds of layers."""
-    return blend([p.take(batch.stages.row) for p in tables], batch.kind_counts, batch.task.model.text_kind)
+    stack = Stack.of([p.take(batch.stages.row) for p in tables], batch.task.model.text_kind)
+    return step.blended_ranks(batch.task, stack, [e.run.layout for e in batch.entries], batch.layouts.microbatches)
 
 
 def figures(batch: Batch, task: Task | None = None) -> Figures:

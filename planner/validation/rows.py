@@ -22,6 +22,7 @@ from planner.specs import files
 from planner.specs.job import Job
 from planner.specs.layout import Layout, Stage, even_stages
 from planner.specs.model import Attention, LayerGroup, Mlp, Model
+from planner.validation import measured
 from planner.validation.architectures import Family, family_of
 
 REQUIRED = (
@@ -49,7 +50,10 @@ class Run:
 
 
 def read_table(path: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line, row) of a CSV table. Raises InputError when a needed column is missing."""
+    """(line, row) of a CSV table or of measurements. Raises InputError when a needed column is missing."""
+    if measured.is_measurement(path):
+        yield from measured.read(path)
+        return
     reader = csv.DictReader(io.StringIO(files.read_text(path).removeprefix("\ufeff")))
     try:
         columns = list(reader.fieldnames or [])
@@ -112,6 +116,9 @@ def whole(row: Row, column: str, default: int | None = None) -> int:
 
 def run_of(row: Row, accounting: Accounting, zero_default: int = 0) -> Run:
     """The row as a run of an engine. Raises Unusable."""
+    if row.get("plan"):
+        plan = measured.plan_of(row["plan"])
+        return Run(plan.model, plan.job, plan.layout, plan.cluster.gpus, plan.layout.microbatches(plan.job))
     if "lora" in (row.get("model_name", "") + row.get("notes", "")).lower():
         raise Unusable("adapter training (LoRA)")
     if row.get("row_kind") == "layer_micro":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.cost.task import LayoutArray, Task
+from planner.cost.task import DeviceType, LayoutArray, Task
 from planner.engines.base import Engine
 from planner.engines.registry import engine_named
 from planner.errors import Location, input_error
@@ -54,6 +54,7 @@ def case_of(plan: Plan, stated_digest: str | None, path: str) -> Case:
     task = Task(
         plan.model, plan.job, plan.hardware, plan.cluster.gpus, engine.accounting,
         lowest.fraction if lowest else policy.max_memory_fraction, policy.max_oom_probability,
+        types=tuple(DeviceType(h, t.gpus) for h, t in zip(plan.profiles, plan.cluster.types, strict=False)),
     )  # fmt: skip
     return Case(plan, stated_digest, task, engine, plan.certificate, plan.certificate.declared)
 
@@ -69,4 +70,5 @@ def key_of(layout: Layout) -> Key:
 def name_of(x: LayoutArray, row: int) -> str:
     """An outer row in one line."""
     names = ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "virtual_stages")
-    return ", ".join(f"{n} {int(getattr(x, n)[row])}" for n in names)
+    reversed_types = ", second type first" if int(x.type_order[row]) else ""
+    return ", ".join(f"{n} {int(getattr(x, n)[row])}" for n in names) + reversed_types

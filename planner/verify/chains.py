@@ -14,20 +14,31 @@ from planner.verify.windows import Runs
 
 def exists(allowed: Bools, w: Runs) -> Bools:
     """Whether some chain uses allowed entries only, shape (rows,). Exact."""
-    if _by_length(w):
+    if w.by_length:
         simple, answer = _prefixes(allowed, w)
         rest = np.nonzero(~simple)[0]
     else:
         answer, rest = np.zeros(len(allowed), dtype=bool), np.arange(len(allowed))
     if len(rest):
-        cost = np.where(allowed[rest], np.int64(0), NEVER)
-        answer[rest] = to_the_end(cost, w, np.add)[:, 0, 0] < NEVER
+        answer[rest] = _reaches(allowed[rest], w)
     return answer
 
 
-def _by_length(w: Runs) -> bool:
-    """Whether a run's number is its length less one: layers of one kind."""
-    return w.counts.shape[1] == 1
+def _reaches(allowed: Bools, w: Runs) -> Bools:
+    """The same over any runs: the places that each rank can begin at, from the first one on."""
+    rows, pp, _ = allowed.shape
+    here: Bools = np.zeros((rows, w.places + 1), dtype=bool)
+    here[:, 0] = True
+    for s in range(pp):
+        following = np.zeros_like(here)
+        usable: Bools = np.any(allowed[:, s], axis=0)
+        for length in range(1, w.longest + 1):
+            starts = np.arange(s, w.places - length - (pp - 1 - s) + 1)[: None if s else 1]
+            starts = starts[usable[w.number[starts, length]]]
+            if len(starts):
+                following[:, starts + length] |= here[:, starts] & allowed[:, s, w.number[starts, length]]
+        here = following
+    return np.asarray(here[:, w.places])
 
 
 def _prefixes(allowed: Bools, w: Runs) -> tuple[Bools, Bools]:

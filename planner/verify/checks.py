@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from planner import planfile
+from planner.cost import devicetypes
 from planner.cost.task import Bools, Ints
 from planner.engines.base import layout_problems
 from planner.verify import rows, simulation, space, tables
@@ -82,15 +83,28 @@ def _file(s: State, found: Findings) -> None:
     found.expect(s.case.stated_digest is not None, "the file states no digest")
     if s.case.stated_digest is not None:
         found.equal("digest of the plan", s.case.stated_digest, plan.digest)
-    contents = planfile.content_digests(plan.model, plan.hardware, plan.job)
+    contents = planfile.content_digests(plan.model, plan.hardware, plan.job, plan.second_hardware)
     for name, digest in contents.items():
         found.equal(f"digest of the embedded {name}", plan.inputs.contents.get(name), digest)
     found.equal("digest of the job", plan.inputs.digests.get("job"), contents["job"])
     cluster = plan.cluster
-    found.equal("hardware of the cluster", cluster.hardware, plan.hardware.name)
-    found.equal("devices of a node", cluster.node_size, plan.hardware.node_size)
+    found.equal("hardware of the cluster", cluster.hardware, " + ".join(h.name for h in plan.profiles))
+    for h in plan.profiles:
+        found.equal("devices of a node", cluster.node_size, h.node_size)
     found.equal("nodes", cluster.nodes, -(-cluster.gpus // cluster.node_size))
+    _two_types(plan, found)
     found.text = "digests of the plan, its model, hardware and job match their contents"
+
+
+def _two_types(plan: planfile.Plan, found: Findings) -> None:
+    """The parts of a cluster of two device types add up to it."""
+    types = plan.cluster.types
+    found.equal("device types of the cluster", len(types), len(plan.profiles) if len(plan.profiles) > 1 else 0)
+    for t, h in zip(types, plan.profiles, strict=False):
+        found.equal("hardware of a device type", t.hardware, h.name)
+        found.equal(f"devices of {t.hardware}", t.gpus, t.nodes * h.node_size)
+    if types:
+        found.equal("devices of both types", sum(t.gpus for t in types), plan.cluster.gpus)
 
 
 def _layouts(s: State, found: Findings) -> None:
@@ -99,7 +113,19 @@ def _layouts(s: State, found: Findings) -> None:
         where = f"alternative {i}" if i else "the plan"
         for problem in layout_problems(s.case.task, s.case.engine, layout):
             found.problems.append(f"{where}: {problem.code} {problem.what}")
-        for axis in ("tp", "cp", "pp", "ep", "etp", "zero", "micro_batch", "sequence_parallel", "offload", "order"):
+        for axis in (
+            "tp",
+            "cp",
+            "pp",
+            "ep",
+            "etp",
+            "zero",
+            "micro_batch",
+            "sequence_parallel",
+            "offload",
+            "order",
+            "type_order",
+        ):
             found.expect(getattr(layout, axis) in getattr(declared, axis), f"{where}: {axis} outside the declared space")
         found.expect(not declared.dp or layout.dp in declared.dp, f"{where}: dp outside the declared space")
         found.expect(declared.any_etp or layout.etp in (1, layout.tp), f"{where}: etp is neither 1 nor tp")
@@ -133,13 +159,22 @@ def _value(s: State, found: Findings) -> None:
 def _memory(s: State, found: Findings) -> None:
     least = None
     for i, e in enumerate(s.evaluated):
-        left = e.capacity - int(e.allocated.max())
+        left = int((e.capacity - e.allocated).min())
+        fullest = int(np.argmin(e.capacity - e.allocated))
         where = f"alternative {i}" if i else "the plan"
-        found.expect(left >= 0, f"{where}: rank {int(np.argmax(e.allocated))} needs {-left:,} bytes more than it may have")
+        found.expect(left >= 0, f"{where}: rank {fullest} needs {-left:,} bytes more than it may have")
         least = left if least is None else min(least, left)
     stated, plan = s.case.plan.estimate.memory, s.evaluated[0]
-    found.equal("peak allocated of the plan, GiB", stated.peak_allocated_gib, int(plan.allocated.max()) / 2**30)
-    found.figures = {"least_bytes_left": least, "peak_bytes": int(plan.allocated.max()), "capacity_bytes": plan.capacity}
+    fullest = int(np.argmax(plan.allocated))
+    if s.case.task.types:  # the stage that comes nearest to what its own type may hold
+        fullest = stated.peak_stage
+        least_headroom = min(m.headroom for m in stated.stages)
+        found.equal("least headroom of the plan, GiB", stated.stages[fullest].headroom, least_headroom)
+        names = [s.case.task.types[i].hardware.name for i in devicetypes.stages_of(s.case.task, plan.layout)]
+        found.equal("device type of each stage", [m.hardware for m in stated.stages], names)
+    peak, capacity = int(plan.allocated[fullest]), int(plan.capacity[fullest])
+    found.equal("peak allocated of the plan, GiB", stated.peak_allocated_gib, peak / 2**30)
+    found.figures = {"least_bytes_left": least, "peak_bytes": peak, "capacity_bytes": capacity}
     found.text = f"every rank of every layout fits; the fullest leaves {least:,} bytes"
 
 

@@ -13,13 +13,17 @@ from planner.verify.tables import NEVER
 from planner.verify.windows import Runs
 
 
-def least_value(time: Ints, once: Ints, w: Runs, factor: int, rests: tuple[Ints, Ints, Ints], limit: int) -> int | None:
+def least_value(
+    time: Ints, once: Ints, w: Runs, pipeline: tuple[int, int], rests: tuple[Ints, Ints, Ints], limit: int
+) -> int | None:
     """The least `factor` max R + sum R + v max D up to `limit` over chains, None when there is none. Exact.
+
+    `pipeline`: the factor, and the credit of a split backward, which is taken off as far as (factor + 1) max R + v max D.
 
     `time` and `once` of shape (ranks, runs); `rests` are the least max R, max D and sum R from each rank and place to the
     end (`chains.to_the_end`), shape (ranks + 1, places + 1).
     """
-    pp, v = len(time), w.chunks
+    pp, v, (factor, credit) = len(time), w.chunks, pipeline
     here: dict[int, Ints] = {0: np.zeros((1, 3), dtype=np.int64)}
     for s in range(pp):
         following: dict[int, list[Ints]] = {}
@@ -34,12 +38,15 @@ def least_value(time: Ints, once: Ints, w: Runs, factor: int, rests: tuple[Ints,
                     labels[:, 2] + time[s, entry],
                 ], axis=1)  # fmt: skip
                 least = factor * np.maximum(longer[:, 0], rests[0][s + 1, end]) + longer[:, 2] + rests[2][s + 1, end]
-                least += v * np.maximum(longer[:, 1], rests[1][s + 1, end])
+                least += v * np.maximum(longer[:, 1], rests[1][s + 1, end]) - credit
                 if np.any(kept := least <= limit):
                     following.setdefault(end, []).append(longer[kept])
         here = {place: pareto(np.concatenate(labels)) for place, labels in following.items()}
     ends = here.get(w.places)
-    return None if ends is None else int((factor * ends[:, 0] + ends[:, 2] + v * ends[:, 1]).min())
+    if ends is None:
+        return None
+    values = np.maximum(factor * ends[:, 0] + ends[:, 2] - credit, (factor + 1) * ends[:, 0]) + v * ends[:, 1]
+    return int(values.min()) if values.min() <= limit else None
 
 
 def pareto(labels: Ints) -> Ints:

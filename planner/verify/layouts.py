@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.cost import primitives, step
-from planner.cost.blending import blend
-from planner.cost.primitives import Primitives
-from planner.cost.task import Ints, LayoutArray, StageArray, Task
+from planner.cost import devicetypes
+from planner.cost.task import Ints, Task
 from planner.specs.layout import Layout
 
 
@@ -25,42 +23,43 @@ class Evaluated:
     """The part of R that layers spend in forward, ns."""
     embedding_ns: int
     head_ns: int
-    p2p_ns: int
+    p2p_ns: Ints
+    """Of each rank."""
+    weights: Ints
+    """The part of R that layers spend on weight gradients, where the schedule runs them apart, ns."""
+    credit: int
+    """What that takes off the pipeline's time, v-ths of ns."""
     once_ns: int
     """max D, ns."""
     constant_ns: int
     allocated: Ints
     """Peak bytes."""
-    capacity: int
-    """Bytes that may be allocated."""
-    outside: int
+    capacity: Ints
+    """Bytes that each rank may allocate."""
+    outside: Ints
     """Bytes outside the allocator."""
     microbatches: int
 
 
 def evaluate(task: Task, layout: Layout) -> Evaluated:
     """Price a layout whose stages hold all layers."""
-    x, stages = LayoutArray.of([layout], task.job), StageArray.of([layout])
-    if task.model.homogeneous:
-        p, blended = primitives.price(task, x), None
-        ranks: Primitives = p.take(stages.row)
-    else:
-        kinds = [primitives.price(task.only(k), x) for k in range(len(task.model.kinds))]
-        p, counts = kinds[task.model.text_kind], step.layers_by_kind(task, layout)
-        ranks = blended = blend([k.take(stages.row) for k in kinds], counts, task.model.text_kind)
-    cost = step.stage_cost(p, x, stages, blended)
+    found = devicetypes.layout_cost(task, layout)
+    ranks, cost = found.ranks, found.stages
+    layers = np.array([stage.layers for stage in layout.stages], dtype=np.int64)
     return Evaluated(
         layout,
-        int(step.step_cost(p, x, stages, blended).step[0]),
+        int(found.total.step[0]),
         cost.time,
-        np.asarray(stages.layers * ranks.forward),
-        int(p.embedding[0]),
-        int(p.head[0]),
-        int(ranks.p2p[0]),
+        layers * ranks.forward,
+        int(ranks.embedding[0]),
+        int(ranks.head[-1]),
+        ranks.p2p,
+        layers * ranks.weight,
+        int(found.p.credit[0]),
         int(cost.once.max()),
-        int(p.constant[0]),
+        int(found.p.constant[0]),
         cost.allocated,
-        int(p.capacity[0]),
-        int(p.outside[0]),
-        int(x.microbatches[0]),
+        ranks.capacity,
+        ranks.outside,
+        layout.microbatches(task.job),
     )

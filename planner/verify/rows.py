@@ -27,11 +27,13 @@ def fitting(rows: Priced, modes: tuple[int, ...], progress: Progress) -> Bools:
     answer = np.zeros(len(rows), dtype=bool)
     done = 0
     for batch in tables.batches(rows.layouts, np.arange(len(rows))):
-        for piece in _pieces(rows, batch, modes, rows.task.model.n_layers):
+        some, sort = tables.same_memory(rows, batch)
+        for piece in _pieces(rows, some, modes, rows.task.model.n_layers):
             r = tables.ranks_of(rows.take(piece), modes, rows.task.model.n_layers)
             answer[piece] = chains.exists(tables.fits(r), r.runs)
-            done += len(piece)
             progress("memory of rows", done, len(rows))
+        answer[batch] = answer[some][sort]
+        done += len(batch)
     return answer
 
 
@@ -91,12 +93,12 @@ def _factor(r: Ranks) -> Ints:
 def _least_work(rows: Priced, r: Ranks) -> tuple[Ints, Ints]:
     """(least sum of R, least max R) over all splits, memory aside, shape (rows,)."""
     counts = [n for _, n in rows.task.model.kinds] if len(rows.kinds) > 1 else [rows.task.model.n_layers]
-    again = [np.minimum.reduce([k.again(mode) for mode in r.modes]) for k in rows.kinds]
-    each = [k.forward + k.backward + a for k, a in zip(rows.kinds, again, strict=True)]
+    each = tables.least_layers(rows, r.modes)
     ends = (tables.work(r) - r.layers * (r.p.forward + r.p.backward))[:, :, 0]
     total = ends.sum(axis=1) + sum((n * t for n, t in zip(counts, each, strict=True)), np.zeros(len(rows), dtype=np.int64))
     cheapest = np.minimum.reduce(each)
-    fullest = -(-r.runs.places // r.pp) * r.chunks * cheapest + ends.min(axis=1)
+    lacking = r.runs.places * r.chunks - r.runs.n_layers
+    fullest = (-(-r.runs.places // r.pp) * r.chunks - lacking) * cheapest + ends.min(axis=1)
     alone = (ends + r.chunks * cheapest[:, None]).max(axis=1)
     return total, np.maximum.reduce([-(-total // r.pp), fullest, alone])
 
@@ -108,7 +110,7 @@ def _bounded(rows: Priced, modes: tuple[int, ...], cutoff: Ints) -> Ints:
         part = rows.take(batch)
         r = tables.ranks_of(part, modes, 1)
         total, slowest = _least_work(part, r)
-        left.append(batch[_factor(r) * slowest + total <= _limit(r, cutoff[batch])])
+        left.append(batch[_factor(r) * slowest + total - r.credit <= _limit(r, cutoff[batch])])
     return np.concatenate([np.zeros(0, dtype=np.int64), *left])
 
 
@@ -117,11 +119,10 @@ def _longest(rows: Priced, batch: Ints, modes: tuple[int, ...], cutoff: Ints) ->
     part = rows.take(batch)
     r = tables.ranks_of(part, modes, 1)
     total, _ = _least_work(part, r)
-    slowest = (_limit(r, cutoff[batch]) - total) // np.maximum(_factor(r), 1)
-    again = [np.minimum.reduce([k.again(mode) for mode in modes]) for k in part.kinds]
-    place = np.minimum.reduce([k.forward + k.backward + a for k, a in zip(part.kinds, again, strict=True)]) * r.chunks
-    most = r.runs.places - r.pp + 1
-    fitting = np.clip(slowest // np.maximum(place, 1), 1, most)
+    slowest = (_limit(r, cutoff[batch]) - total + r.credit) // np.maximum(_factor(r), 1)
+    layer = np.minimum.reduce(tables.least_layers(part, modes))
+    most, lacking = r.runs.places - r.pp + 1, r.runs.places * r.chunks - r.runs.n_layers
+    fitting = np.clip((slowest // np.maximum(layer, 1) + lacking) // r.chunks, 1, most)
     return np.where(_factor(r) > 0, fitting, most)
 
 
@@ -137,12 +138,12 @@ def _piece(rows: Priced, piece: Ints, modes: tuple[int, ...], cutoff: Ints, long
     ]
     slowest, step_wise, total = (rest[:, 0, 0] for rest in rests)
     possible = np.nonzero(total < NEVER)[0]
-    bound = factor[possible] * slowest[possible] + total[possible] + r.chunks * step_wise[possible]
+    bound = factor[possible] * slowest[possible] + total[possible] - r.credit[possible] + r.chunks * step_wise[possible]
     open_ = possible[bound <= limit[possible]]
     found.by_table += len(piece) - len(open_)
     for i in open_.tolist():
         value = labels.least_value(
-            time[i], once[i], r.runs, int(factor[i]), (rests[0][i], rests[1][i], rests[2][i]), int(limit[i])
+            time[i], once[i], r.runs, (int(factor[i]), int(r.credit[i])), (rests[0][i], rests[1][i], rests[2][i]), int(limit[i])
         )  # fmt: skip
         if value is None:
             found.by_labels += 1
@@ -153,7 +154,7 @@ def _piece(rows: Priced, piece: Ints, modes: tuple[int, ...], cutoff: Ints, long
 def _times(part: Priced, r: Ranks, limit: Ints, factor: Ints) -> Ints:
     """R of each rank and run, exact; NEVER where it does not fit or is too slow for the limit by itself."""
     total, _ = _least_work(part, r)
-    slowest = np.where(factor > 0, (limit - total) // np.maximum(factor, 1), NEVER)[:, None, None]
+    slowest = np.where(factor > 0, (limit - total + r.credit) // np.maximum(factor, 1), NEVER)[:, None, None]
     work = tables.work(r)
     quick = work + r.layers * tables.least_again(r) <= slowest
     used = np.nonzero(quick.any(axis=(1, 2)))[0]

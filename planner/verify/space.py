@@ -8,14 +8,14 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from planner.cost.task import INTERLEAVED, LayoutArray, Task
+from planner.cost.task import INTERLEAVED, INTERLEAVED_ZB, V_CODES, LayoutArray, Task
 from planner.engines.base import Engine, schedule_codes
 from planner.planfile import Declared, Inputs
-from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES
+from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES, SPLIT_BACKWARD, TYPE_ORDERS
 
 _SHORT = {"mbs": "micro_batch", "sp": "sequence_parallel", "vpp": "virtual_stages", "v": "virtual_stages"}
 _WORLD = "world = tp cp pp dp"
-_COLUMNS = ("tp", "cp", "pp", "ep", "etp", "micro_batch", "zero", "sequence_parallel", "offload", "order")
+_COLUMNS = ("tp", "cp", "pp", "ep", "etp", "micro_batch", "zero", "sequence_parallel", "offload", "order", "type_order")
 
 
 # ---- axes ----------------------------------------------------------------------------------------------------------
@@ -23,15 +23,20 @@ _COLUMNS = ("tp", "cp", "pp", "ep", "etp", "micro_batch", "zero", "sequence_para
 
 def documented_axes(task: Task, engine: Engine, inputs: Inputs) -> Declared:
     """The space that the README declares for a task, with the plan's pins and forbids applied."""
-    fast = task.hardware.network[0].size or task.hardware.node_size
+    fast = min(h.network[0].size or h.node_size for h in task.profiles)
     n, experts = task.model.n_layers, [m.experts for m in task.model.routed_mlps]
     degrees = [d for d in range(1, task.gpus + 1) if task.gpus % d == 0]
     spread = bool(experts) and engine.expert_parallel
     width = math.gcd(*(m.width for m in task.model.routed_mlps))
     codes = schedule_codes(engine)
     schedules = {"none": [1]} | {SCHEDULES[c]: [1] for c in codes}
-    if INTERLEAVED in codes:
-        schedules[SCHEDULES[INTERLEAVED]] = list(range(2, min(16, n) + 1))
+    every = "virtual_stages" in {_SHORT.get(name, name) for name in inputs.pins}
+    for c in codes:
+        if c in (INTERLEAVED, INTERLEAVED_ZB):
+            chunks = [v for v in range(2, min(16, n) + 1) if every or n % v == 0 or v in (2, 4, 8, 16)]
+            schedules[SCHEDULES[c]] = chunks
+        elif c in V_CODES:
+            schedules[SCHEDULES[c]] = [2] if n >= 2 else []
     declared = Declared(
         tp=[d for d in degrees if d <= fast],
         cp=[d for d in degrees if d in (1, 2, 4, 8, 16, 32, 64)] if engine.context_parallel else [1],
@@ -45,11 +50,15 @@ def documented_axes(task: Task, engine: Engine, inputs: Inputs) -> Declared:
         schedules={name: chunks for name, chunks in schedules.items() if chunks},
         sequence_parallel=[bool(v) for v in sorted({0, *engine.sequence_parallel})],
         recompute=list(RECOMPUTE_MODES),
-        offload=list(engine.offloads),
+        offload=["none"] if engine.offload_on_request and "offload" not in inputs.pins else list(engine.offloads),
         order=list(engine.rank_orders),
+        type_order=list(TYPE_ORDERS if task.types else TYPE_ORDERS[:1]),
     )
     for axis, wanted, pinned in _limits(inputs):
         declared = declared.model_copy(update=_limited(declared, axis, wanted, pinned, degrees))
+    if "none" not in declared.recompute:  # nothing is recomputed under a split backward
+        left = {s: chunks for s, chunks in declared.schedules.items() if s not in SPLIT_BACKWARD}
+        declared = declared.model_copy(update={"schedules": left})
     return declared
 
 
@@ -64,7 +73,7 @@ def _limits(inputs: Inputs) -> Iterable[tuple[str, list[str], bool]]:
         elif axis in RECOMPUTE_MODES[1:]:
             yield "recompute", [m for m in RECOMPUTE_MODES if m != axis], False
         else:
-            others = {"offload": "none", "order": RANK_ORDERS[0]}
+            others = {"offload": "none", "order": RANK_ORDERS[0], "type_order": TYPE_ORDERS[0]}
             neutral = ({"recompute": "none", "sequence_parallel": "false", "zero": "0"} | others).get(axis, "1")
             yield axis, [neutral], False
 
@@ -76,7 +85,7 @@ def _limited(d: Declared, axis: str, wanted: Sequence[str], pinned: bool, degree
     if axis == "virtual_stages":
         left = {s: [v for v in chunks if v in {int(w) for w in wanted}] for s, chunks in d.schedules.items()}
         return {"schedules": {s: chunks for s, chunks in left.items() if chunks}}
-    if axis in ("recompute", "offload", "order"):
+    if axis in ("recompute", "offload", "order", "type_order"):
         return {axis: [m for m in getattr(d, axis) if m in wanted]}
     if axis == "sequence_parallel":
         flags = {w in ("true", "1", "on") for w in wanted}
@@ -132,7 +141,8 @@ def _combined(task: Task, d: Declared, tp: int) -> LayoutArray:
     etp = d.etp if d.any_etp else [v for v in d.etp if v in (1, tp)]
     axes: list[Sequence[int]] = [
         [tp], d.cp, d.pp, d.ep, etp, d.micro_batch, d.zero, [int(v) for v in d.sequence_parallel],
-        [OFFLOADS.index(v) for v in d.offload], [RANK_ORDERS.index(v) for v in d.order], range(len(pairs)),
+        [OFFLOADS.index(v) for v in d.offload], [RANK_ORDERS.index(v) for v in d.order],
+        [TYPE_ORDERS.index(v) for v in d.type_order], range(len(pairs)),
     ]  # fmt: skip
     grid = np.meshgrid(*(np.array(axis, dtype=np.int64) for axis in axes), indexing="ij")
     columns = dict(zip((*_COLUMNS, "pair"), (g.ravel() for g in grid), strict=True))

@@ -4,6 +4,7 @@ Arrays have the shape (rows, ranks, runs). A rank's memory with n layers, n1 of 
 
     n state + K ((n - n1 - n2) act0 + n1 act1 + n2 act2) + what its place needs + temporaries(strongest mode in use)
 
+(under a split backward n1 = n2 = 0, and output gradients that wait for weight gradients count besides)
 while micro-batches run, and must leave room for the optimizer besides; the cost model's own functions give the last two.
 """
 
@@ -14,11 +15,12 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from planner.cost import primitives, step
+from planner.cost import devicetypes, primitives, step
 from planner.cost.blending import blend
 from planner.cost.primitives import Primitives
-from planner.cost.schedules import in_flight
+from planner.cost.schedules import chunk_moments, in_flight, put_off, splits_backward
 from planner.cost.task import Bools, Ints, LayoutArray, Task
+from planner.specs.layout import SCHEDULES, last_rank
 from planner.verify.windows import Runs, runs
 
 NEVER = np.int64(1) << 60
@@ -42,7 +44,9 @@ class Priced:
 
 
 def price(task: Task, layouts: LayoutArray) -> Priced:
-    """The integers of rows."""
+    """The integers of rows; on two device types with the types on the last axis."""
+    if task.types:
+        return Priced(task, layouts, devicetypes.kinds_of(task, layouts))
     if task.model.homogeneous:
         return Priced(task, layouts, (primitives.price(task, layouts),))
     each = range(len(task.model.kinds))
@@ -50,12 +54,38 @@ def price(task: Task, layouts: LayoutArray) -> Priced:
 
 
 def batches(x: LayoutArray, rows: Ints) -> Iterator[Ints]:
-    """Rows that share the pipeline degree and the number of chunks: what a table needs."""
+    """Rows that share the pipeline degree, the number of chunks and where the stages sit: what a table needs."""
     if not len(rows):
         return
     key = x.pp[rows] * (int(x.virtual_stages.max()) + 1) + x.virtual_stages[rows]
+    key = key * len(SCHEDULES) + np.where(splits_backward(x.schedule[rows]), x.schedule[rows], 0)
     for value in np.unique(key):
         yield rows[key == value]
+
+
+_TIMES = frozenset((
+    "forward", "backward", "weight", "recompute1", "recompute2", "embedding", "head", "p2p", "credit", "comm", "comm_first",
+    "comm_last", "hide", "floor", "floor_first", "floor_last", "update", "update_first", "update_last", "constant",
+))  # fmt: skip
+"""Fields that memory does not depend on."""
+
+
+def same_memory(rows: Priced, batch: Ints) -> tuple[Ints, Ints]:
+    """(one row of each sort, the sort of every row) of a batch, where rows of a sort hold the same bytes on every rank.
+
+    How many micro-batches wait for their weight gradients is the same for all rows of a batch.
+    """
+    part = rows.take(batch)
+    x = part.layouts
+    index = np.arange(int(x.pp[0]), dtype=np.int64)[None, :]
+    flight = in_flight(x.schedule[:, None], x.pp[:, None], x.virtual_stages[:, None], x.microbatches[:, None], index)
+    names = [f.name for f in fields(Primitives) if f.name not in _TIMES]
+    columns = [getattr(kind, name)[:, :, 0] for kind in _by_rank(part) for name in names]
+    rounds = np.minimum(x.microbatches // x.pp, 3)[:, None]  # what the moments of chunks depend on
+    table = np.ascontiguousarray(np.concatenate([*columns, flight, rounds], axis=1))
+    sorts: dict[bytes, int] = {}
+    sort = np.array([sorts.setdefault(row.tobytes(), len(sorts)) for row in table])
+    return batch[np.unique(sort, return_index=True)[1]], sort
 
 
 @dataclass(frozen=True)
@@ -70,10 +100,16 @@ class Ranks:
     flight: Ints
     """Micro-batches (of a chunk each) in flight, K."""
     chunks: int
+    pairs: Ints
+    """(Layer, micro-batch) pairs in flight."""
     m: Ints
     """Micro-batches of a step, shape (rows,)."""
     constant: Ints
     """ns, shape (rows,)."""
+    waiting: Ints
+    """Micro-batches (of a chunk each) whose weight gradients wait."""
+    credit: Ints
+    """What splitting the backward takes off, v-ths of ns, shape (rows,)."""
 
     @property
     def layers(self) -> Ints:
@@ -94,28 +130,58 @@ def ranks_of(batch: Priced, modes: tuple[int, ...], longest: int) -> Ranks:
     """The tables' inputs for a batch, with runs of up to `longest` places (at least one)."""
     x, model = batch.layouts, batch.task.model
     pp, v = int(x.pp[0]), int(x.virtual_stages[0])
-    w = runs(model.kind_of_layer, v, max(1, min(longest, model.n_layers // v - pp + 1)))
-    deep = [Primitives(**{f.name: getattr(k, f.name)[:, None, None] for f in fields(Primitives)}) for k in batch.kinds]
-    p = deep[0] if len(deep) == 1 else blend(deep, w.counts[None, None], model.text_kind)
+    w = runs(model.kind_of_layer, v, max(1, min(longest, -(-model.n_layers // v) - pp + 1)))
+    deep, moments = _by_rank(batch), chunk_moments(pp, v, x.microbatches)[:, :, None] if v > 1 else None
+    counts = w.counts if v > 1 else w.counts[:, 0]
+    p = deep[0] if len(deep) == 1 else blend(deep, counts[None, None], model.text_kind, moments)
     index = np.arange(pp, dtype=np.int64)[None, :]
     flight = in_flight(x.schedule[:, None], x.pp[:, None], x.virtual_stages[:, None], x.microbatches[:, None], index)
-    first, last = ((index == place).astype(np.int64)[:, :, None] for place in (0, pp - 1))
-    constant = batch.kinds[model.text_kind if len(deep) > 1 else 0].constant
-    return Ranks(p, w, modes, first, last, flight[:, :, None], v, x.microbatches, constant)
+    split, ends = bool(splits_backward(x.schedule[:1])[0]), (0, last_rank(SCHEDULES[int(x.schedule[0])], pp))
+    first, last = ((index == place).astype(np.int64)[:, :, None] for place in ends)
+    waiting = put_off(x.schedule[:, None], x.pp[:, None], index)[:, :, None]
+    base = batch.kinds[model.text_kind if len(deep) > 1 else 0]
+    modes = (0,) if split else modes
+    # What ranks share; two types run no split backward (a rule), so their credit is 0.
+    constant, credit = (c.max(axis=1) if batch.task.types else c for c in (base.constant, base.credit))
+    flight = flight[:, :, None]
+    pairs = _pairs(w, flight, moments)
+    return Ranks(p, w, modes, first, last, flight, v, pairs, x.microbatches, constant, waiting, credit)
+
+
+def _by_rank(batch: Priced) -> list[Primitives]:
+    """The integers of each kind of layers, shape (rows, ranks, 1), or with one rank for all."""
+    if not batch.task.types:
+        return [Primitives(**{f.name: getattr(k, f.name)[:, None, None] for f in fields(Primitives)}) for k in batch.kinds]
+    each = [devicetypes.by_rank(batch.task, batch.layouts, k) for k in batch.kinds]
+    return [Primitives(**{f.name: getattr(k, f.name)[:, :, None] for f in fields(Primitives)}) for k in each]
+
+
+def least_layers(batch: Priced, modes: tuple[int, ...]) -> list[Ints]:
+    """Least time of one layer of each kind on any device under any of the modes, ns, shape (rows,)."""
+    each = [k.forward + k.backward + np.minimum.reduce([k.again(mode) for mode in modes]) for k in batch.kinds]
+    return [k.min(axis=1) for k in each] if batch.task.types else each
+
+
+def _pairs(w: Runs, flight: Ints, moments: Ints | None) -> Ints:
+    """(Layer, micro-batch) pairs that ranks hold when they hold most."""
+    if moments is None or w.places * w.chunks == w.n_layers:  # equal chunks
+        return flight * (w.layers // w.chunks)
+    each = w.each.T
+    by_moment = (np.sum([moments[..., j, c] * each[c] for c in range(w.chunks)], axis=0) for j in range(moments.shape[-2]))
+    return np.maximum.reduce(list(by_moment))
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
-def _room(r: Ranks, mode: int) -> Ints:
-    """Bytes left for saved activations when `mode` is the strongest in use."""
-    base = step.stage_base_bytes(r.p, r.first, r.last, r.flight) + r.layers * r.p.state
-    return r.p.capacity - base - step.stage_transient(r.p, r.first, r.last, mode)
+def _rooms(r: Ranks, modes: tuple[int, ...]) -> list[Ints]:
+    """Bytes left for saved activations when each of `modes` is the strongest in use."""
+    return [step.saved_limit(r.p, r.first, r.last, r.flight, r.layers, mode) for mode in modes]
 
 
-def _weight(r: Ranks) -> Ints:
-    """(Layer, micro-batch) pairs in flight; the chunks of a rank are equally long."""
-    return r.flight * (r.layers // r.chunks)
+def _late(r: Ranks) -> Ints:
+    """Bytes of the output gradients that wait for weight gradients."""
+    return r.waiting * (r.layers // r.chunks) * r.p.deferred
 
 
 def fits(r: Ranks) -> Bools:
@@ -124,19 +190,14 @@ def fits(r: Ranks) -> Bools:
     For each strongest mode, one layer at least is under it, and the others are under what saves most among the weaker ones.
     """
     found = np.zeros(r.shape(), dtype=bool)
-    for mode in r.modes:
+    for mode, room in zip(r.modes, _rooms(r, r.modes), strict=True):
         if r.chunks > 1:
-            saved = _weight(r) * r.p.saved(mode)
+            saved = r.pairs * r.p.saved(mode) + _late(r)
         else:
             weaker = np.minimum.reduce([r.p.saved(other) for other in r.modes if other <= mode])
             saved = r.flight * (r.p.saved(mode) + (r.layers - 1) * weaker)
-        found |= (saved <= _room(r, mode)) & _ends_within(r, mode)
-    return found
-
-
-def _ends_within(r: Ranks, mode: int) -> Bools:
-    """Whether there is room when a backward ends and for the optimizer."""
-    return np.asarray(step.stage_update_bytes(r.p, r.first, r.last, r.layers, r.flight, mode) <= r.p.capacity)
+        found |= saved <= room
+    return found & r.runs.complete & (step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity)
 
 
 # ---- time ----------------------------------------------------------------------------------------------------------
@@ -166,24 +227,24 @@ def recompute_time(r: Ranks) -> Ints:
     if np.any(r.p.recompute1 < 0) or np.any(r.p.recompute2 < 0):
         raise ArithmeticError("recompute takes negative time")
     best = np.full(r.shape(), NEVER)
-    rooms = [_room(r, mode) for mode in range(3)]
-    within = [_ends_within(r, mode) for mode in range(3)]
+    beside = r.runs.complete & (step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity)
+    rooms = _rooms(r, (0, 1, 2))
     if r.chunks > 1:
         for mode in r.modes:
-            fits = (_weight(r) * r.p.saved(mode) <= rooms[mode]) & within[mode]
-            best = np.where(fits, np.minimum(best, r.layers * r.p.again(mode)), best)
-        return best
+            within = r.pairs * r.p.saved(mode) + _late(r) <= rooms[mode]
+            best = np.where(within, np.minimum(best, r.layers * r.p.again(mode)), best)
+        return np.where(beside, best, NEVER)
     most = int(r.layers.max()) if 2 in r.modes else 0
     for full in range(most + 1):
         for selective, mode in _selective(r, full, rooms):
             plain = r.layers - selective - full
             bytes_ = r.flight * (plain * r.p.act0 + selective * r.p.act1 + full * r.p.act2)
-            allowed = (selective >= 0) & (plain >= 0) & (bytes_ <= rooms[mode]) & within[mode] & ((plain == 0) | (0 in r.modes))
+            allowed = (selective >= 0) & (plain >= 0) & (bytes_ <= rooms[mode]) & ((plain == 0) | (0 in r.modes))
             time = np.where(allowed, selective * r.p.recompute1 + full * r.p.recompute2, NEVER)
             np.minimum(best, time, out=best)
         if np.all((full + 1) * r.p.recompute2 >= best):
             break  # more fully recomputed layers cost more by themselves
-    return best
+    return np.where(beside, best, NEVER)
 
 
 def _selective(r: Ranks, full: int, rooms: list[Ints]) -> Iterator[tuple[Ints, int]]:

@@ -50,7 +50,7 @@ def test_a_feasible_configuration(tmp_path):
     ("tp: 2\n  dp: 4", "tp: 3\n  dp: 4", "job.yaml:6:3", "PLN201"),
     ("global_batch: 64", "global_batch: 63", "job.yaml:4:22", "PLN205"),
     ("sequence_parallel: true", "sequence_parallel: false", "job.yaml:6:3", "PLN513"),
-    ("zero: 1", "zero: 0\n  cp: 2", "job.yaml:9:3", "PLN514"),
+    ("zero: 1", "zero: 0\n  cp: 8", "job.yaml:9:3", "PLN514"),
     ("layers: 32", "layers: 31", "job.yaml:10:3", "PLN222"),
     ("recompute: full", "recompute: none", "job.yaml:11:7", "PLN301"),
 ])  # fmt: skip

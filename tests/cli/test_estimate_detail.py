@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 
 import planner as package
 from planner.cost import step
-from planner.cost.blending import blend
+from planner.cost.blending import Stack
 from planner.cost.primitives import price
 from planner.cost.task import LayoutArray, StageArray, Task
 from planner.engines.registry import engine_named
@@ -32,6 +32,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "1f1b": ("bundled", {"pp": 4, "dp": 2, "schedule": "1f1b"}),
     "gpipe": ("bundled", {"pp": 4, "dp": 2, "schedule": "gpipe"}),
     "interleaved": ("bundled", {"pp": 4, "dp": 2, "schedule": "interleaved", "virtual_stages": 2, "zero": 2}),
+    "interleaved-zb": ("bundled", {"pp": 4, "dp": 2, "schedule": "interleaved-zb", "virtual_stages": 2, "zero": 2}),
+    "zbv": ("bundled", {"pp": 4, "dp": 2, "schedule": "zbv", "virtual_stages": 2, "zero": 1}),
+    "dualpipev": ("torchtitan+eager", {"pp": 4, "dp": 2, "schedule": "dualpipev", "virtual_stages": 2, "zero": 2}),
     "full": ("bundled", {"tp": 2, "dp": 4, "zero": 3, "sequence_parallel": True, "recompute": "full"}),
     "mixed recompute": ("bundled", {"pp": 2, "dp": 4, "zero": 3, "recompute": "full:1,selective:2"}),
     "megatron dp": ("megatron", {"dp": 8, "zero": 1}),
@@ -174,13 +177,14 @@ def test_mixed_layers_add_up_by_kind(engine, degrees):
     task = Task(model, job, hardware, layout.world_size, engine_named(engine).accounting)
     x, stages = LayoutArray.of([layout], job), StageArray.of([layout])
     kinds = [price(task.only(k), x) for k in range(3)]
-    blended = blend([p.take(stages.row) for p in kinds], step.layers_by_kind(task, layout))
+    blended = step.blended_ranks(task, Stack.of([p.take(stages.row) for p in kinds]), [layout], x.microbatches)
     cost = step.step_cost(kinds[0], x, stages, blended)
     allocated = step.stage_cost(kinds[0], x, stages, blended).allocated
     seconds = float(cost.step[0]) / 1e9
     estimate = SimpleNamespace(step_time_s=seconds, memory=SimpleNamespace(limit_gib=72.0))
     plan: Any = SimpleNamespace(
-        model=model, job=job, hardware=hardware, cluster=SimpleNamespace(gpus=layout.world_size), engine=engine,
+        model=model, job=job, hardware=hardware, profiles=(hardware,),
+        cluster=SimpleNamespace(gpus=layout.world_size, types=()), engine=engine,
         policy=Policy(), layout=layout, estimate=estimate,
     )  # fmt: skip
     detail = detail_of(plan)

@@ -57,7 +57,7 @@ def refused(code: str, **changes) -> str:
     ({"gpus": "2"}, "PLN107"),
     ({"seq_len": 10**30}, "PLN107"),
     ({"seq_len": 2**30, "global_batch": 2**30}, "PLN133"),
-    ({"precision": "fp16"}, "PLN516"),
+    ({"model": "gpt-oss-120b"}, "PLN517"),
     ({"model": None}, "PLN107"),
     ({"alternatives": 0}, "PLN107"),
     ({"max_memory_fraction": float("nan")}, "PLN107"),
@@ -185,3 +185,14 @@ def test_run_looks_before_it_starts(tmp_path):
     for words in (["--data", "gone.bin"], ["--data", str(short)], ["--data", str(tmp_path)]):
         one_line_error(planner("run", "plan.json", *words, cwd=tmp_path), "PLN593")
     one_line_error(planner("run", "plan.json", "--out", "/proc/nowhere", cwd=tmp_path), "PLN113")
+
+
+def test_run_refuses_flags_that_cannot_work(tmp_path):
+    assert planner(*TINY, "-o", str(tmp_path / "plan.json")).returncode == 0
+    for words, code in (
+        (["--eval-every", "5"], "PLN623"),
+        (["--init-from", str(tmp_path)], "PLN621"),
+        (["--lr-schedule", "sine"], "PLN107"),
+        (["--max-norm", "0"], "PLN107"),
+    ):
+        one_line_error(planner("run", "plan.json", *words, cwd=tmp_path), code)

@@ -51,7 +51,7 @@ def test_stages_beside_each_other_move_the_slow_link_from_the_pipeline_to_the_re
 @pytest.mark.parametrize(
     ("engine", "named", "code"),
     [
-        ("bundled", {"dp": 8, "zero": 1, "offload": "optimizer"}, "PLN226"),
+        ("nanotron", {"dp": 8, "zero": 1, "offload": "optimizer"}, "PLN226"),
         ("torchtitan", {"pp": 2, "dp": 4, "schedule": "1f1b", "zero": 2, "order": "tp-cp-pp-dp"}, "PLN227"),
         ("megatron", {"dp": 8, "offload": "optimizer"}, "PLN228"),
         ("megatron", {"dp": 8, "zero": 1, "order": "tp-cp-pp-dp"}, "PLN225"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from planner.cost import schedules
+from planner.cost.actions import actions
 from planner.cost.task import GPIPE, INTERLEAVED, ONE_F_ONE_B
 from planner.specs.layout import SCHEDULES, chunk_layers
 
@@ -26,7 +27,7 @@ def run(
     schedule: str, pp: int, m: int, v: int, layers: list[int], forward: float = 1.0, backward: float = 2.0, p2p: float = 0.0
 ):
     chunks = [chunk_layers(n, v) for n in layers]
-    order = schedules.actions(schedule, pp, m, v)
+    order = actions(schedule, pp, m, v)
     return schedules.simulate(
         order, [[forward * c for c in row] for row in chunks], [[backward * c for c in row] for row in chunks], chunks, p2p
     )
@@ -67,7 +68,7 @@ def test_unequal_stages_are_not_understated(seed):
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
 def test_every_micro_batch_passes_every_chunk_once(schedule):
     pp, m, v = 4, 8, 2 if schedule == "interleaved" else 1
-    for rank, order in enumerate(schedules.actions(schedule, pp, m, v)):
+    for rank, order in enumerate(actions(schedule, pp, m, v)):
         expected = {(k, c, i) for k in "FB" for c in range(v) for i in range(m)}
         assert {(a.kind, a.chunk, a.microbatch) for a in order} == expected, rank
         assert len(order) == len(expected)
@@ -78,7 +79,7 @@ def test_point_to_point_time_lengthens_the_pipeline():
 
 
 def test_a_deadlock_is_reported():
-    order = schedules.actions("1f1b", 2, 2)
+    order = actions("1f1b", 2, 2)
     order[1] = order[1][::-1]
     with pytest.raises(RuntimeError, match="deadlock"):
         schedules.simulate(order, [[1.0], [1.0]], [[1.0], [1.0]], [[1], [1]])
@@ -86,7 +87,7 @@ def test_a_deadlock_is_reported():
 
 def test_unknown_schedule():
     with pytest.raises(ValueError, match="unknown schedule"):
-        schedules.actions("zigzag", 2, 2)
+        actions("zigzag", 2, 2)
     assert "zigzag" not in SCHEDULES
 
 
@@ -124,6 +125,6 @@ def both_times(rng, pp, v, m, layers):
     forward = [[t / 3 for t in row] for row in chunks]
     backward = [[2 * t / 3 for t in row] for row in chunks]
     counts = [chunk_layers(n, v) for n in layers]
-    result = schedules.simulate(schedules.actions("interleaved", pp, m, v), forward, backward, counts)
+    result = schedules.simulate(actions("interleaved", pp, m, v), forward, backward, counts)
     rank = [sum(row) for row in chunks]
     return result.makespan, ((v * m - 1) * max(rank) + sum(rank)) / v

@@ -16,8 +16,10 @@ import planner
 from planner.errors import InputError
 from planner.launchers import slurm, torchrun
 from planner.launchers.common import RunSettings, write
+from planner.specs.training import Options
+from planner.specs.training import words as words_of
 
-SETTINGS = RunSettings(steps=7, out="runs/a b", data="/data/it's here.bin", seed=3, learning_rate=1e-4)
+SETTINGS = RunSettings(steps=7, out="runs/a b", data=("/data/it's here.bin",), seed=3, lr=1e-4, save_every=50, max_restarts=2)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,8 @@ def parsed(arguments: list[str]):
     assert (args.module, args.training_script) == (True, "planner.runtime.train")
     assert args.training_script_args[:3] == ["plan.json", "--steps", "7"]
     assert SETTINGS.out in args.training_script_args
-    assert SETTINGS.data in args.training_script_args
+    assert (args.max_restarts, "--save-every" in args.training_script_args) == (2, True)
+    assert SETTINGS.data[0] in args.training_script_args
     return args
 
 
@@ -101,6 +104,22 @@ def test_slurm(plans, tmp_path):
     assert args.master_port == 20077
 
 
+def test_no_flag_of_the_runtime_is_taken_for_torchruns():
+    """torchrun completes prefixes of its own flags in what follows the script: an ambiguous one would end the job."""
+    run = pytest.importorskip("torch.distributed.run")
+    from planner.runtime.command import arguments
+
+    changed = {
+        name: not field.default if isinstance(field.default, bool) else ("a:0.5", "b") if isinstance(field.default, tuple)
+        else "wsd" if name == "lr_schedule" else "word" if isinstance(field.default, str) else field.default + 1
+        for name, field in Options.model_fields.items() if name != "min_lr"
+    }  # fmt: skip
+    options = Options(**changed, min_lr=0.5)
+    args = run.parse_args(["-m", "planner.runtime.train", "plan.json", *words_of(options)])
+    assert args.training_script_args == ["plan.json", *words_of(options)]
+    assert arguments(args.training_script_args) == (Path("plan.json"), options)
+
+
 def test_unknown_slurm_option(plans):
     with pytest.raises(InputError, match="PLN505"):
         slurm.emit(plans["many"], SETTINGS, {"partitoin": "gpu"})
@@ -111,4 +130,4 @@ def test_arguments_survive_quoting(plans, tmp_path):
         t for t in emitted(plans["one"], tmp_path)["launch.sh"].read_text().splitlines() if "planner.runtime.train" in t
     )
     words = shlex.split(line.replace('"$@"', ""))
-    assert words[words.index("--data") + 1] == SETTINGS.data
+    assert words[words.index("--data") + 1] == SETTINGS.data[0]

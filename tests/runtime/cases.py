@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import moe_cases
 import plans
 
 from planner.planfile import Plan
+from planner.specs.layout import SPLIT_BACKWARD
 from planner.specs.model import Model
 
 MODELS: dict[str, Model] = {
@@ -15,6 +17,11 @@ MODELS: dict[str, Model] = {
     "tied": plans.gpt(tied_embeddings=True),
     "deep": plans.llama(layers=5),
     "long": plans.llama(layers=9),
+    **moe_cases.MODELS,
+    "gemma": plans.gemma(),
+    "olmo": plans.olmo(),
+    "phi": plans.phi(),
+    "cohere": plans.cohere(),
 }
 
 
@@ -28,6 +35,9 @@ def _two() -> dict[str, tuple[str, dict[str, Any]]]:
             cases[f"pp2-{schedule}-{recompute}"] = ("llama", {"pp": 2, "schedule": schedule, "recompute": recompute})
         interleaved = {"pp": 2, "schedule": "interleaved", "virtual_stages": 2, "recompute": recompute}
         cases[f"pp2-interleaved-{recompute}"] = ("deep", interleaved)
+    for schedule in SPLIT_BACKWARD:
+        cases[f"pp2-{schedule}"] = ("deep", {"pp": 2, "schedule": schedule, "virtual_stages": 2})
+    cases["pp2-interleaved-zb-v3"] = ("long", {"pp": 2, "schedule": "interleaved-zb", "virtual_stages": 3})
     cases["tp2-selective"] = ("gpt", {"tp": 2, "recompute": "selective"})
     cases["tp2-one-microbatch"] = ("llama", {"tp": 2, "micro_batch": 8})
     cases["dp2-zero1-one-microbatch"] = ("gpt", {"dp": 2, "zero": 1, "micro_batch": 4})
@@ -35,6 +45,12 @@ def _two() -> dict[str, tuple[str, dict[str, Any]]]:
     cases["pp2-gpt-mixed"] = ("gpt", {"pp": 2, "layers": [2, 1], "recompute": ["full:1,selective:1", "none"]})
     cases["dp2-zero3-tied"] = ("tied", {"dp": 2, "zero": 3})
     cases["tp2-tied"] = ("tied", {"tp": 2})
+    compiled = {"engine": "bundled+compile", "micro_batch": 4}
+    cases["tp2-compiled"] = ("llama", {"tp": 2, **compiled})
+    cases["cp2-compiled-selective"] = ("gpt", {"cp": 2, "zero": 3, "recompute": "selective", **compiled})
+    cases["dp2-zero3-compiled-full"] = ("llama", {"dp": 2, "zero": 3, "recompute": "full", **compiled, "micro_batch": 2})
+    cases["cp2-zero0"] = ("llama", {"cp": 2})
+    cases["cp2-zero3-learned"] = ("gpt", {"cp": 2, "zero": 3, "recompute": "selective"})
     cases["dp2-zero2-bf16"] = ("llama", {"dp": 2, "zero": 2, "precision": "bf16"})
     cases["tp2-bf16"] = ("gpt", {"tp": 2, "precision": "bf16", "recompute": "selective"})
     return cases
@@ -59,8 +75,34 @@ def _four() -> dict[str, tuple[str, dict[str, Any]]]:
     cases["pp2-dp2-interleaved-zero3"] = ("deep", {**interleaved, "dp": 2, "zero": 3, "recompute": "full:2"})
     cases["pp2-dp2-interleaved-zero0"] = ("deep", {**interleaved, "dp": 2, "zero": 0})
     cases["tp2-pp2-interleaved"] = ("deep", {**interleaved, "tp": 2, "recompute": ["full:1,selective:1", "none"]})
+    for zero in (1, 3):
+        cases[f"dp4-shard2-zero{zero}"] = ("llama", {"dp": 4, "zero": zero, "shard": 2, "micro_batch": 1})
+    cases["cp2-dp2-shard2-zero2"] = ("gpt", {"cp": 2, "dp": 2, "zero": 2, "shard": 2})
+    cases["cp2-dp2-zero3"] = ("llama", {"cp": 2, "dp": 2, "zero": 3, "recompute": "full"})
+    cases["tp2-dp2-zero2-fp16"] = ("llama", {"tp": 2, "dp": 2, "zero": 2, "precision": "fp16"})
+    cases["pp2-dp2-zero3-fp16"] = ("gpt", {"pp": 2, "dp": 2, "zero": 3, "precision": "fp16", "recompute": "selective"})
+    cases["pp2-dp2-zero3-offload"] = ("llama", {"pp": 2, "dp": 2, "zero": 3, "offload": "optimizer", "recompute": "full"})
+    cases["tp2-dp2-zero1-offload"] = ("llama", {"tp": 2, "dp": 2, "zero": 1, "offload": "optimizer"})
+    cases["tp2-dp2-gemma-zero3"] = ("gemma", {"tp": 2, "dp": 2, "zero": 3, "recompute": "selective"})
+    cases["cp2-dp2-gemma-zero2"] = ("gemma", {"cp": 2, "dp": 2, "zero": 2, "recompute": "full"})
+    cases["pp2-dp2-olmo-zero2"] = ("olmo", {"pp": 2, "dp": 2, "zero": 2})
+    cases["cp2-dp2-olmo-zero3"] = ("olmo", {"cp": 2, "dp": 2, "zero": 3})
+    cases["tp2-pp2-phi"] = ("phi", {"tp": 2, "pp": 2, "recompute": "full"})
+    cases["tp2-cp2-cohere-zero1"] = ("cohere", {"tp": 2, "cp": 2, "zero": 1, "recompute": "selective"})
+    cases["cp2-dp2-zero0"] = ("llama", {"cp": 2, "dp": 2})
+    cases["cp4-zero1"] = ("gpt", {"cp": 4, "zero": 1, "recompute": "selective"})
+    cases["tp2-cp2-zero2"] = ("gpt", {"tp": 2, "cp": 2, "zero": 2})
+    cases["pp2-cp2-zero2"] = ("llama", {"pp": 2, "cp": 2, "zero": 2, "recompute": "full"})
     cases["pp2-dp2-gpipe-zero2"] = ("llama", {"pp": 2, "dp": 2, "zero": 2, "schedule": "gpipe"})
     cases["pp4-interleaved"] = ("long", {"pp": 4, "schedule": "interleaved", "virtual_stages": 2})
+    for schedule in SPLIT_BACKWARD:
+        split = {"pp": 2, "schedule": schedule, "virtual_stages": 2}
+        cases[f"tp2-pp2-{schedule}"] = ("deep", {**split, "tp": 2})
+        for zero in (0, 2):
+            cases[f"pp2-dp2-{schedule}-zero{zero}"] = ("deep", {**split, "dp": 2, "zero": zero})
+    vee = {"pp": 2, "schedule": "zbv", "virtual_stages": 2}
+    cases["pp2-dp2-zbv-zero2-bf16"] = ("deep", {**vee, "dp": 2, "zero": 2, "precision": "bf16"})
+    cases["pp4-dualpipev"] = ("long", {"pp": 4, "schedule": "dualpipev", "virtual_stages": 2, "micro_batch": 1})
     cases["tp4-gpt"] = ("gpt", {"tp": 4})
     cases["tp2-dp2-zero3-bf16"] = ("llama", {"tp": 2, "dp": 2, "zero": 3, "precision": "bf16"})
     cases["pp2-dp2-zero2-bf16"] = ("llama", {"pp": 2, "dp": 2, "zero": 2, "precision": "bf16", "recompute": "full"})
@@ -71,18 +113,43 @@ def _eight() -> dict[str, tuple[str, dict[str, Any]]]:
     three = {"tp": 2, "pp": 2, "dp": 2}
     interleaved = {"schedule": "interleaved", "virtual_stages": 2}
     return {
+        "tp2-dp4-shard2-zero3": ("llama", {"tp": 2, "dp": 4, "shard": 2, "zero": 3, "recompute": "full", "micro_batch": 1}),
+        "pp2-dp4-shard2-zero2": ("llama", {"pp": 2, "dp": 4, "shard": 2, "zero": 2, "micro_batch": 1}),
+        "pp2-cp2-dp2-zero3": ("gpt", {"pp": 2, "cp": 2, "dp": 2, "zero": 3, "recompute": "selective"}),
         "tp2-pp2-dp2-zero0": ("llama", {**three, "zero": 0}),
         "tp2-pp2-dp2-zero2": ("gpt", {**three, "zero": 2, "recompute": "selective"}),
         "tp2-pp2-dp2-zero3-interleaved": ("deep", {**three, **interleaved, "zero": 3, "recompute": "full"}),
     }
 
 
-CASES = {2: _two(), 4: _four(), 8: _eight()}
+CASES = {n: {**own, **moe_cases.CASES[n], **moe_cases.SLOW[n]} for n, own in ((2, _two()), (4, _four()), (8, _eight()))}
+REFUSED: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
+    2: {
+        f"pp2-{schedule}-{mode}": ("deep", {"pp": 2, "schedule": schedule, "virtual_stages": 2, "recompute": mode})
+        for schedule in SPLIT_BACKWARD
+        for mode in ("selective", "full")
+    },
+    4: {
+        f"pp2-dp2-{schedule}-zero3": ("deep", {"pp": 2, "schedule": schedule, "virtual_stages": 2, "dp": 2, "zero": 3})
+        for schedule in SPLIT_BACKWARD
+    },
+}
+"""Plans that the engine refuses, run all the same: to notice when torch no longer computes them wrong."""
+
+
+def case(processes: int, name: str) -> tuple[str, dict[str, Any]]:
+    """(model, options) of a case, refused or not."""
+    return (CASES[processes] | REFUSED.get(processes, {}))[name]
+
+
+def is_slow(name: str) -> bool:
+    """Whether a case belongs to the slow tier: compiling takes half a minute a plan."""
+    return "compiled" in name or any(name in group for group in moe_cases.SLOW.values())
 
 
 def build(processes: int, name: str) -> Plan:
     """The plan of a case."""
-    model, options = CASES[processes][name]
+    model, options = case(processes, name)
     return plans.plan(MODELS[model], **options)
 
 

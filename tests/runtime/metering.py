@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import moe_metering
 import plans
 import torch
 import torch.distributed as dist
@@ -21,9 +22,11 @@ from planner.planfile import Plan
 from planner.runtime.mesh import start_processes
 from planner.runtime.meter import Meter
 from planner.runtime.train import Options, Trainer
+from planner.specs.layout import SPLIT_BACKWARD
 
 LLAMA = plans.llama(4, 128, 1024, width=352)
 GPT = plans.gpt(4, 128, 1024, max_positions=128)
+GEMMA = plans.gemma(128, 1024, 32, 352, tied=False)
 SIZES: dict[str, Any] = {"seq_len": 128, "global_batch": 8}
 
 
@@ -43,19 +46,30 @@ def _cases() -> dict[int, dict[str, Plan]]:
                 add(2, name, precision=precision, recompute=mode, dp=2, zero=zero, micro_batch=4 // m)
         add(2, f"tp2-{precision}", precision=precision, tp=2, recompute="selective", micro_batch=2)
         add(2, f"tp2-gpt-{precision}", GPT, precision=precision, tp=2, micro_batch=2)
+        add(2, f"dp2-zero3-local-{precision}", GEMMA, precision=precision, dp=2, zero=3, micro_batch=2)
+        for mode in ("none", "selective", "full"):
+            add(2, f"cp2-{precision}-{mode}", precision=precision, cp=2, zero=2, recompute=mode, micro_batch=2)
         for schedule in ("1f1b", "gpipe"):
             add(2, f"pp2-{schedule}-{precision}", precision=precision, pp=2, schedule=schedule)
         interleaved: dict[str, Any] = {"schedule": "interleaved", "virtual_stages": 2}
         add(2, f"pp2-interleaved-{precision}", precision=precision, pp=2, **interleaved)
+        for schedule in SPLIT_BACKWARD:
+            split: dict[str, Any] = {"schedule": schedule, "virtual_stages": 2, "precision": precision, "pp": 2}
+            add(2, f"pp2-{schedule}-{precision}", micro_batch=1, **split)
+            for zero in (0, 2):
+                add(4, f"pp2-dp2-{schedule}-zero{zero}-{precision}", dp=2, zero=zero, **split)
         for zero in range(4):
             add(4, f"pp2-dp2-zero{zero}-{precision}", precision=precision, pp=2, dp=2, zero=zero, recompute="full")
         add(4, f"tp2-dp2-zero3-{precision}", precision=precision, tp=2, dp=2, zero=3, micro_batch=2)
+        for zero in (1, 3):
+            add(4, f"dp4-shard2-zero{zero}-{precision}", precision=precision, dp=4, shard=2, zero=zero, micro_batch=1)
+        add(4, f"cp2-dp2-zero3-{precision}", precision=precision, cp=2, dp=2, zero=3, micro_batch=2)
         add(4, f"tp2-pp2-{precision}", precision=precision, tp=2, pp=2, recompute="selective")
         add(4, f"pp4-{precision}", precision=precision, pp=4)
     return found
 
 
-CASES = _cases()
+CASES = {n: {**own, **moe_metering.CASES[n]} for n, own in _cases().items()}
 
 
 def peak(plan: Plan) -> int:

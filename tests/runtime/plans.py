@@ -31,6 +31,44 @@ def gpt(layers: int = LAYERS, hidden: int = 32, vocab: int = 64, **changes: Any)
     return Model(name="tiny-gpt", hidden=hidden, vocab=vocab, layers=[group], **options)
 
 
+def gemma(hidden: int = 32, vocab: int = 64, window: int = 5, width: int = 48, tied: bool = True) -> Model:
+    """Two layers with a window, then one without (gemma: 5 to 1); norms before and after, gated gelu, tied, uneven heads."""
+    mlp = Mlp(kind="gated", activation="gelu_tanh", width=width)
+
+    def group(count: int, **attention: Any) -> LayerGroup:
+        heads = Attention(heads=4, kv_heads=2, head_dim=hidden // 2, qk_norm="head", **attention)
+        return LayerGroup(count=count, attention=heads, mlp=mlp, norms="both")
+
+    layers = [group(2, sliding_window=window), group(1)]
+    return Model(name="tiny-gemma", hidden=hidden, vocab=vocab, tied_embeddings=tied, layers=layers)
+
+
+def olmo() -> Model:
+    """Norms after the sublayers, norms over the whole query, three layers."""
+    attention = Attention(heads=4, kv_heads=2, qk_norm="width")
+    group = LayerGroup(count=LAYERS, attention=attention, mlp=Mlp(kind="gated", width=48), norms="post")
+    return Model(name="tiny-olmo", hidden=32, vocab=64, layers=[group])
+
+
+def phi() -> Model:
+    """One norm before attention and MLP side by side, a quarter of each head turned, a bias on the head, squared relu."""
+    attention = Attention(heads=4, kv_heads=4, head_dim=16, qkv_bias=True, rope_share=0.25)
+    mlp = Mlp(kind="gelu", activation="relu2", width=64, bias=True)
+    group = LayerGroup(count=LAYERS, attention=attention, mlp=mlp, norms="shared", parallel=True)
+    return Model(name="tiny-phi", hidden=32, vocab=64, norm="layernorm", head_bias=True, layers=[group])
+
+
+def cohere() -> Model:
+    """Chunked layers and one without positions, two norms without weights beside each other, gpt-oss's clamped gate."""
+    mlp = Mlp(kind="gated", activation="clamped_silu", width=48)
+
+    def group(count: int, **attention: Any) -> LayerGroup:
+        return LayerGroup(count=count, attention=Attention(heads=4, **attention), mlp=mlp, parallel=True)
+
+    layers = [group(2, chunk=8), group(1, rope_share=0.0)]
+    return Model(name="tiny-cohere", hidden=32, vocab=64, norm="layernorm", norm_bias=False, norm_weight=False, layers=layers)
+
+
 def estimate() -> Estimate:
     """A prediction that nothing reads."""
     sizes = {"limit_gib": 1.0, "usable_gib": 1.0, "peak_gib": 0.5, "peak_allocated_gib": 0.5, "oom_probability": 0.0}
@@ -60,6 +98,7 @@ def plan(
     precision: str = "fp32",
     seq_len: int = 16,
     global_batch: int = 8,
+    engine: str = "bundled",
     **layout: Any,
 ) -> Plan:
     """A plan; `layout` holds degrees and the like, `layers` and `recompute` are by pipeline rank.
@@ -67,20 +106,20 @@ def plan(
     There are 2 micro-batches, or 4 in a pipeline, unless `micro_batch` says otherwise.
     """
     model = model or llama()
-    pp, tp, dp = layout.get("pp", 1), layout.get("tp", 1), layout.get("dp", 1)
+    pp, tp, cp, dp = (layout.get(name, 1) for name in ("pp", "tp", "cp", "dp"))
     layout.setdefault("schedule", "none" if pp == 1 else "1f1b")
     layout.setdefault("micro_batch", global_batch // dp // (2 if pp == 1 else 4))
-    counts = layers or [s.layers for s in even_stages(model.n_layers, pp)]
+    counts = layers or [s.layers for s in even_stages(model.n_layers, pp, virtual_stages=layout.get("virtual_stages", 1))]
     modes = [recompute] * pp if isinstance(recompute, str) else recompute
     stages = [Stage(layers=n, recompute=mode) for n, mode in zip(counts, modes, strict=True)]
-    size = pp * tp * dp
+    size = pp * tp * cp * dp
     cluster = Cluster(hardware="test", nodes=1, gpus=size, node_size=size, device="cpu", device_kind="cpu", peak_flops=1e11)
     return Plan(
         model=model,
         job=Job(seq_len=seq_len, global_batch=global_batch, precision=precision),
         cluster=cluster,
         hardware=profile(),
-        engine="bundled",
+        engine=engine,
         policy=Policy(),
         layout=Layout(sequence_parallel=tp > 1, stages=stages, **layout),
         estimate=estimate(),

@@ -16,7 +16,7 @@ def torchrun(tmp_path: Path, plan: planfile.Plan, processes: int, *extra: str) -
     path, out = tmp_path / "plan.json", tmp_path / "run"
     planfile.write(plan, path)
     command = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
-    done = launch([*command, "-m", "planner.runtime.train", str(path), "--out", str(out), *extra], 120)
+    done = launch([*command, "-m", "planner.runtime.train", str(path), "--out", str(out), *extra], 800)
     return done.returncode, done.stderr, out
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
-from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import cases
 import numpy as np
 import plans
 import pytest
@@ -13,10 +15,11 @@ import torch
 
 from planner.errors import InputError
 from planner.runtime import optim, pipeline
-from planner.runtime.data import FileTokens, SyntheticTokens
+from planner.runtime.data import SyntheticTokens
 from planner.runtime.mesh import check_world_size, start_processes
 from planner.runtime.meter import Meter
-from planner.runtime.model import Norm
+from planner.runtime.norms import Norm
+from planner.runtime.precision import LossScale
 from planner.runtime.train import Options, Trainer
 
 
@@ -29,8 +32,21 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stages_are_numbered_chunk_major() -> None:
-    ranges = pipeline.layer_ranges([[2, 1], [2, 2]])
-    assert ranges == [range(2), range(2, 4), range(4, 5), range(5, 7)]
+    layout = plans.plan(plans.llama(7), pp=2, schedule="interleaved", virtual_stages=2, layers=[3, 4]).layout
+    assert layout.chunk_ranges == [[range(2), range(4, 5)], [range(2, 4), range(5, 7)]]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_stages_of_a_v_go_down_and_up_again(rank: int) -> None:
+    """The first rank holds both ends of the model, and computes the loss."""
+    made = plans.plan(plans.llama(8), pp=2, schedule="zbv", virtual_stages=2)
+    world: Any = SimpleNamespace(pp_rank=rank)
+    parts = pipeline.build_parts(made, world)
+    held = {stage: list(part.layers) for stage, part in parts.items()}
+    assert held == ({0: ["0", "1"], 3: ["6", "7"]}, {1: ["2", "3"], 2: ["4", "5"]})[rank]
+    assert [part.tok is not None for part in parts.values()] == [rank == 0, False]
+    assert [part.head is not None for part in parts.values()] == [False, rank == 0]
+    assert made.layout.last_rank == 0
 
 
 def test_wrong_number_of_processes_is_one_clear_message() -> None:
@@ -56,34 +72,36 @@ def test_rms_norm_equals_torch(dtype: torch.dtype) -> None:
     torch.testing.assert_close(norm.weight.grad, w.grad, **(close if dtype == torch.float32 else {"rtol": 3e-2, "atol": 1.0}))
 
 
-def test_synthetic_tokens_depend_on_seed_step_and_index_only() -> None:
-    tokens = SyntheticTokens(1000, 7)
-    first = tokens.sequence(3, 5, 100)
-    assert (first == SyntheticTokens(1000, 7).sequence(3, 5, 100)).all()
-    assert (first != tokens.sequence(3, 6, 100)).any()
-    assert (first != tokens.sequence(4, 5, 100)).any()
+def test_synthetic_tokens_depend_on_seed_and_sample_only() -> None:
+    tokens = SyntheticTokens(1000, 7, 99)
+    first = tokens.sequence(35)
+    assert len(first) == 100
+    assert (first == SyntheticTokens(1000, 7, 99).sequence(35)).all()
+    assert (first != tokens.sequence(36)).any()
+    assert (first != SyntheticTokens(1000, 8, 99).sequence(35)).any()
     assert first.min() >= 0
     assert first.max() < 64
 
 
-def test_token_file(tmp_path: Path) -> None:
-    path = tmp_path / "tokens.bin"
-    np.arange(500, dtype=np.uint16).tofile(path)
-    window = FileTokens(path, 500, 0).sequence(0, 0, 17)
-    assert (np.diff(window) == 1).all()
-    with pytest.raises(InputError, match="too short"):
-        FileTokens(path, 500, 0).sequence(0, 0, 501)
-    with pytest.raises(InputError, match="outside the vocabulary"):
-        FileTokens(path, 10, 0).sequence(0, 0, 400)
-    with pytest.raises(InputError, match="cannot read"):
-        FileTokens(tmp_path / "none.bin", 10, 0)
-
-
 def test_learning_rate_warms_up_then_falls() -> None:
-    rates = [optim.learning_rate(step, 100, 1.0) for step in range(100)]
+    rates = [optim.learning_rate(step, Options(steps=100, lr=1.0)) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_learning_rate_schedules() -> None:
+    def rates(kind: str, **changes: Any) -> list[float]:
+        options = Options(steps=100, lr=2.0, lr_schedule=kind, warmup_steps=10, **changes)
+        return [optim.learning_rate(step, options) for step in range(101)]
+
+    assert rates("constant")[9:] == [2.0] * 92
+    linear = np.diff(rates("linear", min_lr=0.0)[10:])
+    assert linear == pytest.approx([-2.0 / 90] * 90)
+    stable = rates("wsd", min_lr=0.5)
+    assert stable[10:81] == [2.0] * 71
+    assert stable[100] == pytest.approx(1.0)
+    assert optim.learning_rate(0, Options(lr=1.0, warmup_steps=0)) == 1.0
 
 
 def test_meter_counts_what_lives() -> None:
@@ -109,10 +127,43 @@ def test_meter_counts_what_lives() -> None:
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("model", [plans.llama(), plans.gpt(), plans.gpt(tied_embeddings=True)])
+@pytest.mark.parametrize("model", list(cases.MODELS.values()))
 def test_parameters_are_those_of_the_spec(model: plans.Model) -> None:
     trainer = Trainer(plans.plan(model), torch.device("cpu"))
     assert sum(p.numel() for p in trainer.parameters()) == model.total_params
+
+
+@pytest.mark.usefixtures("alone")
+def test_overflow_skips_the_step_and_halves_the_scale() -> None:
+    trainer = Trainer(plans.plan(precision="fp16"), torch.device("cpu"), Options(lr=1e-2, steps=20))
+    before = [p.detach().clone() for p in trainer.parameters()]
+    trainer.scale.value = 2.0**40
+    _, norm, _ = trainer.train_step(0)
+    assert not np.isfinite(norm)
+    assert (trainer.scale.value, trainer.scale.skipped) == (2.0**39, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters(), strict=True))
+    trainer.scale.value = trainer.scale.START
+    _, norm, _ = trainer.train_step(1)
+    assert np.isfinite(norm)
+    assert trainer.scale.skipped == 1
+    assert not all(torch.equal(a, b) for a, b in zip(before, trainer.parameters(), strict=True))
+
+
+def test_loss_scale_doubles_after_enough_good_steps() -> None:
+    scale = LossScale("fp16")
+    assert all(scale.accepts(1.0) for _ in range(scale.INTERVAL))
+    assert scale.value == 2 * scale.START
+    assert not scale.accepts(float("nan"))
+    assert scale.value == scale.START
+    assert LossScale("bf16").value == 1.0
+
+
+@pytest.mark.usefixtures("alone")
+def test_fp8_says_what_is_missing() -> None:
+    plan = plans.plan()
+    narrow = plan.model_copy(update={"job": plan.job.model_copy(update={"linears": "fp8"})})
+    with pytest.raises(InputError, match=r"PLN519[\s\S]*need a CUDA device"):
+        Trainer(narrow, torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("alone")

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from planner.cost import primitives, step
-from planner.cost.blending import blend
+from planner.cost.blending import Stack
 from planner.cost.primitives import Blend
 from planner.cost.task import LayoutArray, StageArray, Task
 from planner.engines.base import Engine
 from planner.search.space import Space, enumerate_rows
-from planner.specs.layout import Stage
+from planner.specs.layout import SPLIT_BACKWARD, Stage
 
 
 def splits(layers: int, stages: int, least: int) -> Iterator[tuple[int, ...]]:
@@ -44,10 +44,11 @@ def row_values(task: Task, x: LayoutArray, row: int, modes: tuple[int, ...]) -> 
     """The least step time (ns) of an outer row over all its feasible layouts, None when none fits."""
     one = x.take(np.array([row]))
     p = primitives.price(task if task.model.homogeneous else task.only(task.model.text_kind), one)
+    modes = (0,) if one.layout(0, [Stage(layers=1)]).schedule in SPLIT_BACKWARD else modes
     pp, v, n_layers = int(one.pp[0]), int(one.virtual_stages[0]), task.model.n_layers
     best: int | None = None
     for split in splits(n_layers, pp, v):
-        if any(n % v for n in split):
+        if any(n % v for n in split[:-1]):  # only the last rank's chunks may be unequal
             continue
         options = [mixes(n, modes, v > 1) for n in split]
         combos = list(itertools.product(*options))
@@ -73,11 +74,11 @@ def blended(task: Task, one: LayoutArray, split: tuple[int, ...], stages: StageA
     """Primitives of every rank of a model that mixes kinds of layers, from the layers that each rank holds."""
     if task.model.homogeneous:
         return None
-    counts = step.layers_by_kind(task, one.layout(0, [Stage(layers=n) for n in split]))
-    kinds = [
-        primitives.price(task.only(k), one).take(np.zeros(len(stages.row), dtype=np.int64)) for k in range(counts.shape[1])
-    ]
-    return blend(kinds, counts[stages.index], task.model.text_kind)
+    every = np.zeros(len(split), dtype=np.int64)
+    kinds = [primitives.price(task.only(k), one).take(every) for k in range(len(task.model.kinds))]
+    layout = one.layout(0, [Stage(layers=n) for n in split])
+    ranks = step.blended_ranks(task, Stack.of(kinds, task.model.text_kind), [layout], one.microbatches)
+    return ranks.take(stages.index)
 
 
 def all_rows(task: Task, engine: Engine, space: Space) -> tuple[LayoutArray, list[int | None]]:

@@ -46,10 +46,10 @@ def grid(name: str) -> Grid:
     return solved(t, engine)
 
 
-def solved(t: Task, engine: str) -> Grid:
+def solved(t: Task, engine: str, space: Space | None = None) -> Grid:
     """A grid from a task."""
     e = engine_named(engine)
-    space = declared_space(t, e, {"micro_batch": [1, 2]}, ["cp"])
+    space = space or declared_space(t, e, {"micro_batch": [1, 2]}, ["cp"])
     x, values = all_rows(t, e, space)
     return Grid(t, e, space, x, np.array([-1 if v is None else v for v in values], dtype=np.int64))
 
@@ -76,16 +76,16 @@ def violations(g: Grid) -> dict[str, int]:
     x = g.layouts
     p, stack = price(g.task, x)
     found = {"memory": 0, "simple": 0, "target": 0}
-    for rows in bounds.same_pipeline(x, np.arange(len(x)), stack is not None):
+    for rows in bounds.same_pipeline(x, np.arange(len(x)), g.task.model):
         group, exact = group_of(g.task, g.space.modes, x, p, stack, rows), g.exact[rows]
-        fits = mixed_bounds.memory_feasible(g.task, group) if stack else bounds.memory_feasible(group)
-        simple = mixed_bounds.simple_bound(g.task, group) if stack else bounds.simple_bound(group)
+        fits = mixed_bounds.memory_feasible(g.task, group) if group.stack else bounds.memory_feasible(group)
+        simple = mixed_bounds.simple_bound(g.task, group) if group.stack else bounds.simple_bound(group)
         some = exact >= 0
         # The test of mixed models forgives a few bytes, and the search decides those rows: it may only be too lax.
         found["memory"] += int(np.count_nonzero(~fits & some if stack else fits != some))
         found["simple"] += int(np.count_nonzero(simple[some] > exact[some]))
         for factor in FACTORS if some.any() else ():
             target = int(exact[some].min() * factor)
-            bound = mixed_bounds.target_bound(g.task, group, target) if stack else bounds.target_bound(group, target)
+            bound = mixed_bounds.target_bound(g.task, group, target) if group.stack else bounds.target_bound(group, target)
             found["target"] += int(np.count_nonzero(bound[some] > np.minimum(exact[some], target)))
     return found

@@ -12,7 +12,7 @@ import pytest
 from planner.search import conflicts, extra, stages
 from planner.search.bounds import BIG
 from planner.search.explain import any_fits
-from planner.search.solve import group_of, price
+from planner.search.solve import group_of, memory_feasible, price
 from planner.search.space import enumerate_rows, unruled_rows, with_pins
 from planner.search.stages import Tables
 from planner.units import MIB
@@ -50,7 +50,7 @@ def test_memory_cores_are_minimal(family, seed):
         return
     p, stack = price(task, x)
     for row in rng.sample(range(len(x)), min(12, len(x))):
-        t = stages.tables(group_of(task, space.modes, x, p, stack, np.array([row])), task=task if stack else None)
+        t = stages.tables(group_of(task, space.modes, x, p, stack, np.array([row])), task)
         core = conflicts.memory_core(t)
         every = set(range(t.time.shape[0]))
         assert (core is None) == satisfiable(t, every, True)
@@ -115,8 +115,8 @@ def test_rows_with_chunks_that_fit_have_a_plan(seed):
     tight = replace(p, capacity=np.maximum(p.capacity // 2, 1))
     from planner.search import bounds
 
-    for chunk in bounds.same_pipeline(x, np.arange(len(x))):
-        fits = bounds.memory_feasible(group_of(task, space.modes, x, tight, stack, chunk))
+    for chunk in bounds.same_pipeline(x, np.arange(len(x)), task.model):
+        fits = memory_feasible(task, group_of(task, space.modes, x, tight, stack, chunk))
         for row, fit in zip(chunk.tolist(), fits.tolist(), strict=True):
-            t = stages.tables(group_of(task, space.modes, x, tight, stack, np.array([row])))
+            t = stages.tables(group_of(task, space.modes, x, tight, stack, np.array([row])), task)
             assert fit == (conflicts.memory_core(t) is None)

@@ -8,9 +8,10 @@ from machines import llama, mixture, profile, task
 
 from planner.cost import primitives
 from planner.engines.registry import engine_named
-from planner.search import bounds
-from planner.search.solve import search
+from planner.search import bounds, mixed
+from planner.search.solve import group_of, price, search
 from planner.search.space import declared_space, enumerate_rows
+from planner.specs.layout import SCHEDULES, SPLIT_BACKWARD
 from search.brute import all_rows
 from search.instances import adapter_instance, instance, mixed_instance, mixture_instance
 
@@ -19,20 +20,24 @@ FAST, MORE = range(60), range(60, 400)
 
 def check_instance(seed: int, made=instance) -> bool:
     """Compare one instance with brute force; returns whether anything fits."""
-    task, engine, space = made(seed)
+    return check_outcome(*made(seed))
+
+
+def check_outcome(task, engine, space) -> bool:
+    """The search equals brute force: values, alternatives and counts. Returns whether anything fits."""
     x, values = all_rows(task, engine, space)
     outcome = search(task, engine, space, k=3)
     c = outcome.counts
-    assert c.by_rule + c.by_memory + c.by_bound + c.exact == c.enumerated, seed
-    assert c.open == 0, seed
-    assert c.by_memory == sum(v is None for v in values), seed
+    assert c.by_rule + c.by_memory + c.by_bound + c.exact == c.enumerated
+    assert c.open == 0
+    assert c.by_memory == sum(v is None for v in values)
     finite = [v for v in values if v is not None]
     if not finite:
-        assert outcome.status == "infeasible", seed
-        assert not outcome.candidates, seed
+        assert outcome.status == "infeasible"
+        assert not outcome.candidates
         return False
-    assert outcome.status == "optimal", seed
-    assert outcome.candidates[0].step_ns == min(finite) == outcome.bound_ns, seed
+    assert outcome.status == "optimal"
+    assert outcome.candidates[0].step_ns == min(finite) == outcome.bound_ns
     check_alternatives(x, values, outcome, 3)
     return True
 
@@ -105,7 +110,9 @@ def test_bounds_never_exceed_exact_values(seed):
     task, engine, space = instance(1000 + seed)
     x, values = all_rows(task, engine, space)
     p = primitives.price(task, x)
-    for rows in bounds.same_pipeline(x, np.arange(len(x))):
+    for rows in bounds.same_pipeline(x, np.arange(len(x)), task.model):
+        if bounds.by_place(task.model, x.virtual_stages[rows])[0]:
+            continue
         group = bounds.group_of(p.take(rows), x.take(rows), task.model.n_layers, space.modes)
         fits, simple = bounds.memory_feasible(group), bounds.simple_bound(group)
         exact = np.array([-1 if values[r] is None else values[r] for r in rows])
@@ -128,6 +135,33 @@ def test_the_last_target_is_infinite(seed):
     assert outcome.counts.open == 0
 
 
+@pytest.mark.parametrize("engine", ["bundled", "torchtitan+eager"])
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
+def test_zero_bubble_rows_equal_brute_force(seed, engine):
+    """Split backwards, both ends on the first rank, a head from light to heavier than all layers; tight and loose memory."""
+    rng = np.random.default_rng(seed)
+    layers, memory = int(rng.choice([6, 8, 10, 12])), float(rng.uniform(2.4, 7.0))
+    vocab = int(rng.choice([1024, 32000, 262144]))
+    model = llama(layers, 1024, 8, 4, 2048, vocab=vocab)
+    t, e = task(model, 4, 1024, 24, engine, profile(memory=f"{memory} GiB", node_size=4)), engine_named(engine)
+    pins = {"schedule": list(SPLIT_BACKWARD), "pp": [2, 3, 4], "tp": [1], "micro_batch": [1, 2]}
+    space = declared_space(t, e, pins, [])
+    x, values = all_rows(t, e, space)
+    assert set(x.schedule.tolist()) == {SCHEDULES.index(name) for name in SPLIT_BACKWARD}
+    outcome, finite = search(t, e, space, k=3), [v for v in values if v is not None]
+    assert [c.step_ns for c in outcome.candidates[:1]] == ([min(finite)] if finite else [])
+    assert outcome.counts.by_memory == values.count(None)
+    assert outcome.counts.open == 0
+    p = primitives.price(t, x)
+    for rows in bounds.same_pipeline(x, np.arange(len(x)), model):
+        group = bounds.group_of(p.take(rows), x.take(rows), layers, space.modes)
+        exact = np.array([bounds.BIG if values[r] is None else values[r] for r in rows])
+        assert np.array_equal(bounds.memory_feasible(group), exact < bounds.BIG)
+        assert np.all(bounds.simple_bound(group) <= exact)
+        for target in (int(min(finite, default=1) * f) for f in (1.0001, 1.02, 1.3, 4.0)):
+            assert np.all(bounds.target_bound(group, target) <= np.minimum(exact, target))
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_deep_interleaved_rows_equal_brute_force(seed):
     """Many chunks a rank: up to 16, where the last target times v is largest."""
@@ -142,7 +176,9 @@ def test_deep_interleaved_rows_equal_brute_force(seed):
     finite = [v for v in values if v is not None]
     assert [c.step_ns for c in outcome.candidates[:1]] == ([min(finite)] if finite else [])
     assert outcome.counts.by_memory == values.count(None)
-    group = bounds.group_of(primitives.price(t, x), x, layers, space.modes)
-    exact = np.array([bounds.BIG if v is None else v for v in values])
-    for target in (min(finite, default=1) * 2, int(bounds.INFINITE)):
-        assert np.all(bounds.target_bound(group, target) <= np.minimum(exact, target))
+    (p, stack), exact = price(t, x), np.array([bounds.BIG if v is None else v for v in values])
+    for rows in bounds.same_pipeline(x, np.arange(len(x)), t.model):
+        group = group_of(t, space.modes, x, p, stack, rows)
+        for target in (min(finite, default=1) * 2, int(bounds.INFINITE)):
+            bound = mixed.target_bound(t, group, target) if group.stack else bounds.target_bound(group, target)
+            assert np.all(bound <= np.minimum(exact[rows], target))

@@ -85,6 +85,7 @@ def test_labels_find_the_least_of_all_splits(seed):
     kinds = tuple(int(k) for k in rng.integers(0, int(rng.integers(1, 4)), 7))
     kinds = tuple(sorted(set(kinds)).index(k) for k in kinds)
     w, pp, factor = runs(kinds, 1, 7), int(rng.integers(1, 5)), int(rng.integers(0, 9))
+    credit = int(rng.choice([0, rng.integers(0, 150)]))
     time = rng.integers(1, 60, (pp, len(w.counts))).astype(np.int64)
     time[rng.random(time.shape) < 0.2] = NEVER
     once = rng.integers(0, 80, time.shape).astype(np.int64)
@@ -94,14 +95,15 @@ def test_labels_find_the_least_of_all_splits(seed):
         entries = [int(w.number[a, b - a]) for a, b in itertools.pairwise(places)]
         chosen = [int(time[s, e]) for s, e in enumerate(entries)]
         if max(chosen) < NEVER:
-            best = min(best, factor * max(chosen) + sum(chosen) + max(int(once[s, e]) for s, e in enumerate(entries)))
+            pipeline = max(factor * max(chosen) + sum(chosen) - credit, (factor + 1) * max(chosen))
+            best = min(best, pipeline + max(int(once[s, e]) for s, e in enumerate(entries)))
     rests = [
         chains.to_the_end(v[None], w, join)[0]
         for v, join in ((time, np.maximum), (np.where(time < NEVER, once, NEVER), np.maximum), (time, np.add))
     ]
     assert bool(chains.exists((time < NEVER)[None], w)[0]) == (best < NEVER)
     for limit in (best, best - 1, best + 50):
-        found = labels.least_value(time, once, w, factor, (rests[0], rests[1], rests[2]), limit)
+        found = labels.least_value(time, once, w, (factor, credit), (rests[0], rests[1], rests[2]), limit)
         assert found == (best if best <= limit and best < NEVER else None)
 
 
@@ -171,7 +173,7 @@ def test_pieces_add_up_to_ranks(seed):
         return
     t = task(plan.model, plan.cluster.gpus, plan.job.seq_len, plan.job.global_batch, plan.engine, plan.hardware)
     e = evaluate(replace(t, job=plan.job), plan.layout)
-    forward, backward = simulation.pieces(e)
+    forward, backward, _ = simulation.pieces(e)
     for s, whole in enumerate(e.time.tolist()):
         assert sum(forward[s]) + sum(backward[s]) == whole * plan.layout.virtual_stages
         assert min(*forward[s], *backward[s]) >= 0
@@ -184,7 +186,7 @@ def test_runs_of_chunks_hold_what_the_cost_model_says():
     t = task(model, 4, 512, 8, "megatron", profile())
     w = runs(model.kind_of_layer, 3, 4)
     layout = Layout(pp=2, virtual_stages=3, schedule="interleaved", stages=[Stage(layers=3), Stage(layers=9)])
-    held = step.layers_by_kind(t, layout)
+    held = step.chunks_by_kind(t, layout)
     assert held.tolist() == [w.counts[w.number[0, 1]].tolist(), w.counts[w.number[1, 3]].tolist()]
 
 

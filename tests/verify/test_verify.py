@@ -18,6 +18,7 @@ from planner.planning.make import make_plan
 from planner.planning.request import Request, task_of_plan
 from planner.search import solve
 from planner.specs.job import Job
+from planner.specs.layout import SPLIT_BACKWARD
 from planner.verify import rows
 from planner.verify.case import case_of
 from planner.verify.checks import State
@@ -65,6 +66,19 @@ def test_pinned_spaces_pass():
         plan = made(t, "megatron", pins, forbid)
         assert plan is not None
         assert checked(plan).passed, checked(plan).reason
+
+
+@pytest.mark.parametrize("schedule", SPLIT_BACKWARD)
+def test_plans_with_split_backwards_pass(schedule):
+    """Both ends on the first rank, a heavy head: the simulated step is close to the closed form."""
+    t = task(llama(12, 2048, 16, 8, 5504, 64000), 4, 2048, 24, "bundled", profile(memory="30 GiB"))
+    plan = made(t, "bundled", {"schedule": [schedule], "pp": ["2", "4"], "tp": ["1"], "mbs": ["1", "2"]}, [])
+    assert plan is not None
+    assert plan.layout.schedule == schedule
+    report = checked(plan)
+    assert report.passed, report.reason
+    gap = next(c for c in report.checks if c.name == "simulation").figures["gap_apart"]
+    assert -0.15 < gap < 0.02
 
 
 @pytest.mark.parametrize("after", [1, 3, 6, 12])

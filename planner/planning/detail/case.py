@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from planner.cost import frozen, operators, primitives, step
-from planner.cost.blending import blend
+from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
 from planner.cost.traffic import DpTraffic, dp_traffic, idle_seconds, layer_compute
@@ -88,7 +88,7 @@ class Case:
 
     def ends(self, rank: int) -> tuple[bool, bool]:
         """Whether a rank is the first one, the last one."""
-        return rank == 0, rank == self.layout.pp - 1
+        return rank == 0, rank == self.layout.last_rank
 
     def at(self, rank: int) -> tuple[Primitives, Ints, Ints]:
         """(primitives, whether first, whether last) of one rank, as the functions of `step` take them."""
@@ -103,9 +103,10 @@ def case_of(task: Task, plan: Plan, rank: int | None = None) -> Case:
     kinds = [_kind(task.only(k) if mixed else task, x, f"kind {k}: " if mixed else "") for k in range(len(task.model.kinds))]
     priced = [k.p.take(stages.row) for k in kinds]
     counts = step.layers_by_kind(task, plan.layout)
-    blended = blend(priced, counts, task.model.text_kind) if mixed else None
+    stack = Stack.of(priced, task.model.text_kind) if mixed else None
+    blended = None if stack is None else step.blended_ranks(task, stack, [plan.layout], x.microbatches)
     cost = step.stage_cost(kinds[task.model.text_kind].p, x, stages, blended)
-    held, book = step.held(x.take(stages.row), stages), Book(task, plan.layout.zero)
+    held, book = step.held(x.take(stages.row), stages), Book(task, int(x.kept_zero[0]))
     return Case(task, plan, x, stages, tuple(kinds), counts, blended or priced[0], cost, held, book, rank)
 
 

@@ -13,7 +13,7 @@ from planner.cost.collectives import collective_seconds, crossed_tiers
 from planner.cost.frozen import Source
 from planner.cost.states import params_by_place
 from planner.cost.task import Task
-from planner.cost.traffic import end_share
+from planner.cost.traffic import end_share, sharing
 from planner.planning.detail.case import Case, Kind
 from planner.planning.detail.source import growth_figures, tier_figures
 from planner.planning.detail.tables import Collective
@@ -77,9 +77,11 @@ def _recompute_rows(c: Case, kind: Kind, k: int, count: float) -> list[Collectiv
     """Collectives that selective (0) or full (1) recompute repeats, where `count` of the rank's layers are of this kind."""
     mode, again = RECOMPUTE_MODES[k + 1], int((c.stages.selective, c.stages.full)[k][c.slowest])
     times = c.m * again * count / max(int(c.stages.layers[c.slowest]), 1)
-    tp, ep = (c.task.growth * times * float(t[k][0]) for t in (kind.seconds.tp_recompute, kind.seconds.ep_recompute))
+    t = kind.seconds
+    tp, cp, ep = (c.task.growth * times * float(r[k][0]) for r in (t.tp_recompute, t.cp_recompute, t.ep_recompute))
     repeated = c.task.accounting.recomputed[mode].get("experts", 0.0)
-    return _tensor_rows(c, kind, mode, times, tp) + _expert_rows(c, kind, mode, times * repeated, ep)
+    exchanged = _exchange_rows(c, kind, mode, times, cp) if c.task.accounting.context == "ulysses" else []
+    return _tensor_rows(c, kind, mode, times, tp) + exchanged + _expert_rows(c, kind, mode, times * repeated, ep)
 
 
 def _priced(
@@ -134,11 +136,20 @@ def _tensor_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) 
 
 
 def _context_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) -> list[Collective]:
-    """Keys and values around the cp ring, their gradients too in backward."""
+    """Keys and values around the cp ring, their gradients too in backward; or heads exchanged for tokens."""
+    if kind.task.accounting.context == "ulysses":
+        return _exchange_rows(c, kind, where, times, exposed)
     n_bytes = float(operators.key_value_bytes(kind.task, kind.shapes)[0])
     calls = [_Call("cp", "all_gather", c.layout.cp, c.layout.tp, n_bytes, times * (1.0 if where == "forward" else 2.0))]
     hides = "hides under attention, all but the engine's floor"
     return _priced(c, "cp_comm", f"{kind.label}keys and values, {where}", calls, exposed, hides, _OVERLAPPED)
+
+
+def _exchange_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) -> list[Collective]:
+    """Heads exchanged for tokens around attention."""
+    sent = {name: float(n[0]) for name, n in operators.exchanged_bytes(kind.task, kind.shapes).items()}
+    calls = [_Call("cp", "all_to_all", c.layout.cp, c.layout.tp, n_bytes, times) for n_bytes in sent.values()]
+    return _priced(c, "cp_comm", f"{kind.label}heads for tokens, {_place(where)}", calls, exposed, "attention waits for it", ())
 
 
 _OVERLAPPED = ("engine.dp_floor", "overlap_slowdown")
@@ -154,7 +165,7 @@ def _expert_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) 
     ep, etp, both = float(c.layout.ep), float(c.layout.etp), 2.0 * times
     calls = [
         _Call("ep", "all_to_all", ep, etp, sent, both, factor, copies),
-        _Call("etp", "all_gather", etp, 1.0, sent * etp, both, factor),
+        _Call("etp", a.etp_op, etp, 1.0, sent * etp, both, factor),
     ]
     hides = _HIDE.format(a.ep_overlap)
     figures = ("engine.ep_overlap", "constant.ep")
@@ -165,18 +176,21 @@ def _state_calls(c: Case, source: Source, item: Traffic, times: dict[str, float]
     """Calls of one collective over the ranks that share parameters, by place; `times` a step."""
     size = source.task.accounting.size(item.size, source.task.job.compute_bytes)
     x, factor, p = c.x, source.task.constant("dp"), source.counts
-    dense = {k: size * float(v[0]) for k, v in params_by_place(p).items()}
-    shard, stride = float(x.shard[0]), float(x.tp[0] * x.apart[0])
-    calls = [_Call("dp x cp", item.op, shard, stride, dense[k], n, factor) for k, n in times.items() if dense[k]]
-    if float(p["experts"][0]) and "layer" in times:
-        routed, apart = size * float(p["experts"][0]), float((x.ep * x.etp)[0])
+    dense, routed = {k: size * float(v[0]) for k, v in params_by_place(p).items()}, size * float(p["experts"][0])
+    if item.over == "shard" and bool(memory.joined(source.task.accounting, x)[0]):
+        dense["layer"], routed = dense["layer"] + routed, 0.0
+    shard, stride, part = (float(v[0]) for v in sharing(x, item))
+    group = "replicas" if item.over == "replicas" else "dp x cp" if x.replicas[0] == 1 else "shard"
+    calls = [_Call(group, item.op, shard, stride, dense[k] / part, n, factor) for k, n in times.items() if dense[k]]
+    if item.over == "shard" and routed and "layer" in times:
+        apart = float((x.ep * x.etp)[0])
         calls.append(_Call("expert dp", item.op, float(x.expert_shard[0]), apart, routed, times["layer"], factor))
     return calls
 
 
 def _traffic(c: Case, source: Source, per: str) -> list[Traffic]:
     """Collectives of the parameters under one rule, of every micro-batch or of a step."""
-    return [t for t in source.task.accounting.zero[c.layout.zero].traffic if t.per == per]
+    return [t for t in source.task.accounting.zero[int(c.x.kept_zero[0])].traffic if t.per == per]
 
 
 def _zero_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) -> list[Collective]:

@@ -10,7 +10,7 @@ from planner.cost.task import Task
 from planner.planning.detail.case import Kind
 from planner.planning.detail.lines import FORMULAS, GEMM, STREAM, STREAMED, Lines
 from planner.planning.detail.tables import Inputs
-from planner.specs.layout import RECOMPUTE_MODES
+from planner.specs.layout import RECOMPUTE_MODES, SPLIT_BACKWARD
 
 
 def layer_lines(lines: Lines, kind: Kind, direction: int, times: float) -> None:
@@ -117,7 +117,10 @@ def _host_line(lines: Lines, kind: Kind, direction: int, times: float, bound: st
     """What the host adds to a layer that it cannot launch as fast as the device runs it."""
     t, task, word = kind.seconds, kind.task, ("forward", "backward")[direction]
     device, host = float(getattr(t, word)[0]), float(getattr(t, f"host_{word}")[0])
-    gathers = float(traffic.gather_host(task, lines.c.x.zero, direction)[0])
+    if direction == 1 and lines.c.layout.schedule in SPLIT_BACKWARD:
+        _split_line(lines, kind, times, bound)
+        return
+    gathers = float(traffic.gather_host(task, lines.c.x.kept_zero, direction)[0])
     beside = float((getattr(t, f"tp_{word}") + getattr(t, f"cp_{word}"))[0])
     routed = task.model.layer.mlp.routed
     loops = routed and any(task.accounting.kernels_expert)
@@ -127,6 +130,20 @@ def _host_line(lines: Lines, kind: Kind, direction: int, times: float, bound: st
     inputs: Inputs = {"device s": device, "host s": host + gathers, "traffic beside it s": beside}
     rest = float(kind.compute[direction][0]) - device
     lines.add("compute", f"{kind.label}host floor: {word}", rest, times, FORMULAS["host"], inputs, figures, bound)
+
+
+def _split_line(lines: Lines, kind: Kind, times: float, bound: str) -> None:
+    """What running a layer's backward in two halves adds to the device's time of the whole."""
+    halves, whole = (
+        traffic.split_compute(kind.task, lines.c.x, kind.seconds, np.zeros(1, dtype=np.int64)),
+        kind.seconds.backward,
+    )
+    inputs: Inputs = {
+        "for inputs s": float(halves[0][0]), "for weights s": float(halves[1][0]), "whole on the device s": float(whole[0]),
+    }  # fmt: skip
+    figures = ("device.launch", "engine.kernels_split", "engine.split_bytes", "constant.host", *STREAMED)
+    rest = float((halves[0] + halves[1] - whole)[0])
+    lines.add("compute", f"{kind.label}backward in two halves", rest, times, FORMULAS["split"], inputs, figures, bound)
 
 
 def recompute_lines(lines: Lines, kind: Kind, k: int, times: float) -> None:
@@ -145,7 +162,7 @@ def recompute_lines(lines: Lines, kind: Kind, k: int, times: float) -> None:
     rest = float(kind.seconds.recompute[k][0]) - listed
     host, bound = ("device.launch", "engine.kernels_forward", "constant.host"), "host" if rest > 1e-12 else "device"
     lines.add("recompute", f"{label}: host floor", rest, times, FORMULAS["host"], {}, host, bound)
-    again = kind.seconds.recompute[k] + kind.seconds.tp_recompute[k] + kind.seconds.ep_recompute[k]
+    again = kind.seconds.again(k)
     hidden = float((traffic.recompute_seconds(task, again, kind.compute[1], kind.traffic) - again)[0])
     if hidden:
         formula = "ZeRO traffic that hides under it and was counted as exposed (planner.cost.traffic.recompute_seconds)"

@@ -13,6 +13,10 @@ STREAM = "bytes over reached memory bandwidth (planner.cost.compute.streaming_se
 STREAMED = ("device.memory_efficiency", "device.memory_bandwidth")
 """The figures behind `STREAM`."""
 _RING = "ring with measured efficiency (planner.cost.collectives.collective_seconds)"
+_SPLIT = (
+    "{}: ((v m - 1) max R + sum R - credit) / v, at least m max R, less the slowest rank's own m R; the credit is what other "
+    "ranks add less than R (planner.cost.schedules.bubble, planner.cost.step.pipeline_time)"
+)
 FORMULAS = {
     "fused": "2 b q k h d FLOPs at the kernel's share of the peak, backward 2.5 times as many (Dao 2023; "
     "planner.cost.compute.fused_attention_seconds)",
@@ -21,7 +25,8 @@ FORMULAS = {
     "recompute": "the engine's share of each operator of forward (planner.cost.operators.layer_seconds)",
     "tp_comm": _RING + "; exposed: 1 - overlap",
     "ep_comm": _RING + "; exposed: 1 - overlap",
-    "cp_comm": _RING + "; exposed beside attention (planner.cost.compute.overlapped; Liu 2023)",
+    "cp_comm": _RING
+    + "; a ring exposed beside attention (planner.cost.compute.overlapped; Liu 2023), all-to-all whole (Jacobs 2023)",
     "zero_comm": _RING + "; exposed beside a layer's compute (planner.cost.compute.overlapped)",
     "dp_comm": _RING + "; exposed: max(traffic - hidden, floor) (planner.cost.step.stage_once)",
     "pp_comm": "latency and bytes over bandwidth of the outermost tier (planner.cost.collectives.neighbour_seconds)",
@@ -29,6 +34,10 @@ FORMULAS = {
     "1f1b": "1F1B: (v m - 1) max R + sum R, less the slowest rank's own v m R (Narayanan 2021, 2.2; planner.cost.step.combine)",
     "interleaved": "interleaved: ((v m - 1) max R + sum R) / v, less the slowest rank's own m R (Narayanan 2021, 2.2; "
     "planner.cost.step.combine)",
+    "interleaved-zb": _SPLIT.format("interleaved zero bubble: F + I - W (arXiv 2401.10241, table 1)"),
+    "zbv": _SPLIT.format("ZB-V: max(2 (F - W), 2 (I - W), F, I, W)"),
+    "dualpipev": _SPLIT.format("DualPipeV, its pairs one after the other: max(F + I - W, 2 I - W, F, I)"),
+    "split": "two passes over the layer, each at least as long as the host launches it (planner.cost.traffic.split_compute)",
     "fixed": "fixed host time of a step (engine's accounting)",
     "rounding": "whole nanoseconds, rounded up (planner.cost.step)",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from planner.errors import input_error
 from planner.planfile import Plan
 from planner.planning.detail.case import case_of
 from planner.planning.detail.comm import collectives_of
@@ -15,6 +16,8 @@ from planner.planning.request import task_of_plan
 
 def detail_of(plan: Plan, kinds: Iterable[str] = KINDS, engine: str | None = None) -> Detail:
     """The tables of a plan's estimate. `engine` names its accounting with traits where `plan.engine` leaves them out."""
+    if plan.cluster.types:
+        raise input_error("PLN154", "--detail with two device types", "its tables are of one profile", "leave out --detail")
     task, _ = task_of_plan(plan if engine is None else plan.model_copy(update={"engine": engine}))
     c, wanted = case_of(task, plan), set(kinds)
     collectives = collectives_of(c)

@@ -9,7 +9,9 @@ from itertools import groupby
 import numpy as np
 
 from planner.cost import memory, step
+from planner.cost.schedules import chunk_moments
 from planner.cost.states import embedding_rest, params_by_place
+from planner.cost.task import Floats
 from planner.planning.detail.case import Case, Kind
 from planner.planning.detail.held import Held
 from planner.planning.detail.peak import embedding_lines, peak_lines, update_lines
@@ -29,11 +31,10 @@ def _rank(c: Case, s: int) -> Rank:
     _state_lines(held)
     if held.updating:
         cause = update_lines(held)
-    elif held.ending:
-        cause = embedding_lines(held)
     else:
-        _saved_lines(held)
-        cause = peak_lines(held)
+        if held.flight:  # none at the end of the step
+            _saved_lines(held)
+        cause = embedding_lines(held) if held.ending else peak_lines(held)
     _boundary_lines(held)
     _resident_lines(held)
     allocated, ratio = int(c.cost.allocated[s]), c.task.reserved_ratio
@@ -84,15 +85,39 @@ def _states(held: Held, part: str, source: int) -> Iterator[tuple[str, int | Non
 
 
 def _saved_lines(held: Held) -> None:
-    """Saved activations by tensor."""
+    """Saved activations by tensor: of all micro-batches in flight, or of those left between two of them."""
     c, s = held.c, held.rank
+    most = int(c.held.flight[s])
     pairs, selective, full = (int(weights[s]) for weights in (c.held.layers, c.held.selective, c.held.full))
     weights = (pairs - selective - full, selective, full)
-    n = int(c.stages.layers[s])
+    n, shares = int(c.stages.layers[s]), [_shares(c, s, mode) for mode in range(3)]
     for kind, count in held.kinds:
-        for name, (n_bytes, inputs) in _saved_tensors(c, kind, [w * count / n for w in weights]).items():
-            inputs["in flight at most"] = int(c.held.flight[s])
+        at = next(i for i, k in enumerate(c.kinds) if k is kind)
+        own = [w * float(share[at]) * held.flight / most for w, share in zip(weights, shares, strict=True)]
+        for name, (n_bytes, inputs) in _saved_tensors(c, kind, own).items():
+            inputs["in flight at most"] = held.flight
             held.add("activations", f"{kind.label}saved: {name}", n_bytes, inputs, "engine.saved")
+        late, tokens = int(c.held.deferred[s]) * count / n, float(kind.shapes.tokens[0])
+        for item in kind.task.accounting.deferred if late else ():
+            each = float(memory.saved_bytes(kind.task, [item], "none", c.x, norms=False)[0])
+            inputs = {"tokens": tokens, "bytes a token and layer": each, "layers x waiting": late}
+            held.add(
+                "activations", f"{kind.label}output gradients {item.name}", tokens * each * late, inputs, "engine.deferred"
+            )
+
+
+def _shares(c: Case, s: int, mode: int) -> Floats:
+    """Each kind's share of the (layer, micro-batch) pairs that rank s holds when activations under a mode take the most.
+
+    With chunks of different layers it is that of the chunks in flight at that moment (`schedules.chunk_moments`).
+    """
+    chunks = step.chunks_by_kind(c.task, c.layout)[s]
+    if len(c.kinds) == 1 or np.all(chunks == chunks[:1]):
+        return np.asarray(c.counts[s] / max(int(c.stages.layers[s]), 1), dtype=float)
+    moments = chunk_moments(c.layout.pp, c.layout.virtual_stages, c.x.microbatches)[0, s]
+    saved = moments @ (chunks @ np.array([int(getattr(k.p, f"act{mode}")[0]) for k in c.kinds]))
+    pairs = int((moments @ chunks.sum(axis=1)).max())
+    return np.asarray((moments[int(saved.argmax())] @ chunks) / max(pairs, 1), dtype=float)
 
 
 def _saved_tensors(c: Case, kind: Kind, weights: Sequence[float]) -> dict[str, tuple[float, Inputs]]:

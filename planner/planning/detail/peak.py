@@ -93,15 +93,10 @@ def _layer_lines(held: Held, again: int) -> None:
 
 def embedding_lines(held: Held) -> str:
     """What lives beside the states at the embedding's gradient; the moment in words."""
-    c, s = held.c, held.rank
-    p, n, v = c.at(s)[0], int(c.stages.layers[s]), c.layout.virtual_stages
+    p, _, _ = held.c.at(held.rank)
     if held.ending == "closing":
         held.add("transient", "reduction of the embedding", int(p.closing[0]), {}, "engine.zero")
         return "end of backward, whole gradients being reduced"
-    mode = 2 if c.stages.full[s] else 1 if c.stages.selective[s] else 0
-    inputs: Inputs = {"layers x in flight, at least": n // v * held.flight, "bytes each": int(p.saved(mode)[0])}
-    saved = n // v * held.flight * int(p.saved(mode)[0])
-    held.add("activations", "saved activations of micro-batches in flight", saved, inputs, "engine.saved")
     held.add("transient", "gradient, reduction or next gather of the embedding", int(p.between[0]), {}, "engine.zero")
     return f"first rank, end of a backward: the embedding between two micro-batches, {held.flight} in flight"
 

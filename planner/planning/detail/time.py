@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
+from planner.cost import step
 from planner.planning.detail.case import Case
 from planner.planning.detail.compute import end_lines, layer_lines, recompute_lines
 from planner.planning.detail.lines import FORMULAS, STREAM, STREAMED, Lines
@@ -52,7 +55,9 @@ def _pipeline_line(lines: Lines) -> None:
     if c.layout.pp == 1:
         return
     v = c.layout.virtual_stages
-    bubble = (int(time.sum()) - int(time[c.slowest])) / v / 1e9
+    bubble = (
+        (int(time.sum()) - int(time[c.slowest]) - step.credited(c.q.take(np.zeros(1, dtype=np.int64)), c.x, time)) / v / 1e9
+    )
     inputs: Inputs = {
         "max R s": float(time.max()) / 1e9, "sum R s": float(time.sum()) / 1e9, "m": c.m, "v": v, "slowest rank": c.slowest,
     }  # fmt: skip

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from planner.planfile import Breakdown
-from planner.specs.base import Spec
+from planner.specs.base import Sparse, Spec
 from planner.specs.layout import Layout
 
 # ---- ranks ---------------------------------------------------------------------------------------------------------
@@ -39,10 +39,14 @@ class LessRecompute(Spec):
     """Memory beyond the limit then; negative when it fits."""
 
 
-class Rank(Spec):
+class Rank(Sparse):
     """One pipeline rank: what binds it."""
 
+    unwritten: ClassVar[tuple[str, ...]] = ("hardware",)
+
     stage: int
+    hardware: str | None = None
+    """Profile of its devices, on two device types."""
     layers: int
     recompute: str
     binding: Binding
@@ -225,15 +229,39 @@ class Place(Spec):
     """Coordinates (pp, expert dp, ep, etp)."""
 
 
-class Node(Spec):
+class Node(Sparse):
     """The devices of one node."""
 
+    unwritten: ClassVar[tuple[str, ...]] = ("hardware",)
+
     node: int
+    hardware: str | None = None
+    """Profile of its devices, on two device types."""
     places: list[Place]
 
 
-class Explanation(Spec):
+class OneType(Spec):
+    """What one device type would do, beside a plan for two."""
+
+    what: str
+    hardware: str
+    gpus: int
+    step_time_s: float | None = None
+    """Of the fastest layout; None where there is none."""
+    times_the_plan: float | None = None
+    """That over the plan's step time."""
+    layout: str | None = None
+    """In one line."""
+    proven: bool | None = None
+    """Whether it is the proven optimum, or the best within a time limit."""
+    reason: str | None = None
+    """Why there is none."""
+
+
+class Explanation(Sparse):
     """Why this plan, and why not another."""
+
+    unwritten: ClassVar[tuple[str, ...]] = ("one_type",)
 
     name: str
     """The plan's layout in one line."""
@@ -255,3 +283,5 @@ class Explanation(Spec):
     """What conflicts and what would help, where the layout does not fit."""
     why_not: WhyNot | None = None
     """The answer to a question, where one was asked."""
+    one_type: list[OneType] = Field(default_factory=list)
+    """For a proven plan on two device types: each type alone, and all devices at the slower one's speed."""

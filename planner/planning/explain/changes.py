@@ -122,9 +122,9 @@ def _recomputed(task: Task, layout: Layout) -> Layout | None:
     x = LayoutArray.of([layout], task.job)
     p, stack = price(task, x)
     g = group_of(task, tuple(range(len(RECOMPUTE_MODES))), x, p, stack, np.array([0]))
-    t = stages.tables(g, task=task if stack else None)
+    t = stages.tables(g, task)
     split = [stage.layers for stage in layout.stages]
-    if max(split) // t.chunks >= t.at.shape[1]:  # more layers than any rank can hold
+    if -(-max(split) // t.chunks) >= t.at.shape[1]:  # more layers than any rank can hold
         return None
     if any(t.time[s, entry] >= BIG for s, entry in enumerate(t.columns(split))):
         return None
@@ -159,22 +159,26 @@ def _states(task: Task, engine: Engine, asked: Asked) -> Iterator[_Idea]:
 
 def _memory(task: Task, engine: Engine, asked: Asked) -> Iterator[_Idea]:
     if extra := least_extra_memory(task, engine, asked.space(task, engine)):
-        memory = task.hardware.device.memory.base
-        text = f"+{gib(extra)} a device ({gib(memory + extra)} instead of {gib(memory)})"
+        sizes = [h.device.memory.base for h in task.profiles]
+        larger, before = (" and ".join(gib(size) for size in each) for each in ([s + extra for s in sizes], sizes))
+        text = f"+{gib(extra)} a device ({larger} instead of {before})"
         yield _Idea("memory", text, with_memory(task, extra), engine, asked, {"extra_gib": extra / GIB}, {})
 
 
 def _fraction(task: Task, engine: Engine, asked: Asked) -> Iterator[_Idea]:
     """The least share of the memory that is enough, in percent: the limit of the least extra memory or a little more."""
     if task.max_oom_probability is None and (extra := least_extra_memory(task, engine, asked.space(task, engine))):
-        share = math.ceil(task.max_memory_fraction * (1 + extra / task.hardware.device.memory.base) * 100) / 100
+        memory = min(h.device.memory.base for h in task.profiles)
+        share = math.ceil(task.max_memory_fraction * (1 + extra / memory) * 100) / 100
         if share <= _HIGHEST_FRACTION:
             text = f"max_memory_fraction {share:g} instead of {task.max_memory_fraction:g}"
             yield _Idea("fraction", text, replace(task, max_memory_fraction=share), engine, asked, {}, {})
 
 
 def _nodes(task: Task, engine: Engine, asked: Asked, unit: int) -> Iterator[_Idea]:
-    """The smallest cluster, in whole units of devices."""
+    """The smallest cluster, in whole units of devices; of one device type."""
+    if task.types:
+        return
     smallest = smallest_cluster(task, engine, lambda t: asked.space(t, engine), unit)
     if smallest is None:
         return

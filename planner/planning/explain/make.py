@@ -10,6 +10,7 @@ from planner.planning.explain.asked import Pins
 from planner.planning.explain.excluded import excluded
 from planner.planning.explain.losses import loss_of
 from planner.planning.explain.ranks import explain_ranks
+from planner.planning.explain.types import one_type_each
 from planner.planning.explain.whynot import why_not, why_unfit
 from planner.planning.make import short
 from planner.planning.request import task_of_plan
@@ -44,9 +45,10 @@ def explain_plan(plan: Plan, pins: Pins | None = None) -> Explanation:
         losses=[loss_of(now, a.layout, estimate_layout(task, a.layout)) for a in plan.alternatives],
         excluded=excluded(task, engine, layout, space) if space else [],
         layouts=space.enumerated if space else None,
-        dense=places.dense_mesh(layout, plan.hardware),
-        expert=places.expert_mesh(layout, plan.hardware) if plan.model.routed_mlps else None,
-        nodes=places.rank_map(layout, plan.cluster.node_size),
+        dense=places.dense_mesh(layout, *plan.profiles),
+        expert=places.expert_mesh(layout, *plan.profiles) if plan.model.routed_mlps else None,
+        nodes=places.rank_map(layout, plan.cluster.node_size, places.node_types(task, layout)),
         unfit=None if now.memory.fits else why_unfit(plan, now, task, engine),
         why_not=answer,
+        one_type=one_type_each(plan, task, engine, now.step_time_s) if space and answer is None else [],
     )

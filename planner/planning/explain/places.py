@@ -12,8 +12,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from planner.cost import devicetypes
 from planner.cost.collectives import crossed_tiers
-from planner.cost.task import Ints
+from planner.cost.task import Ints, Task
 from planner.errors import input_error
 from planner.planning.explain.answers import Group, Mesh, Node, Place
 from planner.specs.hardware import HardwareProfile
@@ -27,18 +28,18 @@ def dense_dimensions(layout: Layout) -> tuple[str, ...]:
     return tuple(reversed(layout.order.split("-")))
 
 
-def dense_mesh(layout: Layout, hardware: HardwareProfile) -> Mesh:
-    """The mesh of attention and dense layers; ZeRO shards over dp x cp."""
+def dense_mesh(layout: Layout, *profiles: HardwareProfile) -> Mesh:
+    """The mesh of attention and dense layers; ZeRO shards over dp x cp. `profiles`: of each device type, one or two."""
     names = dense_dimensions(layout)
     shape = [getattr(layout, name) for name in names]
-    mesh = _mesh(names, shape, _strides(shape), hardware)
+    mesh = _mesh(names, shape, _strides(shape), profiles)
     if layout.cp == 1:
         return mesh
-    both = _group("dp x cp", layout.dp * layout.cp, layout.tp * _apart(layout), layout.world_size, hardware)
+    both = _group("dp x cp", layout.dp * layout.cp, layout.tp * _apart(layout), layout.world_size, profiles)
     return mesh.model_copy(update={"groups": [*mesh.groups, both]})
 
 
-def expert_mesh(layout: Layout, hardware: HardwareProfile) -> Mesh:
+def expert_mesh(layout: Layout, *profiles: HardwareProfile) -> Mesh:
     """The mesh of routed experts. Raises InputError when its degrees do not divide the devices."""
     degrees = layout.ep * layout.etp * layout.pp
     if layout.world_size % degrees:
@@ -46,7 +47,7 @@ def expert_mesh(layout: Layout, hardware: HardwareProfile) -> Mesh:
         raise input_error("PLN217", what, "experts are spread over the ranks of one pipeline stage", "choose another ep or etp")
     shape, apart = [layout.pp, layout.world_size // degrees, layout.ep, layout.etp], _apart(layout)
     stride = layout.tp * layout.cp * (layout.dp if apart == 1 else 1)
-    return _mesh(EXPERT, shape, [stride, layout.ep * layout.etp * apart, layout.etp, 1], hardware)
+    return _mesh(EXPERT, shape, [stride, layout.ep * layout.etp * apart, layout.etp, 1], profiles)
 
 
 def _apart(layout: Layout) -> int:
@@ -54,9 +55,9 @@ def _apart(layout: Layout) -> int:
     return layout.pp if dense_dimensions(layout)[0] == "dp" else 1
 
 
-def _mesh(dimensions: Sequence[str], shape: list[int], strides: list[int], hardware: HardwareProfile) -> Mesh:
+def _mesh(dimensions: Sequence[str], shape: list[int], strides: list[int], profiles: Sequence[HardwareProfile]) -> Mesh:
     world = int(np.prod(shape))
-    groups = [_group(n, size, stride, world, hardware) for n, size, stride in zip(dimensions, shape, strides, strict=True)]
+    groups = [_group(n, size, stride, world, profiles) for n, size, stride in zip(dimensions, shape, strides, strict=True)]
     return Mesh(dimensions=list(dimensions), shape=shape, groups=groups)
 
 
@@ -68,14 +69,24 @@ def _strides(shape: list[int]) -> list[int]:
     return strides[::-1]
 
 
-def _group(name: str, size: int, stride: int, world: int, hardware: HardwareProfile) -> Group:
-    crossed = [t.tier.name for t in crossed_tiers(np.array([float(size)]), np.array([float(stride)]), hardware) if t.crosses[0]]
-    tier = crossed[-1] if crossed else ""
-    return Group(name=name, size=size, stride=stride, groups=world // size, tier=tier)
+def _group(name: str, size: int, stride: int, world: int, profiles: Sequence[HardwareProfile]) -> Group:
+    reach = np.array([float(size)]), np.array([float(stride)])
+    crossed = [[t.tier.name for t in crossed_tiers(*reach, hardware) if t.crosses[0]] for hardware in profiles]
+    tiers = dict.fromkeys(names[-1] for names in crossed if names)  # of each device type
+    return Group(name=name, size=size, stride=stride, groups=world // size, tier=", ".join(tiers))
 
 
-def rank_map(layout: Layout, node_size: int) -> list[Node]:
-    """Every node with its ranks and their coordinates in both meshes."""
+def node_types(task: Task, layout: Layout) -> list[str]:
+    """The profile of every node in the order of their ranks, on two device types; empty on one.
+
+    Stages are whole and pp is outermost: the nodes of the first stages' type come first.
+    """
+    in_order = [task.types[i] for i in devicetypes.in_order(layout)] if task.types else []
+    return [t.hardware.name for t in in_order for _ in range(t.gpus // t.hardware.node_size)]
+
+
+def rank_map(layout: Layout, node_size: int, types: Sequence[str] = ()) -> list[Node]:
+    """Every node with its ranks and their coordinates in both meshes; `types`: the profile of each node, if there are two."""
     world, names = layout.world_size, dense_dimensions(layout)
     at = dict(zip(names, np.unravel_index(np.arange(world), [getattr(layout, name) for name in names]), strict=True))
     inside = (at["dp"] * layout.cp + at["cp"]) * layout.tp + at["tp"]  # place among the ranks of a stage
@@ -86,6 +97,7 @@ def rank_map(layout: Layout, node_size: int) -> list[Node]:
     return [
         Node(
             node=i,
+            hardware=types[i] if types else None,
             places=[Place(rank=r, local_rank=r - a, dense=dense[r], expert=expert[r]) for r in range(a, b)],
         )
         for i, (a, b) in enumerate(pairwise(bounds))

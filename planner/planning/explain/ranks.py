@@ -8,12 +8,12 @@ from typing import Literal
 
 import numpy as np
 
-from planner.cost import step
+from planner.cost import devicetypes, step
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.task import LayoutArray, StageArray, Task
 from planner.planning.explain.answers import Binding, Bottleneck, LessRecompute, OneMore, Rank
-from planner.search import solve, stages
+from planner.search import mixed, solve, stages
 from planner.search.bounds import BIG
 from planner.search.windows import Windows, windows
 from planner.specs.layout import Layout, format_recompute
@@ -51,9 +51,19 @@ class _Row:
     stack: Stack | None
 
     @cached_property
+    def kinds(self) -> tuple[Primitives, ...]:
+        """Primitives of each kind of layers on every rank."""
+        return devicetypes.kinds_by_rank(self.task, self.x)
+
+    @cached_property
+    def types(self) -> tuple[int, ...]:
+        """The device type of every rank."""
+        return devicetypes.stages_of(self.task, self.layout)
+
+    @cached_property
     def windows(self) -> Windows:
         """What a rank can hold."""
-        longest = max(s.layers for s in self.layout.stages) // self.chunks + 1
+        longest = max(self.size(s) for s in range(self.layout.pp)) + 1
         return windows(self.task.model.kind_of_layer, self.chunks, longest)
 
     @cached_property
@@ -61,7 +71,7 @@ class _Row:
         """The cheapest recompute of every rank and window."""
         reach = self.windows.reach * self.chunks
         g = solve.group_of(self.task, self.modes, self.x, self.p, self.stack, np.array([0]))
-        return stages.tables(g, reach, self.task if self.stack else None)
+        return stages.tables(g, self.task, reach)
 
     @property
     def chunks(self) -> int:
@@ -72,27 +82,33 @@ class _Row:
         """Where the window of rank s begins, in positions."""
         return sum(stage.layers for stage in self.layout.stages[:s]) // self.chunks
 
+    def size(self, s: int) -> int:
+        """Positions of rank s's window."""
+        return -(-self.layout.stages[s].layers // self.chunks)
+
     def cost(self, s: int, start: int, layers: int, selective: int, full: int) -> _Cost:
         """Rank s with the window of `layers` layers from `start`."""
         a = np.array
         held = StageArray(a([0]), a([s]), a([1]), a([layers]), a([selective]), a([full]))
-        blended = None
+        kinds = [k.take(a([s])) for k in self.kinds]
+        p = kinds[0]
         if self.stack is not None:
-            counts = self.windows.counts[[self.windows.at[start, layers // self.chunks]]]
-            blended = self.stack.blend(counts)
-        c = step.stage_cost(self.p, self.x, held, blended)
+            counts = self.windows.counts[[self.windows.at[start, -(-layers // self.chunks)]]]
+            p = mixed.blend_rank(Stack.of(kinds, self.task.model.text_kind), self.x, s, counts)
+        c = step.stage_cost(p, self.x, held, p)
         return _Cost(int(c.time[0]), int(c.backward_bytes[0]), int(c.update_bytes[0]))
 
-    def over(self, bytes_needed: int) -> float:
-        """GiB of the device beyond the limit; the allocator keeps more than is allocated."""
-        return (bytes_needed - int(self.p.capacity[0])) * self.task.reserved_ratio / GIB
+    def over(self, s: int, bytes_needed: int) -> float:
+        """GiB of rank s beyond its device's limit; the allocator keeps more than is allocated."""
+        task = self.task.on(self.types[s]) if self.task.types else self.task
+        return (bytes_needed - int(self.kinds[0].capacity[s])) * task.reserved_ratio / GIB
 
     def wider(self, s: int) -> int | None:
         """Start of rank s's window with one more position: after its last layer, before its first on the last rank.
 
         None where no other rank could give a layer up.
         """
-        start, size = self.start(s), self.layout.stages[s].layers // self.chunks
+        start, size = self.start(s), self.size(s)
         if size + self.layout.pp > self.windows.positions:
             return None
         if start + size < self.windows.positions:
@@ -127,21 +143,24 @@ def _rank(row: _Row, s: int, cost: _Cost, slowest: int) -> Rank:
     more, less = _one_more(row, s), _less_recompute(row, s)
     binding, reason = _binding(row, s, cost, slowest, more, less)
     return Rank(
-        stage=s, layers=stage.layers, recompute=stage.recompute, binding=binding, reason=reason, slack_gib=-row.over(cost.most),
+        stage=s, layers=stage.layers, recompute=stage.recompute, binding=binding, reason=reason,
+        slack_gib=-row.over(s, cost.most),
+        hardware=row.task.types[row.types[s]].hardware.name if row.task.types else None,
         time_s=cost.time / 1e9, share=cost.time / slowest, one_more=more, less_recompute=less,
     )  # fmt: skip
 
 
 def _one_more(row: _Row, s: int) -> OneMore | None:
     """The next layer too, kept as the rank's recompute says; and the cheapest recompute with which it fits."""
-    start, stage, v = row.wider(s), row.layout.stages[s], row.chunks
+    start, stage = row.wider(s), row.layout.stages[s]
     if start is None:
         return None
-    layers, (selective, full) = stage.layers + v, stage.counts
+    size, (selective, full) = row.size(s) + 1, stage.counts
+    layers = int(row.windows.layers[row.windows.at[start, size]])
     if selective == stage.layers or full == stage.layers:  # uniform: the new layer too
         selective, full = layers * (selective > 0), layers * (full > 0)
     cost, t = row.cost(s, start, layers, selective, full), row.tables
-    size, recompute, time = layers // v, None, None
+    recompute, time = None, None
     line = t.at[0 if t.anywhere else start]
     entry = int(line[size]) if size < len(line) else -1
     if entry >= 0 and t.time[s, entry] < BIG:
@@ -149,7 +168,7 @@ def _one_more(row: _Row, s: int) -> OneMore | None:
         time = int(t.time[s, entry]) / 1e9
     return OneMore(
         layers=layers,
-        over_gib=row.over(cost.most),
+        over_gib=row.over(s, cost.most),
         moment=cost.moment,
         plain_time_s=cost.time / 1e9,
         recompute=recompute,
@@ -172,7 +191,7 @@ def _less_recompute(row: _Row, s: int) -> LessRecompute | None:
     if not faster:
         return None
     most, (n1, n2) = min(faster)
-    return LessRecompute(recompute=format_recompute(n, n1, n2), over_gib=row.over(most))
+    return LessRecompute(recompute=format_recompute(n, n1, n2), over_gib=row.over(s, most))
 
 
 def _uses(layers: int, selective: int, full: int) -> set[int]:
@@ -186,7 +205,7 @@ def _binding(
 ) -> tuple[Binding, str]:
     """What binds a rank, and why in one sentence."""
     moment: Binding = "memory in update" if cost.moment == "update" else "memory in backward"
-    if (over := row.over(cost.most)) > 0:
+    if (over := row.over(s, cost.most)) > 0:
         return moment, f"it needs {over:.1f} GiB more than a device may hold"
     if less is not None and less.over_gib > 0:
         return moment, f"it recomputes because with {less.recompute} it is {_gib(less.over_gib)} over the limit"

@@ -195,7 +195,9 @@ def _described(q: _Question, x: LayoutArray, rules: Sequence[Rule], pins: dict[s
     for rule in rules:
         row = int(order[np.argmax(rule.violated(q.task, x)[order])])
         pp = int(x.pp[row])
-        p = rule.problem(values_of(q.task, x.layout(row, even_stages(q.task.model.n_layers, pp))))
+        p = rule.problem(
+            values_of(q.task, x.layout(row, even_stages(q.task.model.n_layers, pp, virtual_stages=int(x.virtual_stages[row]))))
+        )
         found.append(BrokenRule(pins=pins, code=p.code, name=rule.name, what=p.what, why=p.why, fix=p.fix))
     return found
 
@@ -250,7 +252,7 @@ def memory_conflict(task: Task, layout: Layout, modes: tuple[int, ...]) -> Confl
     p, stack = price(task, x)
     g = group_of(task, modes, x, p, stack, np.array([0]))
     fullest = estimate_layout(task, layout).memory.peak_stage
-    core = conflicts.memory_core(stages.tables(g, task=task if stack else None), fullest)
+    core = conflicts.memory_core(stages.tables(g, task), fullest)
     if core is None:
         return None
     members = [f"memory of stage {s}" for s in core.stages] + ["all layers placed"] * core.placed
