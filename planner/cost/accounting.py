@@ -134,6 +134,17 @@ class ZeroRule:
     """A parameter of the layer before the last unit, when backward ends."""
     last_unit: tuple[Held, ...] = ()
     """A parameter of the last unit when backward ends: the embedding on the first rank, a layer elsewhere."""
+    own: tuple[Held, ...] = ()
+    """A parameter of the unit whose backward runs: its gradient. A layer's come matrix by matrix: at the peak of its
+    temporaries, the product before the MLP's last matrix, only that one's exists."""
+    finish: tuple[Held, ...] = ()
+    """A parameter of the unit whose backward ends: its gradient and reduction, its activations gone."""
+    released: tuple[Held, ...] = ()
+    """A parameter of a unit in reduction: what `backward` counts of it and is freed by then."""
+    ahead: tuple[Held, ...] = ()
+    """The part of `unit` that is of the next layer, gathered ahead."""
+    again: tuple[Held, ...] = ()
+    """A parameter of the embedding when the next micro-batch's forward gathers it beside what the last backward left."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +203,11 @@ class Accounting:
     """Elements of each token and vocabulary entry that a pipeline's last rank keeps besides: its stage's output."""
     logits_wait: float
     """Bytes of the loss that each waiting micro-batch keeps for a token and vocabulary entry, at e = 2 (GPipe)."""
+    ends_exchanged: bool = field(default=False, kw_only=True)
+    """The exchanges of the embedding over tp, and of embedding and head with every micro-batch (ZeRO 2 and 3), are charged.
+    Engines whose published runs the model was compared with do without: there they are part of what was measured."""
+    positions_split: bool = field(default=False, kw_only=True)
+    """Learned positions are split over the tp group like the vocabulary."""
     embedding_gradient_whole: bool
     """The embedding's gradient is made, and accumulated, for the whole vocabulary before it is split over tp."""
     head_hidden: float
@@ -278,6 +294,10 @@ class Accounting:
     padding_bytes: float = 0.0
     """Bytes moved for each element of a routed row, forward and again backward, where rows of narrow products are padded
     before the experts and cut after them in passes of their own."""
+    experts_join: bool = False
+    """Experts on the same ranks as the rest of their layer are gathered and reduced with it, in one collective."""
+    etp_op: Literal["all_gather", "all_to_all"] = "all_gather"
+    """How rows reach, and leave, the ranks that split experts."""
     expert_slots: float = 1.0
     """Rows of the experts' buffers over those they get, where kernels run over whole buffers."""
     pipeline_zero: int | None = None

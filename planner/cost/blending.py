@@ -27,10 +27,11 @@ HELD = ("state", "updating", "deferred", *_SAVED)
 """Bytes of layers that add up; activations by recompute mode last."""
 _MEANS = (*_TIMES, *HELD)
 _PEAKS = (
-    "fixed", "transient", "reduction", "head_transient", "head_reduction", "last_reduction", "last_layer", "carried",
+    "fixed", "transient", "reduction", "head_transient", "head_reduction", "head_finish", "last_reduction", "last_layer",
+    "carried", "finish",
 )  # fmt: skip
 _MODES = range(3)
-_SHARED = ("boundary", "receive", "p2p")
+_SHARED = ("boundary", "receive", "entering", "p2p")
 _ENDS = tuple(f.name for f in fields(Primitives) if f.name not in (*_MEANS, *_PEAKS, *_SHARED))
 _HIDE = _MEANS.index("hide")
 _SENDS = (*_ENDS, *_SHARED).index("p2p")
@@ -50,7 +51,7 @@ class Stack:
     means: Ints
     """(kinds, fields, ...): what layers add up to."""
     peaks: Ints
-    """(kinds, fields, ...): what the largest kind decides; recomputed activations and reduction rests by mode after them."""
+    """(kinds, fields, ...): what the largest kind decides; what depends on recompute by mode after them."""
     ends: Ints
     """(fields, ...): what kinds share."""
 
@@ -62,7 +63,7 @@ class Stack:
             columns = [getattr(p, name) for name in names]
             return np.stack(np.broadcast_arrays(*columns, *more))
 
-        by_mode = [[p.remade(m) for m in _MODES] + [p.reduction_rest(m) for m in _MODES] for p in kinds]
+        by_mode = [[each(m) for each in (p.remade, p.reduction_rest, p.finish_rest) for m in _MODES] for p in kinds]
         largest = [np.maximum.reduce([getattr(p, name) for p in kinds]) for name in _SHARED]
         return cls(
             np.stack([stacked(p, _MEANS) for p in kinds]),
@@ -146,7 +147,7 @@ class Stack:
         values = dict(zip(_MEANS, means, strict=True)) | dict(zip(_PEAKS, peaks, strict=False))
         values |= dict(zip((*_ENDS, *_SHARED), self.ends, strict=True))
         modes = peaks[len(_PEAKS) :]
-        return Blend(**values, remade_by_mode=tuple(modes[:3]), rest_by_mode=tuple(modes[3:]))
+        return Blend(**values, remade_by_mode=tuple(modes[:3]), rest_by_mode=tuple(modes[3:6]), finish_by_mode=tuple(modes[6:]))
 
     def _by_chunk(self, counts: Ints, moments: Ints) -> dict[str, Ints]:
         """The fields that depend on how the layers of a rank are spread over its chunks."""

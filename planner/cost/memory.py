@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from planner.cost import adapters
-from planner.cost.accounting import Held, Saved
+from planner.cost.accounting import Accounting, Held, Saved
 from planner.cost.rounding import ceil
-from planner.cost.task import Floats, Ints, LayoutArray, Task
+from planner.cost.task import Bools, Floats, Ints, LayoutArray, Task
 from planner.specs.layers import Mlp
 from planner.specs.layout import RECOMPUTE_MODES
 
@@ -69,6 +69,22 @@ def activation_bytes(task: Task, combos: LayoutArray) -> ActivationBytes:
         ceil(tokens * saved_bytes(task, a.deferred, "none", combos, norms=False)),
         ceil(tokens * a.pipeline_logits * e * vocabulary),
     )
+
+
+_OF_MLP = frozenset(("mlp", "routed", "routed_mlp", "returned", "routes", "arrivals"))
+
+
+def attention_bytes(task: Task, layouts: LayoutArray) -> Floats:
+    """Activations of one layer and micro-batch that its backward still needs when that of its MLP is over."""
+    rest = tuple(item for item in task.accounting.saved if item.width not in _OF_MLP)
+    return layouts.micro_batch * (task.job.seq_len / layouts.cp) * saved_bytes(task, rest, "none", layouts)
+
+
+def logit_gradient_bytes(task: Task, layouts: LayoutArray) -> Floats:
+    """The logits' gradient of one micro-batch in the compute type, of which the head's own gradient is made."""
+    tokens = layouts.micro_batch * (task.job.seq_len / layouts.cp)
+    split = layouts.tp if task.accounting.logits_split else np.ones(len(layouts))
+    return tokens * task.job.compute_bytes * task.model.vocab / split
 
 
 def slots(mlp: Mlp, ep: Ints) -> Floats:
@@ -160,9 +176,17 @@ class StateBytes:
     head_reduction: Floats
     last_reduction: Floats
     last_unit: Floats
+    own: Floats
+    finish: Floats
+    released: Floats
+    ahead: Floats
+    again: Floats
 
 
-_MOMENTS = ("resident", "carried", "unit", "unit_reduction", "head", "head_reduction", "last_reduction", "last_unit")
+_MOMENTS = (
+    "resident", "carried", "unit", "unit_reduction", "head", "head_reduction", "last_reduction", "last_unit",
+    "own", "finish", "released", "ahead", "again",
+)  # fmt: skip
 
 
 def state_bytes(task: Task, layouts: LayoutArray, shard: Ints) -> StateBytes:
@@ -201,6 +225,11 @@ def state_bytes(task: Task, layouts: LayoutArray, shard: Ints) -> StateBytes:
     )
 
 
+def joined(a: Accounting, x: LayoutArray) -> Bools:
+    """Whether routed experts are exchanged with the rest of their layer: they are on the same ranks."""
+    return (x.ep * x.etp == 1) & (x.tp == 1) & a.experts_join
+
+
 def rank_params(task: Task, layouts: LayoutArray) -> dict[str, Floats]:
     """Parameters that one rank holds: of a layer (without routed experts), its local experts, one expert, the embedding
     (with positions and front ends), the head, the final norm, multi-token modules beside their layers.
@@ -212,11 +241,12 @@ def rank_params(task: Task, layouts: LayoutArray) -> dict[str, Floats]:
     group = model.layer
     split = model.matmul_params_of(group) + model.split_bias_params_of(group)
     bias = model.vocab / tp if model.head_bias else 0.0
+    positions = model.position_params / (tp if task.accounting.positions_split else np.ones(len(tp)))
     return {
         "layer": split / tp + model.whole_params_of(group),
         "experts": model.expert_params_of(group) / (layouts.ep * layouts.etp),
         "expert": model.expert_params_of(group) / (group.mlp.experts * layouts.etp),
-        "embedding": model.embedding_params / tp + model.position_params + sum(f.params(model.hidden) for f in task.fronts),
+        "embedding": model.embedding_params / tp + positions + sum(f.params(model.hidden) for f in task.fronts),
         "head": model.embedding_params / tp,
         "own_head": np.where((layouts.pp == 1) & model.tied_embeddings, 0.0, model.embedding_params / tp) + bias,
         "norm": np.full(len(tp), float(model.norm_params)),

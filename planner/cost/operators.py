@@ -50,6 +50,7 @@ class LayerSeconds:
     ep_backward: Floats
     ep_recompute: tuple[Floats, Floats]
     embedding: Floats
+    embedding_tp: Floats
     head: Floats
     """Output head and loss, forward and backward."""
     head_tp: Floats
@@ -94,13 +95,28 @@ def layer_seconds(task: Task, combos: LayoutArray) -> LayerSeconds:
     again = [_recompute(task, parts_f, mode, host_f, tp) for mode, tp in zip(("selective", "full"), tp_r, strict=True)]
     ep_r = [ep_f * task.accounting.recomputed[mode].get("experts", 0.0) for mode in ("selective", "full")]
     moved = 3.0 * s.tokens * task.model.hidden * task.job.compute_bytes / s.split
+    lookup = streaming_seconds(moved, task.hardware.device) + _front_seconds(task, s)
     zero = np.zeros_like(s.tp)
     return LayerSeconds(
         sum(parts_f.values(), zero), sum(parts_b.values(), zero), host_f, host_b,
         (again[0], again[1]), tp_f, tp_b, tp_r, cp_f, cp_b, (cp_r, cp_r), ep_f, ep_b, (ep_r[0], ep_r[1]),
-        streaming_seconds(moved, task.hardware.device) + _front_seconds(task, s), head, head_tp,
+        lookup, _embedding_tp(task, s, traffic), head, head_tp,
         _weight_seconds(task, s), (_host(task, s, 1, 0), _host(task, s, 1, 1)),
     )  # fmt: skip
+
+
+def tables(task: Task) -> int:
+    """Tables that split over tp: token embeddings, and learned positions where an engine splits them."""
+    return 1 + int(task.accounting.positions_split and task.model.position_params > 0)
+
+
+def _embedding_tp(task: Task, s: Shapes, sequence: np.ndarray) -> Floats:
+    """Lookups in split tables are summed over the tokens' owners, and their gradients gathered."""
+    if not task.accounting.ends_exchanged:
+        return np.zeros_like(s.tp)
+    place = (s.tp, np.ones_like(s.tp), hidden_bytes(task, s), task.hardware)
+    both = collective_seconds("reduce_scatter", *place) + collective_seconds("all_gather", *place)
+    return task.constant("tp") * tables(task) * np.where(sequence, both, 0.0)
 
 
 def _weight_seconds(task: Task, s: Shapes) -> Floats:
@@ -438,7 +454,7 @@ def _ep_traffic(task: Task, s: Shapes) -> tuple[Floats, Floats]:
     sent, device = routed_bytes(task, s), task.hardware
     copies = task.model.layer.mlp.top_k if task.accounting.ep_once else 1
     exchange = collective_seconds("all_to_all", s.ep, s.etp, sent, device, copies)
-    inside = collective_seconds("all_gather", s.etp, np.ones_like(s.tp), sent * s.etp, device)
+    inside = collective_seconds(task.accounting.etp_op, s.etp, np.ones_like(s.tp), sent * s.etp, device)
     once = (1.0 - task.accounting.ep_overlap) * task.constant("ep") * 2.0 * (exchange + inside)
     return once, once
 

@@ -84,15 +84,25 @@ class Primitives:
     """Temporaries of one layer's backward, gathered copies included."""
     reduction: Ints
     """Reduction buffers beside them, once the layer's own activations are gone."""
+    finish: Ints
+    """The end of a layer's backward: its gradients and their reduction, its own activations gone."""
     head_transient: Ints
     head_reduction: Ints
     """Reduction buffers of the head's unit, beside the last layer's backward."""
+    head_finish: Ints
+    """The end of the head's backward: its gradient and reduction, the loss gone."""
+    between: Ints
+    """The embedding's gradient, reduction or next gather between two micro-batches (first rank)."""
+    closing: Ints
+    """Its reduction beside whole accumulated gradients when backward ends (first rank)."""
     waiting: Ints
     """Kept on a pipeline's last rank by losses that wait for their backward (GPipe), and as the stage's output."""
     boundary: Ints
     """Stage output kept for each chunk-micro-batch in flight."""
     receive: Ints
     """Receive buffers of one chunk and direction; under a split backward also what was sent (`schedules.kept_messages`)."""
+    entering: Ints
+    """Received input of a chunk's micro-batch in flight that is at once its first layer's saved input."""
     chunks: Ints
     """v."""
     fixed: Ints
@@ -125,6 +135,10 @@ class Primitives:
         """Reduction buffers beyond the saved activations that their layer has freed."""
         return np.maximum(self.reduction - self.saved(mode), 0)
 
+    def finish_rest(self, mode: int) -> Ints:
+        """The end of a layer's backward beyond the saved activations that it has freed."""
+        return np.maximum(self.finish - self.saved(mode), 0)
+
 
 @dataclass(frozen=True)
 class Blend(Primitives):
@@ -132,12 +146,14 @@ class Blend(Primitives):
 
     remade_by_mode: tuple[Ints, Ints, Ints]
     rest_by_mode: tuple[Ints, Ints, Ints]
+    finish_by_mode: tuple[Ints, Ints, Ints]
 
     def take(self, rows: Ints | Bools) -> Blend:
         """The primitives at `rows`."""
         whole = {f.name: getattr(self, f.name).take(rows, axis=0) for f in fields(Primitives)}
-        pick = [tuple(a.take(rows, axis=0) for a in group) for group in (self.remade_by_mode, self.rest_by_mode)]
-        return Blend(**whole, remade_by_mode=pick[0], rest_by_mode=pick[1])  # type: ignore[arg-type]
+        names = ("remade_by_mode", "rest_by_mode", "finish_by_mode")
+        picked = {name: tuple(a.take(rows, axis=0) for a in getattr(self, name)) for name in names}
+        return Blend(**whole, **picked)  # type: ignore[arg-type]
 
     def remade(self, mode: int) -> Ints:
         """Activations that the backward of the layer of the largest kind makes again."""
@@ -146,6 +162,10 @@ class Blend(Primitives):
     def reduction_rest(self, mode: int) -> Ints:
         """The same rest of the largest kind."""
         return self.rest_by_mode[mode]
+
+    def finish_rest(self, mode: int) -> Ints:
+        """The same of the end of a layer's backward."""
+        return self.finish_by_mode[mode]
 
 
 @dataclass(frozen=True)
@@ -158,7 +178,11 @@ class TimeParts:
     ep: Floats
     zero: Floats
     """Exposed gathers and reductions of every micro-batch."""
+    embedding_tp: Floats
     head_tp: Floats
+    embedding_zero: Floats
+    """Exposed gathers and reductions of the embedding, every micro-batch."""
+    head_zero: Floats
     recompute_tp: tuple[Floats, Floats]
     recompute_cp: tuple[Floats, Floats]
 
@@ -193,6 +217,8 @@ class PrimitiveTable:
     boundary: Ints
     waiting: Ints
     output: Ints
+    head_gradients: Ints
+    """Gradients of the head that last from one micro-batch to the next."""
     hops: tuple[Ints, ...]
     """ns of one neighbour's send by network tier."""
     times: dict[str, Floats]
@@ -207,9 +233,14 @@ class PrimitiveTable:
         buffers = np.where(a.receive_all_microbatches, x.microbatches, a.receive_count)
         held = d.context.base + d.communicator.base * memory.communicators(x) + a.outside_bytes
         outside = ceil(self.task.constant("outside") * held)
+        one = self.waiting.take(share)
         late = np.where(x.schedule == GPIPE, x.microbatches - 1, np.where(x.schedule == INTERLEAVED_ZB, x.pp - 1, 0))
-        waiting = late * self.waiting.take(share)
+        # At GPipe's first backward no gradient is there yet, at the second one micro-batch fewer waits: never both.
+        spared = np.where((x.schedule == GPIPE) & (x.microbatches > 1), np.minimum(one, self.head_gradients.take(share)), 0)
+        waiting = late * one - spared
         columns = {k: v.take(share) for k, v in self.columns.items()}
+        # Where backward is split a table's gradient comes with the weight gradients.
+        columns["between"] = np.where(schedules.splits_backward(x.schedule), 0, columns["between"])
         sends = p2p.exposed(self.task, x, [hop.take(share) for hop in self.hops])
         return Primitives(
             **columns,
@@ -220,6 +251,7 @@ class PrimitiveTable:
             waiting=waiting + np.where(many, self.output.take(share), 0),
             boundary=np.where(many & a.keeps_stage_output, ceil(a.boundary_copies * boundary), 0),
             receive=np.where(many, boundary * buffers * schedules.kept_messages(x.schedule) // 2, 0),
+            entering=np.where(many & a.receive_all_microbatches, boundary, 0),
             chunks=x.virtual_stages,
             capacity=capacity(self.task, outside),
             outside=outside,
@@ -289,13 +321,14 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
     held = held_bytes(task, shared)
     acts = memory.activation_bytes(task, block)
     blocks = {
-        "embedding": ns(seconds.embedding), "head": ns(seconds.head + seconds.head_tp),
         "act0": acts.layer[0], "act1": acts.layer[1], "act2": acts.layer[2], "deferred": acts.deferred,
     }  # fmt: skip
     layer = _layer_ns(task, shared, seconds, (compute, traffic), spread)
     again = [seconds.again(i) for i in range(2)]
     repeated = {f"recompute{i + 1}": ns(recompute_seconds(task, again[i][spread], compute[1], traffic)) for i in range(2)}
     columns = repeated | {k: v[spread] for k, v in blocks.items()} | layer | traffic.ns | held
+    columns["embedding"] = ns((seconds.embedding + seconds.embedding_tp)[spread] + traffic.ends["first"])
+    columns["head"] = ns((seconds.head + seconds.head_tp)[spread] + traffic.ends["last"])
     columns["transient"] = acts.backward[spread] + columns.pop("unit")
     columns["head_transient"] = acts.head[spread] + columns.pop("head_unit")
     _add_modules(task, columns, ns(operators.module_seconds(task, operators.shapes_of(task, block).tokens))[spread])
@@ -305,7 +338,10 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
         "cp": (seconds.cp_forward + seconds.cp_backward)[spread],
         "ep": (seconds.ep_forward + seconds.ep_backward)[spread],
         "zero": traffic.forward + traffic.backward,
+        "embedding_tp": seconds.embedding_tp[spread],
         "head_tp": seconds.head_tp[spread],
+        "embedding_zero": traffic.ends["first"],
+        "head_zero": traffic.ends["last"],
         "recompute_tp1": seconds.tp_recompute[0][spread],
         "recompute_tp2": seconds.tp_recompute[1][spread],
         "recompute_cp1": seconds.cp_recompute[0][spread],
@@ -315,7 +351,8 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
     boundary = acts.boundary[spread]
     hops = tuple(ns(seconds) for seconds in p2p.hop_seconds(task, p2p.sent_bytes(task, shared, boundary)))
     return PrimitiveTable(
-        task, layouts, share, columns, columns.pop("hide"), boundary, acts.waiting[spread], acts.output[spread], hops, times
+        task, layouts, share, columns, columns.pop("hide"), boundary, acts.waiting[spread], acts.output[spread],
+        columns.pop("head_gradients"), hops, times,
     )  # fmt: skip
 
 

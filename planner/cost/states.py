@@ -31,23 +31,32 @@ def held_bytes(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
     for name, suffix in (("layer", ""), ("first", "_first"), ("last", "_last")):
         result[f"state{suffix}"] = ceil(backward * place[name] + (0 if suffix else more["state"]))
         result[f"updating{suffix}"] = ceil(update * place[name] + (0 if suffix else more["updating"]))
-    locality = mask_bytes(task)
+    locality, first = mask_bytes(task), first_gradients(task, layouts)
     beside_head = ceil(per.resident * params["head"])
     result["state_last"] += beside_head
     result["updating_last"] += beside_head
     rest = embedding_rest(task, layouts)
     result["state_first"] += ceil(per.whole_gradients * rest)
+    # Experts that are no part of their layer's unit are one of their own, which is gathered and reduced before it.
+    alone = ~memory.joined(task.accounting, layouts) & task.accounting.experts_join
+    beside = np.where(alone, 0.0, experts)
+    result["head_gradients"] = np.floor(per.backward["grads"] * params["own_head"]).astype(np.int64)
+    result |= _finishing(task, layouts, params, per, routed, rest, beside)
     result |= {
         # Weight-gradient buffers exist once for each shape: one expert stands for all.
         "fixed": ceil(per.resident * (params["layer"] + params["expert"]) + task.hardware.device.workspace.base + locality),
-        "unit": ceil(per.unit * params["layer"] + routed.unit * experts),
-        "reduction": ceil(per.unit_reduction * params["layer"] + routed.unit_reduction * experts),
+        "unit": ceil(
+            (per.unit + per.own * first[0]) * params["layer"]
+            + (routed.unit + routed.own * first[1]) * experts
+            - routed.ahead * (experts - beside)
+        ),
+        "reduction": ceil(per.unit_reduction * params["layer"] + routed.unit_reduction * beside),
         "head_unit": ceil(per.head * params["head"]),
-        "head_reduction": ceil(per.head_reduction * params["head"]),
-        "last_reduction": ceil(per.last_reduction * params["layer"] + routed.last_reduction * experts),
-        "last_layer": ceil(per.last_unit * params["layer"] + routed.last_unit * experts),
+        "head_reduction": ceil(np.maximum(per.head_reduction - per.released, 0) * params["head"]),
+        "last_reduction": ceil(per.last_reduction * params["layer"] + routed.last_reduction * beside),
+        "last_layer": ceil(per.last_unit * params["layer"] + routed.last_unit * beside),
         "last_embedding": ceil(per.last_unit * params["embedding"] + task.job.compute_bytes * rest),
-        "carried": ceil(per.carried * params["layer"] + routed.carried * experts),
+        "carried": ceil(per.carried * params["layer"] + routed.carried * beside),
         "carried_first": ceil(per.carried * params["embedding"]),
     }
     for source in frozen.sources(task, layouts)[1:]:
@@ -61,6 +70,54 @@ def mask_bytes(task: Task) -> float:
     s = task.job.seq_len
     local = task.model.layer.attention.keys_of(s) < s
     return task.accounting.mask_elements * task.job.compute_bytes * s * s if local else 0.0
+
+
+def first_gradients(task: Task, layouts: LayoutArray) -> tuple[Floats | float, float]:
+    """Shares of a layer's parameters, and of its routed experts', whose gradients exist at the peak of its temporaries: of the
+    MLP's last matrix, or of the experts' last ones beside the whole shared one, whose backward comes before."""
+    mlp, params = task.model.layer.mlp, memory.rank_params(task, layouts)["layer"]
+    matrix = mlp.dense_width * task.model.hidden / layouts.tp
+    matrices = 3 if mlp.kind == "gated" else 2
+    return (matrices if mlp.routed else 1) * matrix / params, 1.0 / matrices
+
+
+def _finishing(
+    task: Task,
+    layouts: LayoutArray,
+    params: dict[str, Floats],
+    per: memory.StateBytes,
+    routed: memory.StateBytes,
+    rest: Floats,
+    beside: Floats,
+) -> dict[str, Ints]:
+    """Bytes of units whose backward ends: of a layer, of the head, of the embedding. 0 where a rule has no such moment.
+
+    The embedding's gradient closes each micro-batch's backward (`between`: under ZeRO 2 and 3 its reduction, or the next
+    gather of the table beside it), and its reduction begins when whole accumulated gradients are reduced (`closing`).
+    """
+    experts, head, table = params["experts"], params["own_head"] + params["norm"], params["embedding"]
+    several = layouts.microbatches > 1
+    ahead = per.ahead * params["layer"] + routed.ahead * beside
+    # A pipeline's whole gradients are reduced after its backwards.
+    later = several & (layouts.pp > 1)
+    done, done_routed = (np.where(later & (x.carried == 0), x.own, x.finish - x.released) for x in (per, routed))
+    # When experts by themselves are reduced, their layer's attention is still to come.
+    attention = memory.attention_bytes(task, layouts) if task.accounting.experts_join else 0.0
+    own = np.where((beside < experts) & (done_routed > 0), done_routed * experts + attention, 0.0)
+    loss = memory.logit_gradient_bytes(task, layouts)
+    # What the micro-batch before left to be reduced lives until the head's own reduction.
+    left = per.carried * np.where(layouts.pp == 1, table, params["layer"])
+    made = np.where(per.own > 0, (per.own + per.head) * params["head"] + ahead + left + loss, 0.0)
+    whole = task.job.compute_bytes * rest * (per.own > 0)
+    each = np.maximum(per.finish * table + whole, per.again * table)
+    between = np.where(per.carried > 0, each, per.own * table + whole)
+    closing = np.where(per.carried > 0, 0.0, (per.finish - per.released) * table)
+    return {
+        "finish": ceil(np.maximum(np.maximum(done * params["layer"] + done_routed * beside, own), 0) + ahead),
+        "head_finish": ceil(np.maximum(np.where(per.finish > 0, done * head, 0.0) + ahead, made)),
+        "between": ceil(np.where(several, between, 0.0)),
+        "closing": ceil(np.where(several, np.maximum(closing, 0.0), 0.0)),
+    }
 
 
 def _frozen_states(source: frozen.Source, layouts: LayoutArray) -> dict[str, Ints]:
@@ -86,6 +143,7 @@ def _frozen_states(source: frozen.Source, layouts: LayoutArray) -> dict[str, Int
 
 def embedding_rest(task: Task, layouts: LayoutArray) -> Floats:
     """Parameters of the embedding on other ranks of the tp group, where its gradient is made whole before it is split."""
-    rest, adapter = task.model.embedding_params - task.model.embedding_params / layouts.tp, task.job.adapter
+    split = task.model.embedding_params + (task.model.position_params if task.accounting.positions_split else 0)
+    rest, adapter = split - split / layouts.tp, task.job.adapter
     whole = task.accounting.embedding_gradient_whole and (adapter is None or adapter.train_embeddings)
     return rest if whole else np.zeros(len(layouts))

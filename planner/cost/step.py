@@ -40,7 +40,7 @@ class StageCost:
     backward_bytes: Ints
     """Allocated while micro-batches run."""
     update_bytes: Ints
-    """Allocated while the optimizer runs."""
+    """Allocated when a backward has passed the last layer, of a micro-batch or of the step, and while the optimizer runs."""
 
     @property
     def allocated(self) -> Ints:
@@ -80,13 +80,20 @@ def stage_update(p: Primitives, first: Ints, last: Ints, layers: Ints) -> Ints:
 def stage_base_bytes(p: Primitives, first: Ints, last: Ints, flight: Ints) -> Ints:
     """Bytes of a rank that do not depend on its layers, while micro-batches run."""
     extras = first * p.state_first + last * p.state_last
-    return extras + flight * output_bytes(p, last) + receive_bytes(p, first, last) + p.fixed + last * p.waiting
+    passed = flight * passed_bytes(p, first, last) + (1 - first) * p.entering + receive_bytes(p, first, last)
+    return extras + passed + p.fixed + last * p.waiting + (p.chunks - 1) * p.carried
 
 
-def output_bytes(p: Primitives, last: Ints) -> Ints:
-    """Bytes of a rank's outputs kept for each chunk-micro-batch in flight."""
+def passed_bytes(p: Primitives, first: Ints, last: Ints) -> Ints:
+    """Bytes that each chunk-micro-batch in flight adds to what a rank passes on: its output, less its input (shared)."""
     sends = np.where(p.chunks > 1, 1, 1 - last)  # with chunks the last rank passes on all but its last one
-    return np.asarray(sends * p.boundary)
+    return np.asarray(sends * p.boundary - (1 - first) * p.entering)
+
+
+def shared_inputs(p: Primitives, first: Ints, flight: Ints) -> Ints:
+    """Received inputs in flight, which their first layers save as well: counted once. One is made up for by the gradient
+    that the rank has sent last, which lives until its next backward. On the first rank nothing is left out."""
+    return (1 - first) * (flight - 1) * p.entering
 
 
 def receive_bytes(p: Primitives, first: Ints, last: Ints) -> Ints:
@@ -97,8 +104,8 @@ def receive_bytes(p: Primitives, first: Ints, last: Ints) -> Ints:
 def stage_transient(p: Primitives, first: Ints, last: Ints, mode: int) -> Ints:
     """Peak temporaries of a rank whose strongest recompute mode is `mode` (0 none, 1 selective, 2 full)."""
     m = moments(p, first, mode)
-    begins = np.where(last == 1, np.maximum(m.head.bytes, m.head_reduction.bytes), m.layer.bytes)
-    return np.maximum(begins, m.reduction.bytes)
+    head = np.maximum(np.maximum(m.head.bytes, m.head_reduction.bytes), m.head_finish.bytes)
+    return np.maximum(np.where(last == 1, head, m.layer.bytes), np.maximum(m.reduction.bytes, m.finish.bytes))
 
 
 class Moment(NamedTuple):
@@ -124,23 +131,77 @@ class Moments(NamedTuple):
     """A layer of the last rank beside the head's reduction."""
     reduction: Moment
     """A layer beside the reduction of the one before, whose saved activations are gone."""
+    finish: Moment
+    """The end of a layer's backward."""
+    head_finish: Moment
+    """The end of the head's."""
 
 
 def moments(p: Primitives, first: Ints, mode: int) -> Moments:
     """The moments at which a rank's temporaries may peak, under its strongest recompute mode."""
     layer = p.transient + p.remade(mode)
     carried = np.where(first == 1, p.carried_first, p.carried)
+    nothing = np.zeros_like(carried)
     return Moments(
         Moment(p.head_transient, carried), Moment(layer, carried), Moment(layer, p.head_reduction),
-        Moment(layer, p.reduction_rest(mode)),
+        Moment(layer, p.reduction_rest(mode)), Moment(p.finish_rest(mode), nothing), Moment(p.head_finish, nothing),
     )  # fmt: skip
 
 
-def stage_update_bytes(p: Primitives, first: Ints, last: Ints, layers: Ints) -> Ints:
-    """Bytes of a rank when backward ends and while the optimizer runs."""
+class Ending(NamedTuple):
+    """Bytes of a rank when backward has passed its last layer: `start + layers * state`."""
+
+    start: Ints
+    state: Ints
+
+    def of(self, layers: Ints) -> Ints:
+        """Bytes of ranks with `layers` layers."""
+        return self.start + layers * self.state
+
+
+def endings(p: Primitives, first: Ints, last: Ints) -> dict[str, Ending]:
+    """What a rank holds when backward ends and while the optimizer runs (`update`), and on the first rank at the embedding's
+    reduction beside whole accumulated gradients (`closing`)."""
+    beside = receive_bytes(p, first, last) + p.fixed
     transient = p.last_reduction + np.where(first == 1, p.last_embedding, p.last_layer)
-    extras = first * p.updating_first + last * p.updating_last
-    return layers * p.updating + extras + transient + receive_bytes(p, first, last) + p.fixed
+    update = first * p.updating_first + last * p.updating_last + transient + beside
+    closing = first * (p.state_first + last * p.state_last + beside + p.closing)
+    return {"update": Ending(update, p.updating), "closing": Ending(closing, first * p.state)}
+
+
+def stage_update_bytes(p: Primitives, first: Ints, last: Ints, layers: Ints) -> Ints:
+    """Bytes of a rank when the step's last backward has passed its last layer, and while the optimizer runs."""
+    return np.maximum.reduce([ending.of(layers) for ending in endings(p, first, last).values()])
+
+
+def between_base(p: Primitives, first: Ints, last: Ints, flight: Ints) -> Ints:
+    """Bytes of the first rank that do not depend on its layers at the embedding's gradient between two micro-batches, with one
+    fewer in flight; 0 on other ranks."""
+    extras = p.state_first + last * p.state_last + receive_bytes(p, first, last) + p.fixed
+    carried = (p.chunks - 1) * p.carried  # each chunk has a buffer of its own
+    return first * (extras + p.between + carried + (flight - 1) * passed_bytes(p, first, last))
+
+
+def saved_limit(p: Primitives, first: Ints, last: Ints, flight: Ints, layers: Ints, mode: int) -> Ints:
+    """Bytes that a rank with `layers` layers may save for backward when its strongest recompute mode is `mode`; negative when
+    it does not fit at all. Between two micro-batches `(flight - 1) / flight` of them, rounded down, are there."""
+    left, others = p.capacity - layers * p.state, flight - 1
+    peak = left - stage_base_bytes(p, first, last, flight) - stage_transient(p, first, last, mode)
+    between = left - between_base(p, first, last, flight)
+    most = np.where(others > 0, ((between + 1) * flight - 1) // np.maximum(others, 1), np.where(between < 0, -1, peak))
+    return np.where(first == 1, np.minimum(peak, most), peak)
+
+
+def peak_ending(cost: StageCost, p: Primitives, layouts: LayoutArray, stages: StageArray, s: int) -> str | None:
+    """Which ending decides the peak of rank `s` of a layout: `between`, or one of `endings`; None where a backward does.
+    `p` by rank."""
+    if int(cost.update_bytes[s]) <= int(cost.backward_bytes[s]):
+        return None
+    row = np.array([s])
+    first, last = ends(layouts.schedule[:1], layouts.pp[:1], stages.index[row])
+    found = {name: ending.of(stages.layers[row]) for name, ending in endings(p.take(row), first, last).items()}
+    name = max(found, key=lambda name: int(found[name][0]))
+    return name if int(found[name][0]) == int(cost.update_bytes[s]) else "between"
 
 
 def layers_by_kind(task: Task, layout: Layout) -> Ints:
@@ -213,16 +274,14 @@ def stage_cost(p: Primitives, layouts: LayoutArray, stages: StageArray, blended:
     n, n1, n2 = stages.layers, stages.selective, stages.full
     flight, weight, weight1, weight2, waiting = held(x, stages)
     saved = weight * q.act0 - weight1 * (q.act0 - q.act1) - weight2 * (q.act0 - q.act2) + waiting * q.deferred
-    transient = np.where(
-        n2 > 0,
-        stage_transient(q, first, last, 2),
-        np.where(n1 > 0, stage_transient(q, first, last, 1), stage_transient(q, first, last, 0)),
-    )
+    strongest = np.where(n2 > 0, 2, np.where(n1 > 0, 1, 0))
+    transient = np.choose(strongest, [stage_transient(q, first, last, mode) for mode in range(3)])
+    between = first * (n * q.state + saved * (flight - 1) // flight) + between_base(q, first, last, flight)
     return StageCost(
         stage_time(q, first, last, n, n1, n2),
         stage_once(q, first, last, n),
         n * q.state + stage_base_bytes(q, first, last, flight) + saved + transient,
-        stage_update_bytes(q, first, last, n),
+        np.maximum(stage_update_bytes(q, first, last, n), between),
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.cost import frozen, memory, operators, schedules
-from planner.cost.accounting import Traffic
+from planner.cost.accounting import Accounting, Traffic
 from planner.cost.collectives import collective_seconds
 from planner.cost.compute import overlapped, streaming_seconds
 from planner.cost.rounding import nanoseconds
@@ -30,6 +30,8 @@ class DpTraffic:
     """Seconds of a layer's per-micro-batch traffic beside backward, hidden or not."""
     idle: Floats
     """Seconds of backward in which other exchanges run and leave this traffic's network free."""
+    ends: dict[str, Floats]
+    """Exposed seconds of the embedding's (`first`) and the head's (`last`) per-micro-batch traffic."""
     ns: dict[str, Ints]
     """Step-wise primitives."""
 
@@ -89,10 +91,13 @@ def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats],
     step = {place: np.zeros(size) for place in ("layer", "first", "last")}
     bare = {place: np.zeros(size) for place in step}
     each = {"forward": np.zeros(size), "backward": np.zeros(size)}
+    ends = {"first": np.zeros(size), "last": np.zeros(size)}
     for source in frozen.sources(task, layouts):
         for item, rows, cost in _traffic_seconds(source, layouts):
             if item.per == "microbatch":
                 each[item.under][rows] += cost["layer"]
+                for place in ends:
+                    ends[place][rows] += cost[place] * end_share(a, item, place)
             else:
                 for place in step:
                     (bare if item.under == "nothing" else step)[place][rows] += cost[place]
@@ -114,7 +119,23 @@ def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats],
     ns |= {f"floor{suffix[p]}": nanoseconds(grow * (a.dp_floor * step[p] + bare[p])) for p in step}
     ns |= {f"update{suffix[p]}": nanoseconds(grow * update[p]) for p in step}
     ns["hide"] = np.floor(grow * a.dp_window * (forward + backward) * 1e9).astype(np.int64)
-    return DpTraffic(exposed[0], exposed[1], each["backward"], idle[1], ns)
+    return DpTraffic(exposed[0], exposed[1], each["backward"], idle[1], ends, ns)
+
+
+def end_share(a: Accounting, item: Traffic, place: str) -> float:
+    """Share of an exchange of the embedding or the head that every micro-batch exposes.
+
+    Both are gathered once, in forward: a lookup's backward does not read its table, the head's follows its forward. Nothing
+    runs under the embedding's gather, layers run under the others.
+    """
+    if not a.ends_exchanged or not exchanged_at_ends(item):
+        return 0.0
+    return 1.0 if item.op == "all_gather" and place == "first" else a.dp_floor
+
+
+def exchanged_at_ends(item: Traffic) -> bool:
+    """Whether embedding and head have this exchange of every micro-batch."""
+    return item.op != "all_gather" or item.under == "forward"
 
 
 HOST_BANDWIDTH = 50e9
@@ -143,7 +164,10 @@ def _traffic_seconds(source: frozen.Source, layouts: LayoutArray) -> Iterator[tu
             n, stride, part = sharing(x, item)
             groups = {place: (n, stride, count[rows] / part) for place, count in params_by_place(source.counts).items()}
             if item.over == "shard":  # routed experts are not sharded in copies (a rule)
-                groups["experts"] = (x.expert_shard, x.ep * x.etp * x.apart, source.counts["experts"][rows])
+                experts, together = source.counts["experts"][rows], memory.joined(task.accounting, x)
+                groups["layer"] = (n, stride, groups["layer"][2] + np.where(together, experts, 0.0))
+                routed = np.where(together, 0.0, experts)
+                groups["experts"] = (np.where(together, 1, x.expert_shard), x.ep * x.etp * x.apart, routed)
             cost = {
                 place: task.constant("dp")
                 * collective_seconds(item.op, n.astype(float), stride.astype(float), n_bytes * count, task.hardware)

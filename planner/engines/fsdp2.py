@@ -20,41 +20,51 @@ _EQUALISE = Traffic("all_reduce", 4, "step", "backward", over="replicas")
 """Hybrid sharding: the sum of the last reduction goes to the other copies of the states."""
 _STEP_GATHER = Traffic("all_gather", COMPUTE, "step", "forward")
 # With one micro-batch stages 0 and 1 reduce in their only backward; with several they add up whole fp32 gradients.
+# A reduced shard becomes the gradient, or is added to it and freed.
 _ONCE_INPUT = Held("grads", 4, shard=False, when="single")
 _ONCE_OUTPUT = Held("grads", 4, shard=True, when="single")
+_ONCE_OWN = Held("grads", COMPUTE, shard=False, when="single")
 _CARRIED = Held("grads", 4, shard=False, when="accumulating")
+_WHOLE_INPUT = Held("grads", 4, shard=False, when="copied")
+_WHOLE_OUTPUT = Held("grads", 4, shard=False, when="single")
+# A unit frees its copy before it is reduced, but keeps it between micro-batches.
+_ONCE_COPY = Held("params", COMPUTE, shard=False, when="single")
+_AHEAD = Held("params", COMPUTE, shard=False)
 
 ZERO = {
     0: ZeroRule(
         backward=(*_MASTER, _COPY, Held("grads", 4, shard=False, when="accumulating")),
         update=(*_MASTER, Held("grads", 4, shard=False)),
         traffic=(Traffic("all_reduce", 4, "step", "backward"),),
-        unit=(_OWN_GRADIENT,),
         unit_reduction=(Held("grads", 4, shard=False, when="single"),),
-        head_reduction=(Held("grads", 4, shard=False, when="single"),),
-        last_reduction=(Held("grads", 4, shard=False, when="copied"),),
-        last_unit=(_OWN_GRADIENT, Held("grads", 4, shard=False, when="copied")),
+        head_reduction=(_WHOLE_INPUT, _WHOLE_OUTPUT),
+        last_unit=(_WHOLE_INPUT,),
+        own=(_OWN_GRADIENT,),
+        finish=(_WHOLE_INPUT, _WHOLE_OUTPUT),
+        released=(_COPY,),
     ),
     1: ZeroRule(
         backward=(*_SHARDED, _COPY, Held("grads", 4, shard=False, when="accumulating")),
         update=(*_SHARDED, _GRADIENT),
         traffic=(_STEP_GATHER, Traffic("reduce_scatter", 4, "step", "backward"), _EQUALISE),
-        unit=(_OWN_GRADIENT,),
         unit_reduction=(_ONCE_INPUT, _ONCE_OUTPUT),
         head_reduction=(_ONCE_INPUT, _ONCE_OUTPUT),
-        last_reduction=(_REDUCE_INPUT,),
         last_unit=(_OWN_GRADIENT, _REDUCE_INPUT),
+        own=(_OWN_GRADIENT,),
+        finish=(_ONCE_OWN, _REDUCE_INPUT, _REDUCE_OUTPUT),
+        released=(_COPY,),
     ),
     2: ZeroRule(
         backward=(*_SHARDED, _COPY, _HELD_GRADIENT),
         update=(*_SHARDED, _GRADIENT),
         traffic=(_STEP_GATHER, Traffic("reduce_scatter", 4, "microbatch", "backward"), _EQUALISE),
-        unit=(_OWN_GRADIENT,),
-        unit_reduction=(_REDUCE_INPUT, _REDUCE_OUTPUT),
-        head_reduction=(_REDUCE_INPUT, _REDUCE_OUTPUT),
+        unit_reduction=(_REDUCE_INPUT, _ONCE_OUTPUT),
+        head_reduction=(_REDUCE_INPUT, _ONCE_OUTPUT),
         carried=(_CARRIED,),
-        last_reduction=(_REDUCE_INPUT,),
         last_unit=(_OWN_GRADIENT, _REDUCE_INPUT),
+        own=(_OWN_GRADIENT,),
+        finish=(_OWN_GRADIENT, _REDUCE_INPUT, _REDUCE_OUTPUT),
+        released=(_ONCE_COPY,),
     ),
     3: ZeroRule(
         backward=(*_SHARDED, _HELD_GRADIENT),
@@ -65,13 +75,17 @@ ZERO = {
             Traffic("reduce_scatter", 4, "microbatch", "backward"),
             _EQUALISE,
         ),
-        unit=(Held("params", COMPUTE, shard=False), Held("params", COMPUTE, shard=False), _OWN_GRADIENT),
-        unit_reduction=(_REDUCE_INPUT, _REDUCE_OUTPUT),
+        unit=(_AHEAD, _AHEAD),
+        unit_reduction=(_REDUCE_INPUT, _ONCE_OUTPUT),
         # The head's parameters stay gathered from forward to backward, and its reduction runs beside the last layer.
         head=(Held("params", COMPUTE, shard=False),),
-        head_reduction=(_REDUCE_INPUT, _REDUCE_OUTPUT),
+        head_reduction=(_REDUCE_INPUT, _ONCE_OUTPUT),
         carried=(_CARRIED,),
-        last_reduction=(_REDUCE_INPUT,),
         last_unit=(_OWN_GRADIENT, _REDUCE_INPUT),
+        own=(_OWN_GRADIENT,),
+        finish=(_OWN_GRADIENT, _REDUCE_INPUT, _REDUCE_OUTPUT),
+        ahead=(_AHEAD,),
+        # The gathered buffer, the table copied out of it, and the reduction that the last backward left.
+        again=(_AHEAD, _AHEAD, _CARRIED),
     ),
 }  # fmt: skip

@@ -124,17 +124,22 @@ def _breakdown(c: _Priced, seconds: float) -> Breakdown:
     )
     again = (n1 * int(c.q.recompute1[s]) + n2 * int(c.q.recompute2[s])) / 1e9
     ends = (int(c.q.embedding[s]) if s == 0 else 0) + (int(c.q.head[s]) if last else 0)
-    head_tp = float(c.base(s).parts.head_tp[0]) if last else 0.0
+    ends_tp, ends_zero = (
+        sum(
+            float(getattr(c.base(s).parts, f"{end}_{part}")[0]) for end, here in (("embedding", s == 0), ("head", last)) if here
+        )
+        for part in ("tp", "zero")
+    )
     d = int(np.argmax(once))
     update = int(c.stages.layers[d]) * int(c.q.update[d])
     update += (int(c.q.update_first[d]) if d == 0 else 0) + (int(c.q.update_last[d]) if d == c.layout.last_rank else 0)
     parts = {
-        "compute": m * (n * one["compute"] + ends / 1e9 - head_tp),
+        "compute": m * (n * one["compute"] + ends / 1e9 - ends_tp - ends_zero),
         "recompute": m * (again - again_tp - again_cp),
-        "tp_comm": m * (n * one["tp"] + head_tp + again_tp),
+        "tp_comm": m * (n * one["tp"] + ends_tp + again_tp),
         "cp_comm": m * (n * one["cp"] + again_cp),
         "ep_comm": m * n * one["ep"],
-        "zero_comm": m * n * one["zero"],
+        "zero_comm": m * (n * one["zero"] + ends_zero),
         "pp_comm": m * int(c.q.p2p[s]) / 1e9,
         "bubble": (int(time.sum()) - int(time[s]) - step.credited(c.q, c.x, time)) / v / 1e9,
         "dp_comm": (int(once[d]) - update) / 1e9,
@@ -202,7 +207,8 @@ def _memory(c: _Priced) -> Memory:
 
 def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
     """One rank's memory by part at its peak moment; rounding goes to `transient`."""
-    updating = int(c.cost.update_bytes[s]) > int(c.cost.backward_bytes[s])
+    ending = step.peak_ending(c.cost, c.q, c.x, c.stages, s)
+    updating = ending == "update"
     allocated = int(c.cost.allocated[s])
     states = _states(c, s, updating)
     first, last = int(s == 0), int(s == c.layout.last_rank)
@@ -210,11 +216,13 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
     q = c.q.take(a([s]))
     receive = int(step.receive_bytes(q, a([first]), a([last]))[0])
     flight = int(in_flight(c.x.schedule, c.x.pp, c.x.virtual_stages, c.x.microbatches, a([s]))[0])
-    sends = 1 if c.layout.virtual_stages > 1 else 1 - last
-    outputs = 0 if updating else sends * flight * int(q.boundary[0])
-    buffers = receive + outputs + int(q.fixed[0])
-    transient = _transient(c, s, updating)
-    activations = max(0, allocated - sum(states.values()) - buffers - transient) if not updating else 0
+    sends = 1 if c.layout.virtual_stages > 1 or ending else 1 - last
+    flight = {None: flight, "between": flight - 1}.get(ending, 0)
+    outputs = sends * flight * int(q.boundary[0])
+    shared = 0 if ending else int(step.shared_inputs(q, a([first]), a([flight]))[0])
+    buffers = receive + outputs - shared + int(q.fixed[0])
+    transient = int(getattr(q, ending)[0]) if ending in ("between", "closing") else _transient(c, s, updating)
+    activations = max(0, allocated - sum(states.values()) - buffers - transient) if flight else 0
     transient = allocated - sum(states.values()) - buffers - activations
     ratio = c.task_of(s).reserved_ratio
     total = _held(c, s, allocated) / GIB
@@ -229,7 +237,7 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
         outside=int(c.q.outside[s]) / GIB,
         total=total,
         headroom=limit - total,
-        cause=_cause(c, s, flight, updating),
+        cause=_cause(c, s, flight, ending),
         hardware=c.task_of(s).hardware.name if c.task.types else None,
         limit_gib=limit if c.task.types else None,
     )
@@ -275,10 +283,17 @@ def _strongest(c: _Priced, s: int) -> int:
     return 2 if int(c.stages.full[s]) else 1 if int(c.stages.selective[s]) else 0
 
 
-def _cause(c: _Priced, s: int, flight: int, updating: bool) -> str:
+_ENDINGS = {
+    "update": "end of backward and optimizer update",
+    "between": "the embedding's gradient between two micro-batches",
+    "closing": "end of backward, whole gradients being reduced",
+}
+
+
+def _cause(c: _Priced, s: int, flight: int, ending: str | None) -> str:
     """The peak's moment in words."""
-    if updating:
-        return "end of backward and optimizer update"
+    if ending:
+        return _ENDINGS[ending] + (f", {flight} in flight" if flight else "")
     last, mode = s == c.layout.last_rank, _strongest(c, s)
     elsewhere = np.zeros(1, dtype=np.int64)
     q = c.q.take(np.array([s]))

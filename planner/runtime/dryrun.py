@@ -31,6 +31,7 @@ from planner.runtime.fakerank import SMALL, Collective, FakeMeter, FusedRmsNorm,
 from planner.runtime.meter import rounded, storages
 from planner.runtime.model import Decoder
 from planner.runtime.train import Trainer
+from planner.specs.layout import Layout
 from planner.specs.training import Options
 from planner.units import GIB
 
@@ -212,7 +213,7 @@ def _measure(plan: Plan, rank: int) -> _Measured:
         logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # advice about the norm's two reductions
         stack.enter_context(fake_group(rank, plan.layout.world_size))
         stack.enter_context(patch.object(norms, "_RmsNormCpu", FusedRmsNorm))
-        mode, meter = fake_tensors(), FakeMeter(lambda group: _axis(plan, group))
+        mode, meter = fake_tensors(), FakeMeter(lambda group, op: _axis(plan, group, op))
         trainer = _FakeTrainer(plan, meter, mode)
         stack.enter_context(mode)
         stack.enter_context(meter)
@@ -291,9 +292,17 @@ def _gathered(module: FSDPModule) -> Iterator[tuple[str, Tensor | None]]:
             yield "gradients", whole.grad
 
 
-def _axis(plan: Plan, group: dist.ProcessGroup) -> str:
+_EXPERT_GROUPS = {"mesh_ep": "ep", "mesh_etp": "etp", "mesh_efsdp": "expert dp"}
+"""Descriptions that torch's device mesh gives its groups."""
+
+
+def _axis(plan: Plan, group: dist.ProcessGroup, op: str) -> str:
     """Axes along which the ranks of a group differ, in the planner's words."""
     layout = plan.layout
+    if group.group_desc in _EXPERT_GROUPS:
+        return _EXPERT_GROUPS[group.group_desc]
+    if group.size() == layout.world_size and (name := _of_all(layout, op)):  # torch's mesh reuses the group of all ranks
+        return name
     members = dist.get_process_group_ranks(group)
     sizes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.dp, "pp": layout.pp}
     stride, names = 1, []
@@ -304,6 +313,14 @@ def _axis(plan: Plan, group: dist.ProcessGroup) -> str:
     if names and set(names) <= {"dp", "cp"} and len(members) == layout.dp * layout.cp:
         return "dp x cp"
     return " x ".join(reversed(names))
+
+
+def _of_all(layout: Layout, op: str) -> str | None:
+    """What an exchange of experts over all ranks is called."""
+    if op == "all_to_all" and layout.cp < layout.world_size:
+        return "ep" if layout.ep == layout.world_size else "etp" if layout.etp == layout.world_size else None
+    apart = layout.tp > 1 and layout.ep * layout.etp == 1 and layout.dp * layout.cp > 1
+    return "expert dp" if apart and op != "all_to_all" else None
 
 
 def _cause(found: _Measured) -> str:

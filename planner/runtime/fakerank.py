@@ -61,10 +61,10 @@ class Collective:
 class FakeMeter(Meter):  # type: ignore[no-untyped-call]
     """Counts fake tensors, logs collectives, and answers `.item()` with 1: nothing may depend on values.
 
-    `axis` names a process group. Each step: call `start`, run it, read `peak`, `peak_tick` and `calls`.
+    `axis` names a process group and what runs over it. Each step: call `start`, run it, read `peak`, `peak_tick` and `calls`.
     """
 
-    def __init__(self, axis: Callable[[dist.ProcessGroup], str]) -> None:
+    def __init__(self, axis: Callable[[dist.ProcessGroup, str], str]) -> None:
         super().__init__()
         self.axis = axis
         self.calls: Counter[Collective] = Counter()
@@ -177,7 +177,7 @@ class FakeMeter(Meter):  # type: ignore[no-untyped-call]
             return
         tensors = [t for t in tree_leaves((args, out)) if isinstance(t, Tensor)]
         n_bytes = max((t.numel() * t.element_size() for t in tensors), default=0)
-        self.calls[Collective(self.axis(group), op, group.size(), n_bytes)] += 1
+        self.calls[Collective(self.axis(group, op), op, group.size(), n_bytes)] += 1
         if func.namespace == "c10d":  # in place: buffers that FSDP2 or the pipeline made for it
             self.sent.update(id(s) for t in tensors for s in storages(t))
 

@@ -6,6 +6,7 @@ P parameters of the rank and D = dp: see `apply_zero`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -154,11 +155,28 @@ def apply_zero(part: Decoder, layout: Layout, job: Job, mesh: DeviceMesh, expert
                 module.set_unshard_in_backward(False)  # a lookup's backward does not read the table
     for block in part.blocks():
         wrap(block, zero == 3)
-    if part.norm is not None and part.head is not None and not tied:
-        wrap([part.norm, part.head], False)  # backward starts with them: freeing would gather them at once again
+    heads = [part.norm, part.head] if part.norm is not None and part.head is not None and not tied else []
+    if heads:
+        wrap([m for m in heads if m is not None], False)  # backward starts here: freeing would gather again at once
     # Tied: one parameter cannot be in two units, so embedding, norm and head stay in the root unit.
     wrap(part, False)
+    if zero:
+        units = [unit for block in part.blocks() for unit in (*(moe.experts for moe in experts.mixtures(block)), block)]
+        _gather_ahead([embeddings[0] if embeddings and not tied else None, *units, heads[-1] if heads else part])
     experts.gather_early(part.blocks())
+
+
+def _gather_ahead(units: Sequence[nn.Module | None]) -> None:
+    """Let each unit's backward gather the unit before it, and the first ones nothing.
+
+    By itself FSDP2 follows the order of all forwards since the last optimizer step. With several micro-batches the unit
+    before the first is then the last of another micro-batch: a gather that nobody asked for, and its buffer.
+    """
+    before: FSDPModule | None = None
+    for unit in units:
+        if isinstance(unit, FSDPModule):
+            unit.set_modules_to_backward_prefetch([before or unit])  # itself: it is gathered already, nothing happens
+            before = unit
 
 
 def prepare_accumulation(module: nn.Module, zero: int, last: bool) -> None:

@@ -77,15 +77,11 @@ class Group:
         zero = np.zeros((1, 1), dtype=np.int64)
         return step.stage_time(self.p, self.first, self.last, zero, zero, zero)
 
-    def room(self, mode: int) -> Ints:
-        """Bytes left for layers when the strongest recompute mode is `mode`, shape (rows, pp)."""
-        return room(self.p, self.first, self.last, self.flight, mode)
-
-    def deep_room(self, mode: int) -> Ints:
-        """The same for every window, shape (rows, pp, 1 or windows)."""
-        if self.blended is None:
-            return self.room(mode)[:, :, None]
-        return room(self.blended, self.first[:, :, None], self.last[:, :, None], self.flight[:, :, None], mode)
+    def left(self, mode: int, layers: Ints) -> Ints:
+        """Bytes that ranks with `layers` layers may save for backward when the strongest recompute mode is `mode`, shape (rows,
+        pp, 1 or windows)."""
+        place = (self.first[:, :, None], self.last[:, :, None], self.flight[:, :, None])
+        return step.saved_limit(self.deep, *place, layers, mode)
 
     def act(self, mode: int) -> Ints:
         """Saved bytes of one layer and micro-batch under a mode, shape (rows, 1)."""
@@ -110,12 +106,6 @@ class Group:
     def chunks(self) -> int:
         """v of rows under a split backward, which share it."""
         return int(self.layouts.virtual_stages[0])
-
-
-def room(p: Primitives, first: Ints, last: Ints, flight: Ints, mode: int) -> Ints:
-    """Bytes left for layers when the strongest recompute mode is `mode`; all arguments broadcast."""
-    base = step.stage_base_bytes(p, first, last, flight)
-    return p.capacity - base - step.stage_transient(p, first, last, mode)
 
 
 def group_of(p: Primitives, layouts: LayoutArray, n_layers: int, modes: tuple[int, ...]) -> Group:
@@ -145,14 +135,18 @@ def most_layers(g: Group) -> Ints:
     as many output gradients as wait for their weight gradients.
     """
     best, v = np.zeros((len(g.layouts), g.pp), dtype=np.int64), g.least
+    place, zero = (g.first, g.last, g.flight), np.zeros((1, 1), dtype=np.int64)
+    between = g.p.capacity - step.between_base(g.p, *place)
     for mode in g.modes:
-        room = g.room(mode)
-        each = v * g.p.state + g.flight * g.act(mode) + g.waiting * g.p.deferred
-        best = np.maximum(best, np.where(room < 0, 0, room // each))
-    zero = np.zeros((1, 1), dtype=np.int64)
-    left = g.p.capacity - step.stage_update_bytes(g.p, g.first, g.last, zero)
-    beside = np.where(left < 0, 0, left // np.maximum(g.p.updating, 1))
-    return np.minimum(np.minimum(best, beside // v), g.n_layers // v) * v
+        room = g.p.capacity - step.stage_base_bytes(g.p, *place) - step.stage_transient(g.p, g.first, g.last, mode)
+        kept = g.flight * g.act(mode)
+        most = room // (v * g.p.state + kept + g.waiting * g.p.deferred)
+        others = between // np.maximum(g.first * (v * g.p.state + kept - g.act(mode)), 1)
+        best = np.maximum(best, np.where((room < 0) | (between < 0), 0, np.where(g.first == 1, np.minimum(most, others), most)))
+    for ending in step.endings(g.p, g.first, g.last).values():
+        left = g.p.capacity - ending.of(zero)
+        best = np.minimum(best, np.where(left < 0, 0, left // np.maximum(ending.state, 1) // v))
+    return np.minimum(best, g.n_layers // v) * v
 
 
 def memory_feasible(g: Group) -> Bools:
@@ -322,7 +316,6 @@ def least_recompute(g: Group, layers: Ints) -> Ints:
     """
     shape = np.broadcast(g.flight[:, :, None], layers).shape
     p = g.deep
-    held = layers * p.state
     best = np.full(shape, BIG, dtype=np.int64)
     if np.any(g.layouts.virtual_stages > 1):
         everywhere = np.broadcast_to(layers, shape)
@@ -330,14 +323,14 @@ def least_recompute(g: Group, layers: Ints) -> Ints:
         none = np.zeros_like(layers)
         linear = step.stage_time(p, first, last, layers, none, none)
         for mode in g.modes:
-            fits = held + g.kept(p, everywhere, mode) <= g.deep_room(mode)
+            fits = g.kept(p, everywhere, mode) <= g.left(mode, layers)
             time = step.stage_time(p, first, last, layers, layers if mode == 1 else none, layers if mode == 2 else none)
             best = np.where(fits, np.minimum(best, time - linear), best)
         return best
     pairs = g.flight[:, :, None] * layers
     for strongest in g.modes:
         usable = tuple(m for m in g.modes if m <= strongest)
-        short = held + pairs * p.act0 - g.deep_room(strongest)
+        short = pairs * p.act0 - g.left(strongest, layers)
         best = np.minimum(best, _relaxed(g, layers, short, usable))
     return best
 

@@ -107,8 +107,8 @@ def _shares(ranks: Ranks, rows: Ints, sorts: Ints, entries: Ints) -> tuple[Float
     by_id = {id(place): place for place in ranks.places}
     places, at = [by_id[i] for i in different], [different.index(id(place)) for place in ranks.places]
     left = np.stack([place.left[:, rows] for place in places])[at]
-    output = np.stack([place.output[rows] for place in places])[at]
-    room = left.take(ranks.pattern[entries], axis=3) - (flight * output.T).T[:, None, :, None]
+    passed = np.stack([place.passed[rows] for place in places])[at]
+    room = left.take(ranks.pattern[entries], axis=3) - (flight * passed.T).T[:, None, :, None]
     forgiven = ranks.windows.layers.max() * (1 + flight) if len(held) > 1 else np.zeros_like(flight)
     room = np.moveaxis(room, 0, 3).swapaxes(1, 2) + forgiven
     return needed, np.maximum(room, 0) / needed * (1 + _SLACK)

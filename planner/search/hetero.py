@@ -49,7 +49,7 @@ def group_of(task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, 
 
 def excess(g: Group, layers: Ints, mode: int) -> Ints:
     """Bytes beyond what each row may hold when its ranks hold `layers` (pp,) layers of one kind, all under one mode."""
-    backward = layers * g.p.state + g.flight * layers * g.p.saved(mode) - g.room(mode)
+    backward = g.flight * layers * g.p.saved(mode) - step.saved_limit(g.p, g.first, g.last, g.flight, layers, mode)
     update = step.stage_update_bytes(g.p, g.first, g.last, layers) - g.p.capacity
     return np.asarray(np.maximum(backward, update).max(axis=1))
 

@@ -28,10 +28,15 @@ class Place:
 
     left: Ints
     """Bytes under each recompute mode with nothing in flight, shape (modes, rows, patterns)."""
+    between: Ints
+    """The same between two micro-batches with one in flight, shape (rows, patterns)."""
     beside: Ints
     """Bytes beside the optimizer, shape (rows, patterns)."""
-    output: Ints
-    """Bytes of outputs kept for each chunk-micro-batch in flight, shape (rows,)."""
+    closing: Ints
+    """Bytes beside the embedding's reduction when backward ends, shape (rows, patterns)."""
+    passed: Ints
+    """Bytes of inputs and outputs kept for each chunk-micro-batch in flight, shape (rows,)."""
+    first: bool
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,12 @@ class Ranks:
         saved = np.einsum("rjk,kfr->fjr", pairs, held[:, -3:]).max(axis=1)
         saved = -(-saved // np.maximum(weight, 1)) * weight
         forgiven = layers + weight if len(held) > 1 else 0
-        left = place.left[:, rows, pattern] + (forgiven - flight * place.output[rows] - whole[_STATE])
-        fits = (saved[list(self.modes)] <= left).any(axis=0)
-        return np.asarray(fits & (whole[_UPDATING] <= place.beside[rows, pattern] + forgiven))
+        saved, held = saved[list(self.modes)], whole[_STATE] - forgiven
+        fits = saved <= place.left[:, rows, pattern] - flight * place.passed[rows] - held
+        if place.first:
+            between = place.between[rows, pattern] - (flight - 1) * place.passed[rows] - held
+            fits &= (saved * (flight - 1) // flight <= between) & (held <= place.closing[rows, pattern])
+        return np.asarray(fits.any(axis=0) & (whole[_UPDATING] <= place.beside[rows, pattern] + forgiven))
 
 
 def ranks_of(stack: Stack, flight: Ints, moments: Ints, w: Windows, modes: tuple[int, ...]) -> Ranks:
@@ -83,7 +91,8 @@ def _place(p: Blend, ends: tuple[bool, bool], modes: tuple[int, ...]) -> Place:
     """What ranks have left that are the first or not, the last or not; `p` by row and pattern of kinds."""
     zero = np.zeros(1, dtype=np.int64)
     first, last = (np.array([int(end)]) for end in ends)
-    base = p.capacity - step.stage_base_bytes(p, first, last, zero)
+    base, one = p.capacity - step.stage_base_bytes(p, first, last, zero), np.ones(1, dtype=np.int64)
     left = np.stack([base - step.stage_transient(p, first, last, mode) for mode in modes])
-    beside = p.capacity - step.stage_update_bytes(p, first, last, zero)
-    return Place(left, beside, step.output_bytes(p, last)[:, 0])
+    between = p.capacity - step.between_base(p, first, last, one)
+    beside, closing = (p.capacity - step.endings(p, first, last)[name].of(zero) for name in ("update", "closing"))
+    return Place(left, between, beside, closing, step.passed_bytes(p, first, last)[:, 0], ends[0])

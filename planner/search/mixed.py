@@ -73,12 +73,11 @@ def memory_feasible(task: Task, g: Group) -> Bools:
 
 def fitting(g: Group, layers: Ints) -> Bools:
     """Whether windows fit under some recompute mode, and the optimizer beside them, shape (rows, ranks, windows)."""
-    p, first, last, flight = g.deep, g.first[:, :, None], g.last[:, :, None], g.flight[:, :, None]
-    held, weight = layers * p.state, g.weight(np.broadcast_to(layers, (len(g.layouts), g.pp, layers.shape[2])))
-    left = p.capacity - step.stage_base_bytes(p, first, last, flight) - held
-    best = np.zeros(left.shape, dtype=bool)
+    p, first, last = g.deep, g.first[:, :, None], g.last[:, :, None]
+    weight = g.weight(np.broadcast_to(layers, (len(g.layouts), g.pp, layers.shape[2])))
+    best = np.zeros(weight.shape, dtype=bool)
     for mode in g.modes:
-        best = best | (weight * p.saved(mode) + step.stage_transient(p, first, last, mode) <= left)
+        best = best | (weight * p.saved(mode) <= g.left(mode, layers))
     return np.asarray(best & (step.stage_update_bytes(p, first, last, layers) <= p.capacity))
 
 
@@ -88,9 +87,8 @@ def excess(g: Group, counts: Ints, mode: int) -> Ints:
     g = blended(g, counts[None, :, None])
     p, layers = g.deep, counts.sum(axis=(1, 2))[None, :, None]
     weight = g.weight(np.broadcast_to(layers, (len(g.layouts), g.pp, 1)))
-    backward = layers * p.state + weight * p.saved(mode) - g.deep_room(mode)
     update = step.stage_update_bytes(p, g.first[:, :, None], g.last[:, :, None], layers) - p.capacity
-    return np.asarray(np.maximum(backward, update).max(axis=(1, 2)))
+    return np.asarray(np.maximum(weight * p.saved(mode) - g.left(mode, layers), update).max(axis=(1, 2)))
 
 
 # ---- time ----------------------------------------------------------------------------------------------------------

@@ -281,7 +281,7 @@ def _first_target(state: _State, k: int) -> int:
         close = some[state.bound[some] < limit]
         np.minimum.at(least, state.groups[close], state.bound[close])
         limit = min(limit, int(np.partition(least, min(k, len(least)) - 1)[min(k, len(least)) - 1]))
-    found = np.sort(least[least < BIG])
+    found = np.sort(least[least < BIG], kind="stable")
     return max(int(found[min(k, len(found)) - 1] * GUESS), lowest) if len(found) else lowest
 
 

@@ -173,7 +173,7 @@ def _uniform(g: Group, p: Primitives, layers: Ints) -> tuple[Bools, Ints, Ints]:
     counts = [np.zeros(shape, dtype=np.int64) for _ in range(3)]
     for mode in g.modes:
         again = np.broadcast_to(layers * p.again(mode), shape)
-        fits = layers * p.state + g.kept(g.deep, everywhere, mode)[0] <= g.deep_room(mode)[0]
+        fits = g.kept(g.deep, everywhere, mode)[0] <= g.left(mode, layers)[0]
         better = fits & (again < best)
         best = np.where(better, again, best)
         for other in (1, 2):
@@ -185,8 +185,8 @@ def _mixed(g: Group, p: Primitives, layers: Ints) -> tuple[Bools, Ints, Ints]:
     """(fits, selective, full) of the cheapest mix that fits, shape (pp, n): every number of fully recomputed layers."""
     shape = (g.pp, layers.shape[1])
     columns = (
-        layers, g.flight[0][:, None], layers * p.state, p.act0, p.act0 - p.act1, p.act0 - p.act2, p.recompute1, p.recompute2,
-        *(g.deep_room(mode)[0] for mode in range(3)),
+        layers, g.flight[0][:, None], p.act0, p.act0 - p.act1, p.act0 - p.act2, p.recompute1, p.recompute2,
+        *(g.left(mode, layers)[0] for mode in range(3)),
     )  # fmt: skip
     table = np.stack([np.broadcast_to(column, shape).ravel() for column in columns])
     best = np.full(table.shape[1], BIG, dtype=np.int64)
@@ -194,15 +194,15 @@ def _mixed(g: Group, p: Primitives, layers: Ints) -> tuple[Bools, Ints, Ints]:
     at = np.arange(len(best))
     for n2 in range(int(layers.max()) + 1) if 2 in g.modes else range(1):
         # More full layers cost more by themselves: they are of no use where they alone exceed the value found.
-        left = (n2 <= table[0]) & (n2 * table[7] < best[at])
+        left = (n2 <= table[0]) & (n2 * table[6] < best[at])
         table, at = table[:, left], at[left]
         if not len(at):
             break
-        held, flight, states, act0, save1, save2, cost1, cost2, *rooms = table
+        held, flight, act0, save1, save2, cost1, cost2, *rooms = table
         for strongest in (2,) if n2 else (0, 1):
             if strongest not in g.modes:
                 continue
-            short = states + flight * (held * act0 - n2 * save2) - rooms[strongest]
+            short = flight * (held * act0 - n2 * save2) - rooms[strongest]
             n1 = _selective_needed(short, flight * save1, held, n2, strongest, g.modes)
             time = np.where((n1 >= 0) & (n1 + n2 <= held), n1 * cost1 + n2 * cost2, BIG)
             better = time < best[at]

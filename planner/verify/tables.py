@@ -176,8 +176,7 @@ def _pairs(w: Runs, flight: Ints, moments: Ints | None) -> Ints:
 
 def _rooms(r: Ranks, modes: tuple[int, ...]) -> list[Ints]:
     """Bytes left for saved activations when each of `modes` is the strongest in use."""
-    left = r.p.capacity - step.stage_base_bytes(r.p, r.first, r.last, r.flight) - r.layers * r.p.state
-    return [left - step.stage_transient(r.p, r.first, r.last, mode) for mode in modes]
+    return [step.saved_limit(r.p, r.first, r.last, r.flight, r.layers, mode) for mode in modes]
 
 
 def _late(r: Ranks) -> Ints:

@@ -7,7 +7,7 @@ from typing import Any
 
 import plans
 import pytest
-from dryrunning import CASES, QUICK, predicted_gib, stepped_calls
+from dryrunning import CASES, OVERSTATED, QUICK, predicted_calls, predicted_gib, stepped_calls
 
 from planner.runtime.dryrun import RankReport, dry_run, ranks_of
 
@@ -21,27 +21,15 @@ def test_the_grid_is_wide() -> None:
     assert {x.schedule for x in layouts if x.pp > 1} == {"gpipe", "1f1b", "interleaved"}
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", _MARKED)
-def test_bytes(name: str) -> None:
-    """Formulas may overstate (most where ranks between the ends of a pipeline hold few layers), never understate by much."""
+def test_bytes_and_collectives(name: str) -> None:
     plan = CASES[name]
     for report in dry_run(plan, ranks_of(plan, "all"), workers=2):
         error = predicted_gib(plan, report.stage) / report.peak_allocated_gib - 1
-        assert -0.02 < error < 0.12, report
+        assert -0.01 < error < OVERSTATED.get(name, 0.03), report
         assert sum(report.categories_gib.values()) == pytest.approx(report.peak_allocated_gib)
-
-
-@pytest.mark.timeout(900)
-def test_collectives_are_those_of_the_layout() -> None:
-    """Zero 3 reduces each unit once a micro-batch; tp gathers and scatters four times a layer, and at both ends."""
-    plan = CASES["tp2-dp4-zero3-none"]
-    (report,) = dry_run(plan, [0], workers=1)
-    calls, m = stepped_calls(report), 2
-    layers = plan.model.n_layers
-    assert calls["dp x cp", "reduce_scatter"] == m * (layers + 2)
-    assert calls["tp", "all_gather"] == m * (4 * layers + 2)
-    assert calls["tp", "reduce_scatter"] == m * (4 * layers + 2)
+        assert predicted_calls(plan, report.stage) == stepped_calls(report), report.stage
 
 
 _LONG: dict[str, dict[str, Any]] = {

@@ -54,6 +54,8 @@ class Case:
     cost: step.StageCost
     held: step.Held
     book: Book
+    rank: int | None = None
+    """The pipeline rank that collectives are listed for; the slowest one when left out."""
 
     @property
     def base(self) -> Kind:
@@ -73,12 +75,12 @@ class Case:
     @cached_property
     def slowest(self) -> int:
         """The rank that all others wait for."""
-        return int(np.argmax(self.cost.time))
+        return int(np.argmax(self.cost.time)) if self.rank is None else self.rank
 
     @cached_property
     def updating(self) -> int:
         """The rank whose traffic and optimizer take longest."""
-        return int(np.argmax(self.cost.once))
+        return int(np.argmax(self.cost.once)) if self.rank is None else self.rank
 
     def ns(self, name: str, rank: int = 0) -> float:
         """A time of the integer model, seconds."""
@@ -94,8 +96,8 @@ class Case:
         return self.q.take(np.array([rank])), np.array([int(first)]), np.array([int(last)])
 
 
-def case_of(task: Task, plan: Plan) -> Case:
-    """Price a plan's layout."""
+def case_of(task: Task, plan: Plan, rank: int | None = None) -> Case:
+    """Price a plan's layout; `rank` as in `Case`."""
     x, stages = LayoutArray.of([plan.layout], task.job), StageArray.of([plan.layout])
     mixed = len(task.model.kinds) > 1
     kinds = [_kind(task.only(k) if mixed else task, x, f"kind {k}: " if mixed else "") for k in range(len(task.model.kinds))]
@@ -105,7 +107,7 @@ def case_of(task: Task, plan: Plan) -> Case:
     blended = None if stack is None else step.blended_ranks(task, stack, [plan.layout], x.microbatches)
     cost = step.stage_cost(kinds[task.model.text_kind].p, x, stages, blended)
     held, book = step.held(x.take(stages.row), stages), Book(task, int(x.kept_zero[0]))
-    return Case(task, plan, x, stages, tuple(kinds), counts, blended or priced[0], cost, held, book)
+    return Case(task, plan, x, stages, tuple(kinds), counts, blended or priced[0], cost, held, book, rank)
 
 
 def _kind(task: Task, x: LayoutArray, label: str) -> Kind:

@@ -13,7 +13,7 @@ from planner.cost.collectives import collective_seconds, crossed_tiers
 from planner.cost.frozen import Source
 from planner.cost.states import params_by_place
 from planner.cost.task import Task
-from planner.cost.traffic import sharing
+from planner.cost.traffic import end_share, sharing
 from planner.planning.detail.case import Case, Kind
 from planner.planning.detail.source import growth_figures, tier_figures
 from planner.planning.detail.tables import Collective
@@ -52,8 +52,11 @@ def collectives_of(c: Case) -> tuple[Collective, ...]:
         for k in (0, 1):
             rows += _layer_rows(c, kind, k, count)
             rows += _recompute_rows(c, kind, k, count)
-    if c.ends(c.slowest)[1]:
-        rows += _head_rows(c, c.task.growth * c.m * float(c.base.seconds.head_tp[0]))
+    first, last = c.ends(c.slowest)
+    if first:
+        rows += [*_embedding_rows(c), *_end_zero_rows(c, "first", "embedding")]
+    if last:
+        rows += [*_head_rows(c, c.task.growth * c.m * float(c.base.seconds.head_tp[0])), *_end_zero_rows(c, "last", "head")]
     return (*rows, *_pipeline_rows(c), *_step_rows(c))
 
 
@@ -162,7 +165,7 @@ def _expert_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) 
     ep, etp, both = float(c.layout.ep), float(c.layout.etp), 2.0 * times
     calls = [
         _Call("ep", "all_to_all", ep, etp, sent, both, factor, copies),
-        _Call("etp", "all_gather", etp, 1.0, sent * etp, both, factor),
+        _Call("etp", a.etp_op, etp, 1.0, sent * etp, both, factor),
     ]
     hides = _HIDE.format(a.ep_overlap)
     figures = ("engine.ep_overlap", "constant.ep")
@@ -173,19 +176,21 @@ def _state_calls(c: Case, source: Source, item: Traffic, times: dict[str, float]
     """Calls of one collective over the ranks that share parameters, by place; `times` a step."""
     size = source.task.accounting.size(item.size, source.task.job.compute_bytes)
     x, factor, p = c.x, source.task.constant("dp"), source.counts
-    dense = {k: size * float(v[0]) for k, v in params_by_place(p).items()}
+    dense, routed = {k: size * float(v[0]) for k, v in params_by_place(p).items()}, size * float(p["experts"][0])
+    if item.over == "shard" and bool(memory.joined(source.task.accounting, x)[0]):
+        dense["layer"], routed = dense["layer"] + routed, 0.0
     shard, stride, part = (float(v[0]) for v in sharing(x, item))
     group = "replicas" if item.over == "replicas" else "dp x cp" if x.replicas[0] == 1 else "shard"
     calls = [_Call(group, item.op, shard, stride, dense[k] / part, n, factor) for k, n in times.items() if dense[k]]
-    if item.over == "shard" and float(p["experts"][0]):
-        routed, apart = size * float(p["experts"][0]), float((x.ep * x.etp)[0])
+    if item.over == "shard" and routed and "layer" in times:
+        apart = float((x.ep * x.etp)[0])
         calls.append(_Call("expert dp", item.op, float(x.expert_shard[0]), apart, routed, times["layer"], factor))
     return calls
 
 
 def _traffic(c: Case, source: Source, per: str) -> list[Traffic]:
     """Collectives of the parameters under one rule, of every micro-batch or of a step."""
-    return [t for t in source.task.accounting.zero[c.layout.zero].traffic if t.per == per]
+    return [t for t in source.task.accounting.zero[int(c.x.kept_zero[0])].traffic if t.per == per]
 
 
 def _zero_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) -> list[Collective]:
@@ -236,9 +241,34 @@ def _joined(rows: list[Collective]) -> list[Collective]:
 def _head_rows(c: Case, exposed: float) -> list[Collective]:
     """The head's collectives over tp."""
     n_bytes = float(operators.hidden_bytes(c.task, c.base.shapes)[0])
-    op, count = ("all_gather", 2.0) if c.layout.sequence_parallel else ("all_reduce", 1.0)
-    calls = [_Call("tp", op, c.layout.tp, 1.0, n_bytes, c.m * count, c.task.constant("tp"))]
+    ops = ("all_gather", "reduce_scatter") if c.layout.sequence_parallel else ("all_reduce",)
+    calls = [_Call("tp", op, c.layout.tp, 1.0, n_bytes, c.m, c.task.constant("tp")) for op in ops]
     return _priced(c, "tp_comm", "head, forward and backward", calls, exposed, "nothing", ("constant.tp",))
+
+
+def _embedding_rows(c: Case) -> list[Collective]:
+    """The embedding's collectives over tp, where they are charged."""
+    if not (c.task.accounting.ends_exchanged and c.layout.sequence_parallel):
+        return []
+    n_bytes, exposed = float(operators.hidden_bytes(c.task, c.base.shapes)[0]), float(c.base.seconds.embedding_tp[0])
+    each = c.m * operators.tables(c.task)
+    calls = [_Call("tp", op, c.layout.tp, 1.0, n_bytes, each, c.task.constant("tp")) for op in ("reduce_scatter", "all_gather")]
+    where = "embedding, forward and backward"
+    return _priced(c, "tp_comm", where, calls, c.task.growth * c.m * exposed, "nothing", ("constant.tp",))
+
+
+def _end_zero_rows(c: Case, place: str, name: str) -> list[Collective]:
+    """Gathers and reductions of the embedding or the head with every micro-batch, where they are charged."""
+    rows: list[Collective] = []
+    figures = ("engine.dp_floor", "engine.zero", "constant.dp")
+    for source in c.base.sources:
+        for item in _traffic(c, source, "microbatch"):
+            share = end_share(c.task.accounting, item, place)
+            calls = [x for x in _state_calls(c, source, item, {place: float(c.m)}) if share]
+            exposed = share * sum(x.calls * _seconds(c.task, x) for x in calls)
+            hides = "nothing" if share == 1.0 else "hides under layers, all but the engine's floor"
+            rows += _priced(c, "zero_comm", f"{name}, {item.under}", calls, exposed, hides, figures)
+    return rows
 
 
 def _pipeline_rows(c: Case) -> list[Collective]:
@@ -250,8 +280,10 @@ def _pipeline_rows(c: Case) -> list[Collective]:
     hops = p2p.hop_seconds(task, sent)
     tiers = _tiers(task, int(c.x.span[0]), 1.0)
     tier, each = tiers[-1], task.growth * float(hops[len(tiers) - 1][0])
+    # Every chunk sends on and back, but the model's first and last stage.
+    first, last = c.ends(c.slowest)
     calls, stride = (
-        2.0 * c.m * layout.virtual_stages,
+        float(c.m * (2 * layout.virtual_stages - first - last)),
         layout.tp * layout.cp * (1 if layout.order == "tp-cp-pp-dp" else layout.dp),
     )
     names = tuple(n for n in tier_figures(tier) if n.endswith(("bandwidth", "latency", "efficiency")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from planner.cost import step
 from planner.planning.detail.case import Case, Kind
 from planner.planning.detail.tables import Bytes, Inputs
 
@@ -23,9 +24,20 @@ class Held:
             self.found.append(Bytes(part, name, float(n_bytes), inputs, *self.c.book.least(figures), figures))
 
     @cached_property
+    def ending(self) -> str | None:
+        """The end of a backward that is the rank's peak (`step.endings`), None where its middle is."""
+        return step.peak_ending(self.c.cost, self.c.q, self.c.x, self.c.stages, self.rank)
+
+    @property
     def updating(self) -> bool:
-        """Whether the rank's peak is the optimizer's update and not a backward."""
-        return int(self.c.cost.update_bytes[self.rank]) > int(self.c.cost.backward_bytes[self.rank])
+        """Whether the rank's peak is the optimizer's update."""
+        return self.ending == "update"
+
+    @cached_property
+    def flight(self) -> int:
+        """Micro-batches (of a chunk each) in flight at the peak."""
+        most = int(self.c.held.flight[self.rank])
+        return {None: most, "between": most - 1}.get(self.ending, 0)
 
     @property
     def kinds(self) -> list[tuple[Kind, int]]:

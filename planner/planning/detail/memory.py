@@ -14,7 +14,7 @@ from planner.cost.states import embedding_rest, params_by_place
 from planner.cost.task import Floats
 from planner.planning.detail.case import Case, Kind
 from planner.planning.detail.held import Held
-from planner.planning.detail.peak import peak_lines, update_lines
+from planner.planning.detail.peak import embedding_lines, peak_lines, update_lines
 from planner.planning.detail.tables import Bytes, Inputs, Rank
 from planner.specs.layout import RECOMPUTE_MODES
 from planner.units import GIB
@@ -32,8 +32,9 @@ def _rank(c: Case, s: int) -> Rank:
     if held.updating:
         cause = update_lines(held)
     else:
-        _saved_lines(held)
-        cause = peak_lines(held)
+        if held.flight:  # none at the end of the step
+            _saved_lines(held)
+        cause = embedding_lines(held) if held.ending else peak_lines(held)
     _boundary_lines(held)
     _resident_lines(held)
     allocated, ratio = int(c.cost.allocated[s]), c.task.reserved_ratio
@@ -84,16 +85,17 @@ def _states(held: Held, part: str, source: int) -> Iterator[tuple[str, int | Non
 
 
 def _saved_lines(held: Held) -> None:
-    """Saved activations by tensor."""
+    """Saved activations by tensor: of all micro-batches in flight, or of those left between two of them."""
     c, s = held.c, held.rank
+    most = int(c.held.flight[s])
     pairs, selective, full = (int(weights[s]) for weights in (c.held.layers, c.held.selective, c.held.full))
     weights = (pairs - selective - full, selective, full)
     n, shares = int(c.stages.layers[s]), [_shares(c, s, mode) for mode in range(3)]
     for kind, count in held.kinds:
         at = next(i for i, k in enumerate(c.kinds) if k is kind)
-        own = [w * float(share[at]) for w, share in zip(weights, shares, strict=True)]
+        own = [w * float(share[at]) * held.flight / most for w, share in zip(weights, shares, strict=True)]
         for name, (n_bytes, inputs) in _saved_tensors(c, kind, own).items():
-            inputs["in flight at most"] = int(c.held.flight[s])
+            inputs["in flight at most"] = held.flight
             held.add("activations", f"{kind.label}saved: {name}", n_bytes, inputs, "engine.saved")
         late, tokens = int(c.held.deferred[s]) * count / n, float(kind.shapes.tokens[0])
         for item in kind.task.accounting.deferred if late else ():
@@ -150,13 +152,20 @@ def _boundary_lines(held: Held) -> None:
     c, s = held.c, held.rank
     p, first, last = c.at(s)
     inputs: Inputs = {"buffers": int(2 * p.chunks[0] - first[0] - last[0]), "bytes each": int(p.receive[0])}
-    received = int(step.receive_bytes(p, first, last)[0])
+    shared = 0 if held.ending else int(step.shared_inputs(p, first, np.array([held.flight]))[0])
+    inputs |= {"bytes counted as saved activations": shared} if shared else {}
+    received = int(step.receive_bytes(p, first, last)[0]) - shared
     held.add("buffers", "receive buffers", received, inputs, "engine.receive_all_microbatches", "engine.receive_count")
     if held.updating:
         return
-    flight, sends = int(c.held.flight[s]), int(p.chunks[0] > 1 or not last[0])
+    flight, sends = held.flight, int(p.chunks[0] > 1 or not last[0] or held.ending is not None)
     inputs = {"in flight": flight, "bytes each": int(p.boundary[0])}
     held.add("buffers", "stage outputs in flight", sends * flight * int(p.boundary[0]), inputs, "engine.keeps_stage_output")
+    carried, chunks = int(p.carried[0]), int(p.chunks[0])
+    if held.ending != "closing":
+        held.add("buffers", "reduction buffers carried by the other chunks", (chunks - 1) * carried, {}, "engine.zero")
+    if held.ending:
+        return
     waiting, figures = int(last[0] * p.waiting[0]), ("engine.logits_wait", "engine.pipeline_logits")
     held.add("buffers", "logits of waiting micro-batches, stage output", waiting, {}, *figures)
 

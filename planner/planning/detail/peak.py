@@ -15,8 +15,15 @@ _BESIDE = {
     "layer": ("", _CARRIED),
     "head_reduction": (" beside the reduction of the head", "reduction of the head's unit"),
     "reduction": (" beside the reduction of the one before", "that reduction, beyond its freed activations"),
+    "finish": ("", ""),
+    "head_finish": ("", ""),
 }
 """By moment: its words, and the name of what lies beside the unit's own backward."""
+
+_FINISH = {
+    "finish": "gradients and reduction of a layer, beyond its freed activations",
+    "head_finish": "gradients and reduction of the head",
+}
 
 
 def peak_lines(held: Held) -> str:
@@ -25,7 +32,9 @@ def peak_lines(held: Held) -> str:
     p, first, last = c.at(s)
     mode = 2 if c.stages.full[s] else 1 if c.stages.selective[s] else 0
     peak, moment = _peak(step.moments(p, first, mode), bool(last[0]))
-    if peak == "head":
+    if peak in _FINISH:
+        held.add("transient", _FINISH[peak], int(moment.unit[0]), {}, "engine.zero")
+    elif peak == "head":
         _head_lines(held)
     else:
         _layer_lines(held, int(moment.unit[0]) - int(p.transient[0]))
@@ -34,14 +43,15 @@ def peak_lines(held: Held) -> str:
     held.add("transient", name, beside, {}, "engine.zero")
     rank = "last rank" if last[0] else "first rank" if first[0] else "middle rank"
     unit = f"backward of the head, logits in {_logits_kind(c.task)}" if peak == "head" else "backward of a layer"
+    unit = {"finish": "end of a layer's backward", "head_finish": "end of the head's backward"}.get(peak, unit)
     again = f", {RECOMPUTE_MODES[mode]} recompute" if mode else ""
     return f"{rank}, {unit}{words if beside else ''}{again}, {int(c.held.flight[s])} in flight"
 
 
 def _peak(m: step.Moments, last: bool) -> tuple[str, Moment]:
     """The largest of a rank's moments, with its name; the first one of equal ones."""
-    found = {"head": m.head, "head_reduction": m.head_reduction} if last else {"layer": m.layer}
-    found["reduction"] = m.reduction
+    head = {"head": m.head, "head_reduction": m.head_reduction, "head_finish": m.head_finish}
+    found = (head if last else {"layer": m.layer}) | {"reduction": m.reduction, "finish": m.finish}
     return max(found.items(), key=lambda item: int(item[1].bytes[0]))
 
 
@@ -79,6 +89,16 @@ def _layer_lines(held: Held, again: int) -> None:
     held.add("transient", "dequantised copy of the largest matrix", copy, {})
     held.add("transient", "gathered parameters and gradients of a layer", rest - copy, {}, "engine.zero")
     held.add("transient", "recomputed activations of a layer", again, {}, "engine.saved")
+
+
+def embedding_lines(held: Held) -> str:
+    """What lives beside the states at the embedding's gradient; the moment in words."""
+    p, _, _ = held.c.at(held.rank)
+    if held.ending == "closing":
+        held.add("transient", "reduction of the embedding", int(p.closing[0]), {}, "engine.zero")
+        return "end of backward, whole gradients being reduced"
+    held.add("transient", "gradient, reduction or next gather of the embedding", int(p.between[0]), {}, "engine.zero")
+    return f"first rank, end of a backward: the embedding between two micro-batches, {held.flight} in flight"
 
 
 def update_lines(held: Held) -> str:
