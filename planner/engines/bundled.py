@@ -226,7 +226,7 @@ _LOWERED = ZeroRule(
     traffic=(),
     head_reduction=(Held("grads", COMPUTE, shard=False, when="single"),),
     own=(Held("grads", COMPUTE, shard=False),),
-    finish=(Held("grads", COMPUTE, shard=False), Held("grads", 4, shard=False, when="accumulating")),
+    finish=(Held("grads", COMPUTE, shard=False),),
 )
 """Parameters in the compute type with fp32 masters beside; gradients in that type, added up in fp32."""
 

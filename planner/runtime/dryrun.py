@@ -267,7 +267,7 @@ class _Snapshot:
         for _, param in self.trainer.named_parameters():
             yield "parameters", param
             yield "parameters", masters.values(param)
-            yield "gradients", param.grad
+            yield "gradients", masters.gradient(param)
         for state in self.trainer.optimizer.state.values():
             for value in state.values():
                 if isinstance(value, Tensor):

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from planner.errors import PlannerError, Problem
+from planner.runtime import masters
 
 if TYPE_CHECKING:
     from planner.runtime.train import Trainer
@@ -84,7 +85,7 @@ def check_norm(trainer: Trainer, step: int, norm: float) -> None:
     if math.isfinite(norm):
         return
     named = trainer.named_parameters()
-    bad = next((name for name, p in named if p.grad is not None and not _finite(p.grad)), None)
+    bad = next((name for name, p in named if (slope := masters.gradient(p)) is not None and not _finite(slope)), None)
     found = _everyone(trainer, bad)
     rank = next((r for r, name in enumerate(found) if name is not None), 0)
     where = f"{found[rank]} is the first such gradient" if found[rank] else "each gradient is finite, their squares overflow"

@@ -8,6 +8,7 @@ leaves the masters out: parameters, gradients and AdamW's states are bf16 then, 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +35,40 @@ def add(params: Iterable[nn.Parameter]) -> None:
 
 
 def add_up_in_fp32(params: Iterable[nn.Parameter]) -> None:
-    """Let the gradients of several micro-batches add up in fp32."""
+    """Let the gradients of several micro-batches add up in fp32, beside parameters of another type.
+
+    torch's own `grad_dtype` fails under torch.compile in torch 2.11.
+    """
     for param in params:
-        param.grad_dtype = torch.float32
+        param.register_post_accumulate_grad_hook(_add_up)  # type: ignore[no-untyped-call]
+
+
+def _add_up(param: Any) -> None:
+    """Move a fresh gradient to the sum."""
+    if getattr(param, "gradient_sum", None) is None:
+        param.gradient_sum = param.grad.float()
+    else:
+        param.gradient_sum += param.grad
+    param.grad = None
 
 
 def values(param: Tensor) -> Tensor:
     """What is trained of a parameter: its master, or itself."""
     return getattr(param, "master", param)
+
+
+def gradient(param: Tensor) -> Tensor | None:
+    """The gradient of a parameter: its sum in fp32 where it has one."""
+    total: Tensor | None = getattr(param, "gradient_sum", None)
+    return param.grad if total is None else total
+
+
+def set_gradient(param: Tensor, value: Tensor | None) -> None:
+    """Replace the gradient, or clear it."""
+    if getattr(param, "gradient_sum", None) is None:
+        param.grad = value
+    else:
+        param.gradient_sum = value  # type: ignore[attr-defined]
 
 
 def refresh(params: Iterable[Tensor]) -> None:

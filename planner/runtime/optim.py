@@ -28,6 +28,12 @@ class AdamW(torch.optim.Optimizer):
         self.clip: Tensor | None = None
         """What gradients are multiplied by, a scalar; `clip_gradients` sets it for one step."""
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and their sums."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                masters.set_gradient(param, None)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
@@ -36,14 +42,15 @@ class AdamW(torch.optim.Optimizer):
             values = adamw.Values(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
             coefficients: dict[tuple[float, torch.device], Tensor] = {}
             for param in group["params"]:
-                if param.grad is None:
+                slope = masters.gradient(param)
+                if slope is None:
                     continue
                 weight, state = masters.values(param), self._state(param)
                 state["step"] += 1
                 at = float(state["step"]), param.device
                 if at not in coefficients:
                     coefficients[at] = adamw.coefficients(values, *at)
-                gradient, mean, square = (_flat(t) for t in (param.grad, state["exp_avg"], state["exp_avg_sq"]))
+                gradient, mean, square = (_flat(t) for t in (slope, state["exp_avg"], state["exp_avg_sq"]))
                 copy = None if weight is param else _flat(param)
                 adamw.update(_flat(weight), gradient, mean, square, coefficients[at], values, self.clip, copy)
         self.clip = None
@@ -58,7 +65,7 @@ class AdamW(torch.optim.Optimizer):
 
 def _flat(value: Tensor) -> Tensor:
     """A rank's own elements in one row."""
-    return (value.to_local() if isinstance(value, DTensor) else value).view(-1)
+    return (value.to_local() if isinstance(value, DTensor) else value).data.view(-1)  # a view of `data` is none of a parameter
 
 
 def build_optimizer(params: Iterable[nn.Parameter], lr: float) -> AdamW:
@@ -95,12 +102,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def _by_mesh(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters with gradients, those of one mesh together."""
-    groups: dict[object, list[nn.Parameter]] = {}
+def _by_mesh(params: list[nn.Parameter]) -> list[list[Tensor]]:
+    """Gradients, those of one mesh together."""
+    groups: dict[object, list[Tensor]] = {}
     for param in params:
-        if param.grad is not None:
-            groups.setdefault(param.grad.device_mesh if isinstance(param.grad, DTensor) else None, []).append(param)
+        if (slope := masters.gradient(param)) is not None:
+            groups.setdefault(slope.device_mesh if isinstance(slope, DTensor) else None, []).append(slope)
     return list(groups.values())
 
 
@@ -112,7 +119,7 @@ def global_norm(params: list[nn.Parameter], world: World) -> Tensor:
     """
     norms = []
     for group in _by_mesh(params):
-        each = torch._foreach_norm([p.grad for p in group if p.grad is not None], 2.0, dtype=torch.float32)
+        each = torch._foreach_norm(group, 2.0, dtype=torch.float32)
         norm = torch.stack(list(each)).norm()
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
@@ -135,8 +142,9 @@ def full_gradients(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tenso
     """
     full: dict[str, Tensor] = {}
     for name, param in named:
-        if param.grad is None:
+        slope = masters.gradient(param)
+        if slope is None:
             raise RuntimeError(f"{name} has no gradient")
-        grad = param.grad.full_tensor() if isinstance(param.grad, DTensor) else param.grad
+        grad = slope.full_tensor() if isinstance(slope, DTensor) else slope
         full[name] = grad.detach().float().clone()  # clipping scales the original in place
     return full

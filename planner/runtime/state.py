@@ -55,7 +55,7 @@ def _build_states(trainer: Trainer) -> None:
     optimizer = trainer.optimizer
     rates = [group["lr"] for group in optimizer.param_groups]
     for param in trainer.parameters():
-        param.grad = torch.zeros_like(param, dtype=param.grad_dtype)
+        param.grad = torch.zeros_like(param)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     optimizer.step()

@@ -182,9 +182,9 @@ class Trainer:
 def _settle_gradients(params: list[nn.Parameter]) -> None:
     """Give each gradient its parameter's placement; FSDP2 does this itself, bare tensor parallel parameters need it."""
     for param in params:
-        grad = param.grad
+        grad = masters.gradient(param)
         if isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != param.placements:
-            param.grad = grad.redistribute(placements=param.placements)
+            masters.set_gradient(param, grad.redistribute(placements=param.placements))
 
 
 if __name__ == "__main__":  # the module that launch files name; the program is in `command`
