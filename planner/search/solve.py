@@ -21,6 +21,7 @@ from planner.cost.primitives import Primitives
 from planner.cost.task import Bools, Ints, LayoutArray, StageArray, Task
 from planner.engines.base import Engine
 from planner.search import bounds, hetero, incumbent, mixed, stages
+from planner.search.alike import distinct
 from planner.search.bounds import BIG, Group
 from planner.search.space import Rows, Space, enumerate_rows
 from planner.specs.layout import Layout, Stage, format_recompute
@@ -182,8 +183,7 @@ def _prepare(task: Task, space: Space, rows: Rows) -> _State:
         fits = memory_feasible(task, g)
         state.fits[chunk] = fits
         state.bound[chunk] = np.where(fits, _simple_bound(task, g), BIG)
-    key = np.stack([x.tp, x.cp, x.pp, x.ep], axis=1)
-    state.groups = np.unique(key, axis=0, return_inverse=True)[1].ravel() if size else np.zeros(0, dtype=np.int64)
+    state.groups = distinct(np.stack([x.tp, x.cp, x.pp, x.ep]))[1]
     return state
 
 
