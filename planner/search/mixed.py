@@ -163,9 +163,8 @@ def target_bound(task: Task, g: Group, target: int) -> Ints:
 
 def _table_bound(task: Task, g: Group, target: int, reach: int) -> Ints:
     """`target_bound` for rows whose ranks hold at most `reach` layers."""
-    v, allowed = int(g.layouts.virtual_stages[0]), _allowed_bottleneck(task, g, target)
-    w = windows(task.model.kind_of_layer, v, max(reach // v, 1))
-    w = w.only(_useful(task, g, w, allowed))
+    allowed = _allowed_bottleneck(task, g, target)
+    w = useful(task, g, reach, target)
     if not len(w.counts):
         return np.full(len(g.layouts), target, dtype=np.int64)
     return chain_bound(blended(g, w.counts[None, None]), w, allowed, _base_total(task, g), _least_once(g), target)
@@ -205,12 +204,14 @@ def _step_of(g: Group, slowest: Ints, total: Ints, once: Ints) -> Ints:
     return np.where(found, bounds.to_step(g, *(np.where(found, term, 0) for term in (slowest, total, once))), BIG)
 
 
-def _useful(task: Task, g: Group, w: Windows, allowed: Ints) -> Bools:
-    """Windows that a chain under the allowed bottlenecks of some row can have: work of no more than one rank and no less than
-    what the other ranks leave. Nothing else need be priced."""
-    room = allowed - g.extra_time().min(axis=1)
+def useful(task: Task, g: Group, reach: int, target: int) -> Windows:
+    """The windows that a plan below `target` of some row can have, of up to `reach` layers: work of no more than one rank and
+    no less than what the other ranks leave. Nothing else need be priced."""
+    v = int(g.layouts.virtual_stages[0])
+    w = windows(task.model.kind_of_layer, v, max(reach // v, 1))
+    room = _allowed_bottleneck(task, g, target) - g.extra_time().min(axis=1)
     work, least = w.counts.sum(axis=1) @ _least_layers(g), _work(task, g) - (g.pp - 1) * np.maximum(room, 0)
-    return np.asarray(((work <= room) & (work >= least)).any(axis=1))
+    return w.only(((work <= room) & (work >= least)).any(axis=1))
 
 
 def least_maximum(values: Ints, w: Windows) -> Ints:
