@@ -66,9 +66,7 @@ def memory_feasible(task: Task, g: Group) -> Bools:
     # With chunks the moments of a rank follow from full rounds of micro-batches, of which no more than three matter.
     some, kind = distinct(np.concatenate([g.stack.bytes, g.flight.T, np.minimum(x.microbatches // x.pp, 3)[None]]))
     w = windows(task.model.kind_of_layer, v, positions(g.n_layers, v))
-    flight = g.flight[some]
-    moments = chunk_moments(g.pp, v, x.microbatches[some]) if v > 1 else flight[:, :, None, None]
-    return filling.hold_all(g.stack.take(some), flight, moments, w, g.modes)[kind]
+    return filling.hold_all(g.stack.take(some), g.flight[some], x.microbatches[some], w, g.modes)[kind]
 
 
 def fitting(g: Group, layers: Ints) -> Bools:
