@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.cost.blending import HELD, Stack
+from planner.cost.blending import Stack
 from planner.cost.task import Bools, Floats, Ints
 from planner.search.holding import Ranks, ranks_of
 from planner.search.windows import Windows
 
-_STATE, _ACT = HELD.index("state"), HELD.index("act0")
 _SLACK = 1e-9
 """Relative room for the rounding of the screen's floats."""
 _ENTRIES = 2_000_000
@@ -100,9 +99,8 @@ def _shares(ranks: Ranks, rows: Ints, sorts: Ints, entries: Ints) -> tuple[Float
     else:
         mean = ranks.moments.sum(axis=2) / np.maximum(ranks.moments.any(axis=3).sum(axis=2), 1)[:, :, None]
         pairs = np.einsum("uck,tsc->ukts", sorts, mean).take(ranks.rounds[rows], axis=2)
-    state = np.einsum("uck,krs->urs", sorts, held[_STATE], optimize=True)
-    saved = (sum(held[_ACT + mode, k] * pairs[:, k] for k in range(pairs.shape[1])) for mode in ranks.modes)
-    needed = np.stack([np.asarray(bytes_) for bytes_ in saved]) + state
+    state = np.einsum("uck,krs->urs", sorts, held[0], optimize=True)
+    needed = sum((held[2:, None, kind] * pairs[:, kind] for kind in range(held.shape[1])), state)
     left = at.left[:, rows][:, :, at.of_rank][..., ranks.windows.patterns[1][entries]]
     room = np.moveaxis(left - (flight * at.passed[rows][:, at.of_rank])[..., None], 3, 1)
     forgiven = ranks.windows.layers.max() * (1 + flight) if held.shape[1] > 1 else np.zeros_like(flight)

@@ -46,7 +46,8 @@ class Ranks:
     """The ranks of some rows with one pipeline degree and number of chunks."""
 
     held: Ints
-    """Bytes of one layer by the names of `HELD`, shape (names, kinds, rows, 1), by rank on the last axis where devices differ."""
+    """Bytes of one layer: states, those beside the optimizer, and activations by recompute mode. Shape (2 + modes, kinds, rows,
+    1), with ranks on the last axis where devices differ."""
     flight: Ints
     """Chunk-micro-batches in flight, shape (rows, pp)."""
     moments: Ints
@@ -64,29 +65,28 @@ class Ranks:
         return self.flight.shape[1]
 
     def fits(self, ranks: Ints, rows: Ints, entries: Ints) -> Bools:
-        """Whether ranks of rows can hold windows, all of shape (n,); a byte is forgiven for each rounded mean: of one kind it is
-        exact."""
-        at, modes, mixed = self.places, [_ACT + mode for mode in self.modes], len(self.held[0]) > 1
-        held = self.held.reshape(*self.held.shape[:2], -1)
-        held = held.take(rows * self.held.shape[3] + ranks if self.held.shape[3] > 1 else rows, axis=2)
-        place = rows * at.passed.shape[1] + at.of_rank[ranks]
-        pattern = self.windows.patterns[1][entries]
-        there, flight = place * at.beside.shape[2] + pattern, self.flight[rows, ranks]
-        passed, kinds, layers = at.passed.ravel()[place], self.windows.kinds[entries], self.windows.layers[entries]
+        """Whether ranks of rows can hold windows, all of shape (n,); a byte is forgiven for each rounded mean: of one kind it
+        is exact."""
+        at, several, by_rank = self.places, len(self.held[0]) > 1, self.held.shape[3] > 1
+        held = self.held.reshape(*self.held.shape[:2], -1).take(rows * self.pp + ranks if by_rank else rows, axis=2)
+        place, pattern = rows * at.passed.shape[1] + at.of_rank[ranks], self.windows.patterns[1][entries]
+        there, passed = place * at.beside.shape[2] + pattern, at.passed.ravel()[place]
+        kinds, layers, flight = self.windows.kinds[entries], self.windows.layers[entries], self.flight[rows, ranks]
         pairs = self._pairs(ranks, rows, entries)
-        state, update = (_summed(kinds, held[name], layers) for name in (_STATE, _UPDATING))
         weight = pairs.sum(axis=2).max(axis=0)
-        saved = np.stack([_summed(pairs, held[mode], weight) for mode in modes])
-        forgiven = layers + weight if mixed else 0
-        state = state - forgiven
-        fits = saved <= at.left.reshape(len(modes), -1).take(there, axis=1) - flight * passed - state
+        whole, saved = np.einsum("nk,fkn->fn", kinds, held[:2]), np.einsum("jnk,fkn->jfn", pairs, held[2:]).max(axis=0)
+        if several:  # layers cost their rounded mean each
+            whole, saved = -(-whole // layers) * layers, -(-saved // np.maximum(weight, 1)) * weight
+        forgiven = layers + weight if several else 0
+        state, update = whole[0] - forgiven, whole[1] - forgiven
+        fits = saved <= at.left.reshape(len(saved), -1).take(there, axis=1) - flight * passed - state
         first = np.nonzero(ranks == 0)[0]
         if len(first):
             row, one, others = rows[first], pattern[first], flight[first] - 1
             between = at.between[row, one] - others * passed[first] - state[first]
             fits[:, first] &= saved[:, first] * others // flight[first] <= between
             fits[:, first] &= state[first] <= at.closing[row, one]
-        return np.asarray(fits.any(axis=0) & (update <= at.beside.ravel()[there] + forgiven))
+        return np.asarray(fits.any(axis=0) & (update <= at.beside.ravel()[there]))
 
     def _pairs(self, ranks: Ints, rows: Ints, entries: Ints) -> Ints:
         """(layer, micro-batch) pairs in flight of each kind, shape (moments, n, kinds), at moments of which one decides."""
@@ -94,27 +94,13 @@ class Ranks:
             return (self.flight[rows, ranks][:, None] * self.windows.kinds[entries])[None]
         # Rows differ in little of what decides this: it is worked out once for each case.
         size = len(self.windows.counts)
-        case = (self.rounds[rows] * self.pp + ranks) * size + entries
-        seen = np.zeros(len(self.moments) * self.pp * size, dtype=bool)
-        seen[case] = True
-        cases, number = np.nonzero(seen)[0], np.cumsum(seen)
-        rounds, rank, entry = cases // size // self.pp, cases // size % self.pp, cases % size
-        pairs = np.einsum("njc,nck->jnk", self.moments[rounds, rank], self.windows.counts[entry])
+        cases, number = np.unique((self.rounds[rows] * self.pp + ranks) * size + entries, return_inverse=True)
+        place, entry = np.divmod(cases, size)
+        pairs = np.einsum("njc,nck->jnk", self.moments[place // self.pp, place % self.pp], self.windows.counts[entry])
         most = pairs.max(axis=0)
         if np.array_equal(pairs.sum(axis=2).max(axis=0), most.sum(axis=1)):  # a moment has the most of every kind
             pairs = most[None]
-        return pairs.take(number[case] - 1, axis=1)
-
-
-def _summed(counts: Ints, each: Ints, total: Ints) -> Ints:
-    """Bytes of `counts` (..., n, kinds) layers of `each` (kinds, n) bytes, the most of the first axis where there are three;
-    layers of several kinds, `total` of them, cost their rounded mean each."""
-    if len(each) == 1:
-        result = counts[..., 0] * each[0]
-        return result if counts.ndim == 2 else result.max(axis=0)
-    result = sum((counts[..., k] * each[k] for k in range(1, len(each))), counts[..., 0] * each[0])
-    result = result if counts.ndim == 2 else result.max(axis=0)
-    return -(-result // np.maximum(total, 1)) * total
+        return pairs.take(number.ravel(), axis=1)
 
 
 def ranks_of(stack: Stack, flight: Ints, microbatches: Ints, w: Windows, modes: tuple[int, ...]) -> Ranks:
@@ -123,9 +109,8 @@ def ranks_of(stack: Stack, flight: Ints, microbatches: Ints, w: Windows, modes: 
     places = _places(stack, pp, w.patterns[0], modes)
     full, rounds = np.unique(np.clip(microbatches // pp, 1, 3), return_inverse=True)
     moments = chunk_moments(pp, w.chunks, full * pp) if w.chunks > 1 else np.zeros((1, 1, 1, 1), dtype=np.int64)
-    held = np.moveaxis(stack.held, 1, 0)
-    held = np.ascontiguousarray(held if stack.ranked else held[..., None])
-    return Ranks(held, flight, moments, rounds.ravel(), w, modes, places)
+    held = np.stack([stack.held[:, name] for name in (_STATE, _UPDATING, *(_ACT + mode for mode in modes))])
+    return Ranks(held if stack.ranked else held[..., None], flight, moments, rounds.ravel(), w, modes, places)
 
 
 def _places(stack: Stack, pp: int, patterns: Bools, modes: tuple[int, ...]) -> Places:
