@@ -40,6 +40,9 @@ Part = Literal["params", "grads", "optimizer"]
 When = Literal["always", "accumulating", "single", "sharded", "copied"]
 
 
+ALONE = -1
+"""Key of the rule, among those of ZeRO stages, of a rank that shares its parameters with no other; see `memory.alone`."""
+
 EAGER_KERNELS = (175.0, 325.0)
 """Launches of one eager PyTorch layer, forward and backward, at the 5 us a launch of a current host: 2.5 ms a layer measured
 with the bundled runtime beside an H200 (torch 2.11). Other eager engines are taken to be alike."""

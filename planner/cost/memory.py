@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from planner.cost import adapters
-from planner.cost.accounting import Accounting, Held, Saved
+from planner.cost.accounting import ALONE, Accounting, Held, Saved
 from planner.cost.rounding import ceil
-from planner.cost.task import Bools, Floats, Ints, LayoutArray, Task
+from planner.cost.task import SPLIT_CODES, Bools, Floats, Ints, LayoutArray, Task
 from planner.specs.layers import Mlp
 from planner.specs.layout import RECOMPUTE_MODES
 
@@ -191,7 +191,7 @@ _MOMENTS = (
 
 def state_bytes(task: Task, layouts: LayoutArray, shard: Ints) -> StateBytes:
     """State sizes a parameter for each layout, under the engine's rule of its ZeRO stage, over `shard` ranks."""
-    zero, microbatches = layouts.kept_zero, layouts.microbatches
+    zero, microbatches = np.where(alone(task, layouts), ALONE, layouts.kept_zero), layouts.microbatches
     here = layouts.offload == 0
     a, e = task.accounting, task.job.compute_bytes
     present = {
@@ -223,6 +223,14 @@ def state_bytes(task: Task, layouts: LayoutArray, shard: Ints) -> StateBytes:
         whole_gradients=total("backward", "grads", whole=True),
         **{moment: total(moment) for moment in _MOMENTS},
     )
+
+
+def alone(task: Task, layouts: LayoutArray) -> Bools:
+    """Whether a rank shares its parameters with no other, under an engine with a rule of its own for that: dense bf16 models
+    whose backward is whole (the runtime's `masters.lowered` says why)."""
+    job, has = task.job, ALONE in task.accounting.zero
+    possible = has and job.precision == "bf16" and job.adapter is None and not task.model.routed_mlps
+    return (layouts.data == 1) & ~np.isin(layouts.schedule, SPLIT_CODES) & possible
 
 
 def joined(a: Accounting, x: LayoutArray) -> Bools:

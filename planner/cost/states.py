@@ -98,8 +98,10 @@ def _finishing(
     experts, head, table = params["experts"], params["own_head"] + params["norm"], params["embedding"]
     several = layouts.microbatches > 1
     ahead = per.ahead * params["layer"] + routed.ahead * beside
+    # Without a reduction every gradient is added to the fp32 one as soon as it is there.
+    alone = memory.alone(task, layouts)
     # A pipeline's whole gradients are reduced after its backwards.
-    later = several & (layouts.pp > 1)
+    later = several & (layouts.pp > 1) & ~alone
     done, done_routed = (np.where(later & (x.carried == 0), x.own, x.finish - x.released) for x in (per, routed))
     # When experts by themselves are reduced, their layer's attention is still to come.
     attention = memory.attention_bytes(task, layouts) if task.accounting.experts_join else 0.0
@@ -107,11 +109,12 @@ def _finishing(
     loss = memory.logit_gradient_bytes(task, layouts)
     # What the micro-batch before left to be reduced lives until the head's own reduction.
     left = per.carried * np.where(layouts.pp == 1, table, params["layer"])
-    made = np.where(per.own > 0, (per.own + per.head) * params["head"] + ahead + left + loss, 0.0)
-    whole = task.job.compute_bytes * rest * (per.own > 0)
+    gradient = np.where(alone, per.finish, per.own)
+    made = np.where(per.own > 0, (gradient + per.head) * params["head"] + ahead + left + loss, 0.0)
+    whole = np.where(alone, per.finish, task.job.compute_bytes) * rest * (per.own > 0)
     each = np.maximum(per.finish * table + whole, per.again * table)
-    between = np.where(per.carried > 0, each, per.own * table + whole)
-    closing = np.where(per.carried > 0, 0.0, (per.finish - per.released) * table)
+    between = np.where(per.carried > 0, each, gradient * table + whole)
+    closing = np.where(per.carried > 0, 0.0, (per.finish - per.released) * table + np.where(alone, whole, 0.0))
     return {
         "finish": ceil(np.maximum(np.maximum(done * params["layer"] + done_routed * beside, own), 0) + ahead),
         "head_finish": ceil(np.maximum(np.where(per.finish > 0, done * head, 0.0) + ahead, made)),

@@ -9,11 +9,15 @@ from __future__ import annotations
 import numpy as np
 
 from planner.cost.accounting import (
+    ALONE,
+    COMPUTE,
     EAGER_KERNELS,
     Accounting,
     Elementwise,
+    Held,
     Saved,
     TpTraffic,
+    ZeroRule,
 )
 from planner.cost.schedules import splits_backward
 from planner.engines.base import Engine
@@ -205,6 +209,27 @@ DEFERRED = (
 )
 """Gradients of what each matrix and norm puts out: kept, beside all activations, until weight gradients are computed."""
 
+_LOWERED = ZeroRule(
+    backward=(
+        Held("params", 4, shard=False),
+        Held("params", COMPUTE, shard=False),
+        Held("optimizer", 8, shard=False),
+        Held("grads", 4, shard=False, when="accumulating"),
+    ),
+    update=(
+        Held("params", 4, shard=False),
+        Held("params", COMPUTE, shard=False),
+        Held("optimizer", 8, shard=False),
+        Held("grads", 4, shard=False, when="accumulating"),
+        Held("grads", COMPUTE, shard=False, when="single"),
+    ),
+    traffic=(),
+    head_reduction=(Held("grads", COMPUTE, shard=False, when="single"),),
+    own=(Held("grads", COMPUTE, shard=False),),
+    finish=(Held("grads", COMPUTE, shard=False), Held("grads", 4, shard=False, when="accumulating")),
+)
+"""Parameters in the compute type with fp32 masters beside; gradients in that type, added up in fp32."""
+
 _TP = TpTraffic(
     forward={"all_gather": 2, "reduce_scatter": 2},
     backward={"all_gather": 2, "reduce_scatter": 2},
@@ -215,7 +240,7 @@ ACCOUNTING = Accounting(
     name="bundled",
     saved=SAVED,
     deferred=DEFERRED,
-    zero=ZERO,
+    zero={**ZERO, ALONE: _LOWERED},
     tp_sequence=_TP,
     tp_plain=_TP,
     # Eager kernels: fused norms, residuals, and rotary positions in fp32, which pass over queries and keys many times.
@@ -252,7 +277,7 @@ ACCOUNTING = Accounting(
     kernels_backward=EAGER_KERNELS[1],
     kernels_tp=(565, 1075),
     kernels_gather=(145, 270),
-    optimizer_bytes=40.0,
+    optimizer_bytes=34.0,
     optimizer_whole_bytes=0.0,
     step_seconds=2e-3,
     reserved_ratio=1.03,
@@ -269,7 +294,7 @@ ACCOUNTING = Accounting(
         "zero": "measured: storage meter and collective counts on the runtime, gloo, torch 2.13, fp32 and bf16",
         "elementwise_forward": "counted from the eager graph; norms as measured on H200 (1.4 to 2.2 times their bytes)",
         "logit_bytes": "measured: fp32 log-softmax kept, two fp32 temporaries in its backward; a third over split logits",
-        "optimizer_bytes": "28 measured for fused AdamW on H200; 12 counted for norm, clip and the sharded copy",
+        "optimizer_bytes": "28 measured for AdamW on H200, which clips too; 4 counted for the norm, 2 for the copy in bf16",
         "kernels_forward": "measured: 2.5 ms of host time a layer, forward and backward, eager torch 2.11 beside an H200, "
         "at the 5 us a launch of its profile; 10.7 ms with tp (DTensor dispatch), 4.6 ms with ZeRO 3",
         "kernels_routed": "counted in a profile on H200 (torch 2.11): 98 launches more a layer, forward and backward",

@@ -12,7 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from planner.cost.accounting import COMPUTE, EAGER_KERNELS, TP_CALL, Accounting, Elementwise, Held, Saved, Traffic, ZeroRule
+from planner.cost.accounting import (
+    ALONE,
+    COMPUTE,
+    EAGER_KERNELS,
+    TP_CALL,
+    Accounting,
+    Elementwise,
+    Held,
+    Saved,
+    Traffic,
+    ZeroRule,
+)
 from planner.cost.schedules import splits_backward
 from planner.engines import megatron, sharding
 from planner.engines.rule import Rule
@@ -170,6 +181,55 @@ def _compiled_blocks(a: Accounting) -> Accounting:
     )
 
 
+def _bf16_states(a: Accounting) -> Accounting:
+    """The bundled runtime without masters: parameters, gradients and AdamW's states in the compute type."""
+    states = (Held("params", COMPUTE, shard=False), Held("optimizer", 4, shard=False))
+    gradient = Held("grads", COMPUTE, shard=False)
+    rule = ZeroRule(
+        backward=(*states, replace(gradient, when="accumulating")),
+        update=(*states, gradient),
+        traffic=(),
+        head_reduction=(replace(gradient, when="single"),),
+        own=(gradient,),
+        finish=(gradient,),
+    )
+    return replace(a, zero={**a.zero, ALONE: rule}, optimizer_bytes=16.0)
+
+
+_BF16_STATES_RULES = (
+    Rule(
+        "PLN598", "bf16 states: one data-parallel rank",
+        lambda t, x: (x.data > 1) | splits_backward(x.schedule) | (t.job.precision != "bf16") | bool(t.model.routed_mlps),
+        "states in bf16 with dp {dp}, cp {cp}, schedule {schedule}, precision {precision}",
+        "the runtime has them where no FSDP2 keeps masters: dense models in bf16 with dp = cp = 1 and whole backwards",
+        "set dp: 1 and cp: 1 and a schedule with whole backwards, or leave out +bf16-states",
+    ),
+)  # fmt: skip
+
+
+def _products_kept(a: Accounting) -> Accounting:
+    """Selective recompute that keeps, besides attention's output, the products that are cheap to keep: those of queries, keys,
+    values and the MLP's first matrix. The output projection, the second of a gated MLP's first two, norms and activations are
+    computed again; the MLP's last product is needed by nothing."""
+    both = {"query", "key, value"}
+    saved = tuple(replace(s, kept=("none", "selective")) if s.name in both else s for s in a.saved)
+    first = Saved("first product of the MLP", "mlp", 1, "tensor", kept=("selective",))
+    recomputed = {**a.recomputed, "selective": {"gemm": 0.35, "elementwise": 1.0}}
+    return replace(a, saved=(*saved, first), recomputed=recomputed)
+
+
+_PRODUCTS_RULES = (
+    Rule(
+        "PLN599", "selective-products: plain layers",
+        lambda t, x: np.full(len(x), bool(t.model.routed_mlps) or any(a.kind != "softmax" for a in t.model.attentions)),
+        "{model} has routed experts or latent attention, with selective-products",
+        "the products that selective recompute keeps are counted in layers of plain attention and dense MLPs",
+        "leave out +selective-products",
+        whole_job=True,
+    ),
+)  # fmt: skip
+
+
 _COMPILED_RULES = (
     Rule(
         "PLN516", "compile: whole backwards",
@@ -282,6 +342,22 @@ TRAITS: dict[str, Trait] = {
             "A = 8h+8+4q+4kv+6f+4H bytes a token measured on the compiled block (torch 2.13); blocks and loss compiled: "
             "45.5 to 55.7 % MFU and 9 GiB less loss on an H200 (torch 2.11); launches as assumed for torchtitan",
             adds=_COMPILED_RULES,
+            engines=("bundled",),
+        ),
+        Trait(
+            "bf16-states",
+            "parameters, gradients and optimizer states in bf16, no fp32 masters",
+            _bf16_states,
+            "8 bytes a parameter instead of 16: what torchtitan does under training.dtype = bfloat16; small updates are lost",
+            adds=_BF16_STATES_RULES,
+            engines=("bundled",),
+        ),
+        Trait(
+            "selective-products",
+            "selective recompute keeps products as well",
+            _products_kept,
+            "counted: of a llama layer's products wo and w3 are computed again, 35 % of the multiplications",
+            adds=_PRODUCTS_RULES,
             engines=("bundled",),
         ),
         Trait("compiled", "layers compiled", _set(kernels_forward=30, kernels_backward=45), "fused kernels: half the launches"),

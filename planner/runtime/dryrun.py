@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from planner.planfile import Plan
-from planner.runtime import model, norms
+from planner.runtime import adamw, masters, model, norms
 from planner.runtime.fakerank import SMALL, Collective, FakeMeter, FusedRmsNorm, Origin, fake_group, fake_tensors
 from planner.runtime.meter import rounded, storages
 from planner.runtime.model import Decoder
@@ -213,6 +213,7 @@ def _measure(plan: Plan, rank: int) -> _Measured:
         logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # advice about the norm's two reductions
         stack.enter_context(fake_group(rank, plan.layout.world_size))
         stack.enter_context(patch.object(norms, "_RmsNormCpu", FusedRmsNorm))
+        stack.enter_context(patch.object(adamw, "update", lambda *_: None))  # one kernel on CUDA: it allocates nothing
         mode, meter = fake_tensors(), FakeMeter(lambda group, op: _axis(plan, group, op))
         trainer = _FakeTrainer(plan, meter, mode)
         stack.enter_context(mode)
@@ -265,6 +266,7 @@ class _Snapshot:
     def _states(self) -> Iterator[tuple[str, Tensor | None]]:
         for _, param in self.trainer.named_parameters():
             yield "parameters", param
+            yield "parameters", masters.values(param)
             yield "gradients", param.grad
         for state in self.trainer.optimizer.state.values():
             for value in state.values():

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from planner.runtime import masters
 from planner.runtime.activations import activate, activation_of
 from planner.runtime.attention import SAVED_BY_SELECTIVE, Attention, locality_mask
 from planner.runtime.mla import LatentAttention
@@ -62,6 +63,28 @@ KEEP_ATTENTION = functools.partial(create_selective_checkpoint_contexts, list(SA
 """A partial, because the compiler takes no other kind of context function."""
 
 
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+_KEPT_PRODUCTS = (0, 1, 2, 4)
+"""Of a layer's products in order (queries, keys, values, output, the MLP's): those that are cheap to keep for their work. The
+fifth is the MLP's first; its last is needed by nothing."""
+
+
+def keep_products() -> Any:
+    """Contexts of selective recompute that keep some products as well (engine trait `selective-products`)."""
+    seen: dict[bool, int] = {False: 0, True: 0}
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op in SAVED_BY_SELECTIVE:
+            return CheckpointPolicy.MUST_SAVE
+        if op not in _PRODUCTS:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        at = seen[ctx.is_recompute]
+        seen[ctx.is_recompute] += 1
+        return CheckpointPolicy.MUST_SAVE if at in _KEPT_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
+
+
 class Block(nn.Module):
     """Attention and MLP, one after the other or side by side, with norms before, after or around. x and result: [b, s/tp, h].
 
@@ -71,6 +94,8 @@ class Block(nn.Module):
     def __init__(self, model: Model, group: LayerGroup):
         super().__init__()
         self.recompute = "none"
+        self.kept: Any = KEEP_ATTENTION
+        """What selective recompute keeps."""
         before, after = group.norms != "post", group.norms in ("post", "both")
         self.attn_norm = norm_of(model) if before else None
         self.attn = _attention(model, group)
@@ -83,7 +108,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._layer(x)
-        extra: dict[str, Any] = {"context_fn": KEEP_ATTENTION} if self.recompute == "selective" else {}
+        extra: dict[str, Any] = {"context_fn": self.kept} if self.recompute == "selective" else {}
         out: Tensor = checkpoint(self._layer, x, use_reentrant=False, preserve_rng_state=False, **extra)
         return out
 
@@ -144,12 +169,10 @@ class Decoder(nn.Module):
         return x
 
 
-def initialise(part: Decoder, tokens: range, seed: int, device: torch.device, home: torch.device, dtype: torch.dtype) -> None:
-    """Give a meta-device part its memory and first values, the same in every layout; `tokens` are the positions that this
-    rank sees of each sequence, `dtype` the compute type. Parameters go to `home`, which is the host with offload.
+def initialise(part: Decoder, tokens: range, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Give an allocated part its first values, the same in every layout; `tokens` are the positions that this rank sees of
+    each sequence, `dtype` the compute type. Buffers go to `device`, where parameters may not be (offload).
     """
-    part.to_empty(device=home)
-    part.tie()
     fill(part, seed, device)
     part.start = tokens.start
     _set_buffers(part, tokens, dtype, device)
@@ -164,12 +187,18 @@ def fill(part: Decoder, seed: int, device: torch.device) -> None:
     scale = 0.02 / math.sqrt(2 * part.model.n_layers)
     with torch.no_grad():
         for name, param in part.named_parameters():
-            full = _first_value(name, param.shape, seed, scale, device)
-            if isinstance(param, DTensor):
-                placed = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
-                param.to_local().copy_(placed.to_local())  # from the device to where the parameter lives
+            assign(param, _first_value(name, param.shape, seed, scale, device))
+
+
+def assign(param: Tensor, full: Tensor) -> None:
+    """Give a parameter, and its master, this rank's part of a whole tensor."""
+    with torch.no_grad():
+        for target in {id(t): t for t in (masters.values(param), param)}.values():
+            if isinstance(target, DTensor):
+                placed = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
+                target.to_local().copy_(placed.to_local())  # from the device to where the parameter lives
             else:
-                param.copy_(full)
+                target.copy_(full)
 
 
 def _set_buffers(part: Decoder, tokens: range, dtype: torch.dtype, device: torch.device) -> None:

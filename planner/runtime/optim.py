@@ -4,25 +4,71 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from planner.runtime import adamw, masters
 from planner.runtime.mesh import World
 from planner.specs.training import Options
 
 
-def build_optimizer(params: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
-    """AdamW, decay on matrices only. Fused: the for-each variant allocates another 4 bytes a parameter."""
+class AdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov 2019, arXiv 1711.05101) of fp32 masters or of the parameters themselves, with clipping inside.
+
+    Each tensor is read and written once: gradient, weight, both moments, and the parameter where a master stands beside it.
+    States have the names of torch's AdamW, `step`, `exp_avg` and `exp_avg_sq`, in the type of the weights.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float):
+        super().__init__(groups, {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-8})
+        self.clip: Tensor | None = None
+        """What gradients are multiplied by, a scalar; `clip_gradients` sets it for one step."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            values = adamw.Values(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+            coefficients: dict[tuple[float, torch.device], Tensor] = {}
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                weight, state = masters.values(param), self._state(param)
+                state["step"] += 1
+                at = float(state["step"]), param.device
+                if at not in coefficients:
+                    coefficients[at] = adamw.coefficients(values, *at)
+                gradient, mean, square = (_flat(t) for t in (param.grad, state["exp_avg"], state["exp_avg_sq"]))
+                copy = None if weight is param else _flat(param)
+                adamw.update(_flat(weight), gradient, mean, square, coefficients[at], values, self.clip, copy)
+        self.clip = None
+
+    def _state(self, param: nn.Parameter) -> dict[str, Tensor]:
+        state, weight = self.state[param], masters.values(param)
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(weight, requires_grad=False) for _ in range(2))
+        return state
+
+
+def _flat(value: Tensor) -> Tensor:
+    """A rank's own elements in one row."""
+    return (value.to_local() if isinstance(value, DTensor) else value).view(-1)
+
+
+def build_optimizer(params: Iterable[nn.Parameter], lr: float) -> AdamW:
+    """AdamW, decay on matrices only."""
     params = list(params)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": 0.1},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return AdamW([g for g in groups if g["params"]], lr)
 
 
 DECAY_SHARE = 0.2
@@ -66,7 +112,8 @@ def global_norm(params: list[nn.Parameter], world: World) -> Tensor:
     """
     norms = []
     for group in _by_mesh(params):
-        norm = get_total_norm([p.grad for p in group if p.grad is not None])
+        each = torch._foreach_norm([p.grad for p in group if p.grad is not None], 2.0, dtype=torch.float32)
+        norm = torch.stack(list(each)).norm()
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
     if world.pp > 1:
@@ -76,10 +123,9 @@ def global_norm(params: list[nn.Parameter], world: World) -> Tensor:
     return norm
 
 
-def clip_gradients(params: list[nn.Parameter], max_norm: float, norm: Tensor) -> None:
-    """Scale gradients of global norm `norm` to at most `max_norm`."""
-    for group in _by_mesh(params):
-        clip_grads_with_norm_(group, max_norm, norm)
+def clip_gradients(optimizer: AdamW, max_norm: float, norm: Tensor) -> None:
+    """Let the next step scale gradients of global norm `norm` to at most `max_norm`."""
+    optimizer.clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def full_gradients(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from planner.runtime import experts
 from planner.runtime.attention import Attention
 from planner.runtime.context import Context
 from planner.runtime.mla import LatentAttention
-from planner.runtime.model import Block, Decoder, Mlp
+from planner.runtime.model import KEEP_ATTENTION, Block, Decoder, Mlp, keep_products
 from planner.runtime.moe import Moe
 from planner.runtime.precision import DTYPES
 from planner.runtime.replicated import Replicated
@@ -103,17 +103,18 @@ def apply_compile(part: Decoder, tp: int) -> None:
         block.compile(backend=COMPILER)
 
 
-def apply_recompute(parts: list[Decoder], stage: Stage) -> None:
+def apply_recompute(parts: list[Decoder], stage: Stage, keeps_products: bool = False) -> None:
     """Set each block's recompute mode: the rank's first `full` layers, then `selective`, then none."""
     selective, full = stage.counts
     for i, block in enumerate(block for part in parts for block in part.blocks()):
         block.recompute = "full" if i < full else "selective" if i < full + selective else "none"
+        block.kept = keep_products if keeps_products else KEEP_ATTENTION
 
 
-def needs_wrapper(layout: Layout, job: Job) -> bool:
-    """Whether FSDP2 manages the parameters. In fp32 on one data parallel rank there is nothing for it to do, and it
-    would keep a second copy of the parameters."""
-    return layout.dp * layout.cp > 1 or job.precision != "fp32"
+def needs_wrapper(layout: Layout, job: Job, lowered: bool) -> bool:
+    """Whether FSDP2 manages the parameters. On one data parallel rank it would only keep a copy in the compute type, which
+    parameters of that type (`masters`), and fp32 jobs, do not need."""
+    return layout.dp * layout.cp > 1 or not (job.precision == "fp32" or lowered)
 
 
 def effective_zero(layout: Layout) -> int:
@@ -121,7 +122,9 @@ def effective_zero(layout: Layout) -> int:
     return layout.zero if layout.dp * layout.cp > 1 else 0
 
 
-def apply_zero(part: Decoder, layout: Layout, job: Job, mesh: DeviceMesh, expert_mesh: DeviceMesh | None = None) -> None:
+def apply_zero(
+    part: Decoder, layout: Layout, job: Job, mesh: DeviceMesh, expert_mesh: DeviceMesh | None = None, lowered: bool = False
+) -> None:
     """Wrap the embedding, each block, the norm with the head, and the rest, each as one unit of communication.
 
     Experts that other ranks share than the rest of their layer are units of their own (`experts.wrap`).
@@ -134,7 +137,7 @@ def apply_zero(part: Decoder, layout: Layout, job: Job, mesh: DeviceMesh, expert
     zero = effective_zero(layout)
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[job.precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
     bare = experts.wrap(part, expert_mesh, layout, zero, policy)
-    if not needs_wrapper(layout, job):
+    if not needs_wrapper(layout, job, lowered):
         return
 
     def wrap(module: nn.Module | list[nn.Module], free_after_forward: bool) -> None:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as read
 from torch.distributed.fsdp import FSDPModule
 
 from planner.errors import input_error
+from planner.runtime import masters
 
 if TYPE_CHECKING:
     from planner.runtime.train import Trainer
@@ -43,7 +44,7 @@ def tensors(trainer: Trainer) -> dict[str, Tensor]:
         _build_states(trainer)
     found: dict[str, Tensor] = {}
     for name, param in trainer.named_parameters():
-        found[f"model.{name}"] = param.detach()
+        found[f"model.{name}"] = masters.values(param).detach()
         for key, value in trainer.optimizer.state[param].items():
             found[f"optim.{name}.{key}"] = value.detach()
     return found
@@ -54,7 +55,7 @@ def _build_states(trainer: Trainer) -> None:
     optimizer = trainer.optimizer
     rates = [group["lr"] for group in optimizer.param_groups]
     for param in trainer.parameters():
-        param.grad = torch.zeros_like(param)
+        param.grad = torch.zeros_like(param, dtype=param.grad_dtype)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     optimizer.step()
@@ -114,6 +115,7 @@ def load(trainer: Trainer, path: Path, group: Any) -> None:
     own = {name: torch.empty(shape, dtype=torch.uint8) for name, shape in shapes.items() if shape is not None}
     scale = {name: value for name, value in trainer.scale.state().items() if _shape(saved, name) is not None}
     read({**state, **own, **scale}, storage_reader=reader, process_group=group)
+    masters.refresh(trainer.parameters())
     trainer.scale.restore(scale)
     restore_generators(own, world.device)
 

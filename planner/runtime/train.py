@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from planner.planfile import Plan
-from planner.runtime import experts, faults, loss, optim, parallelize, pipeline, precision
+from planner.runtime import experts, faults, loss, masters, optim, parallelize, pipeline, precision
 from planner.runtime.data import Batches
 from planner.runtime.mesh import World, build_world
 from planner.runtime.model import Decoder, initialise
@@ -29,7 +29,12 @@ class Trainer:
     def __init__(self, plan: Plan, device: torch.device, options: Options | None = None):
         self.plan, self.options = plan, options or Options()
         self.layout = plan.layout
-        self.compiled = "compile" in plan.engine.split("+")
+        traits = plan.engine.split("+")[1:]
+        self.compiled = "compile" in traits
+        self.keeps_products = "selective-products" in traits
+        self.lowered = masters.lowered(plan.layout, plan.job, plan.model)
+        """Whether parameters are in the compute type, with masters beside unless the engine keeps none."""
+        self.with_masters = self.lowered and "bf16-states" not in traits
         fused = self.compiled and device.type == "cuda" and plan.layout.tp == 1
         self.token_loss = loss.compiled_loss() if fused else loss.token_loss
         self.microbatches = plan.layout.microbatches(plan.job)
@@ -52,8 +57,10 @@ class Trainer:
         mesh, layout = self.world.mesh, self.layout
         precision.check_fp8(self.plan, self.world.device)
         parts = pipeline.build_parts(self.plan, self.world)
-        parallelize.apply_recompute(list(parts.values()), layout.stages[self.world.pp_rank])
+        parallelize.apply_recompute(list(parts.values()), layout.stages[self.world.pp_rank], self.keeps_products)
         for part in parts.values():
+            if self.lowered:
+                part.to(precision.DTYPES[self.plan.job.precision])
             part.tie()
             if self.plan.job.linears == "fp8":
                 precision.apply_fp8(part)
@@ -64,7 +71,7 @@ class Trainer:
             experts.place(part, self.world.experts, layout)
             if self.compiled:
                 parallelize.apply_compile(part, layout.tp)
-            parallelize.apply_zero(part, layout, self.plan.job, self.world.states, self.world.experts)
+            parallelize.apply_zero(part, layout, self.plan.job, self.world.states, self.world.experts, self.lowered)
             self.allocate(part)
         return parts
 
@@ -72,7 +79,13 @@ class Trainer:
         """Give a part its memory and first values."""
         job, device = self.plan.job, self.world.device
         home = torch.device("cpu") if self.layout.offload == "optimizer" else device
-        initialise(part, self.world.tokens(job.seq_len), self.options.seed, device, home, precision.DTYPES[job.precision])
+        part.to_empty(device=home)
+        part.tie()
+        if self.with_masters:
+            masters.add(part.parameters())
+        if self.with_masters and self.microbatches > 1:
+            masters.add_up_in_fp32(part.parameters())
+        initialise(part, self.world.tokens(job.seq_len), self.options.seed, device, precision.DTYPES[job.precision])
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters by name; names do not depend on the plan."""
@@ -153,7 +166,7 @@ class Trainer:
         norm = optim.global_norm(self.parameters(), self.world)
         if self.scale.accepts(norm):
             faults.check_norm(self, step, float(norm))
-            optim.clip_gradients(self.parameters(), self.options.max_norm, norm)
+            optim.clip_gradients(self.optimizer, self.options.max_norm, norm)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm), lr

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from planner.errors import InputError, MissingPartError, Problem, input_error
+from planner.runtime import masters
+from planner.runtime.model import assign
 from planner.specs import files
 from planner.specs.features import features
 from planner.specs.model import Model
@@ -105,12 +107,7 @@ def _assign(name: str, param: Tensor, value: Tensor, path: Path) -> None:
     if value.shape != param.shape:
         why = f"{theirs(name)} is {list(value.shape)} there and {list(param.shape)} in the plan's model"
         raise input_error("PLN621", f"{path} is of another model", why, "plan for the model of these weights")
-    value = value.to(device=param.device, dtype=param.dtype)
-    if isinstance(param, DTensor):
-        placed = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
-        param.to_local().copy_(placed.to_local())
-    else:
-        param.copy_(value)
+    assign(param, value.to(device=param.device, dtype=masters.values(param).dtype))
 
 
 def check_source(model: Model, folder: Path) -> None:
@@ -184,7 +181,7 @@ def export(trainer: Trainer, folder: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     for i, chunk in enumerate(chunks):
-        whole = {theirs(name): _whole(param, dtype) for name, param in chunk}
+        whole = {theirs(name): _whole(masters.values(param), dtype) for name, param in chunk}
         if world.rank == writers[world.pp_rank]:
             save_file(whole, target / file_name(before + i, total), metadata={"format": "pt"})
     dist.barrier()

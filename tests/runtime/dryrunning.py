@@ -117,6 +117,14 @@ def _add_dense(add: Callable[..., None]) -> None:
         add(f"pp2-gpipe-{recompute}", _llama(6), pp=2, schedule="gpipe", recompute=recompute, global_batch=4)
         interleaved: dict[str, Any] = {"schedule": "interleaved", "virtual_stages": 2}
         add(f"pp2-interleaved-{recompute}", _llama(8), pp=2, **interleaved, recompute=recompute, global_batch=4)
+    for m in (1, 3):  # without data parallelism: masters beside bf16 parameters
+        add(f"one-m{m}", _llama(4), global_batch=m)
+        add(f"one-short-m{m}", _llama(4), seq_len=512, global_batch=m)
+    add("pp2-short", _llama(6), pp=2, seq_len=512, global_batch=4)
+    add("pp2-tp2", _llama(6), pp=2, tp=2, global_batch=4)
+    add("one-bf16-states", _llama(4), engine="bundled+bf16-states", global_batch=3)
+    add("pp2-bf16-states", _llama(6), pp=2, engine="bundled+bf16-states", global_batch=4)
+    add("dp2-products", _llama(4), dp=2, zero=3, engine="bundled+selective-products", recompute="selective", global_batch=2)
     add("tp8-gpt", _gpt(4), tp=8, global_batch=2, seq_len=2048)
     add("one", _llama(4), global_batch=2)
     add("fp32-one", _llama(2), precision="fp32", global_batch=2)
@@ -132,7 +140,7 @@ QUICK = ("dp8-zero3-full-m3", "tp2-dp4-zero1-selective", "pp4-dp4-zero2-full")
 
 def task_of(plan: Plan) -> Task:
     """The plan's costs, without what the device's libraries take."""
-    return Task(plan.model, plan.job, NO_WORKSPACE, plan.cluster.gpus, engine_named("bundled").accounting)
+    return Task(plan.model, plan.job, NO_WORKSPACE, plan.cluster.gpus, engine_named(plan.engine).accounting)
 
 
 def predicted_gib(plan: Plan, stage: int) -> float:

@@ -32,7 +32,9 @@ def middle(recompute: str) -> Decoder:
     model, cpu = plans.llama(layers=2, hidden=64, width=96, qk_norm=False), torch.device("cpu")
     with torch.device("meta"):
         part = Decoder(model, range(2), first=False, last=False)
-    initialise(part, range(TOKENS), 0, cpu, cpu, torch.float32)
+    part.to_empty(device=cpu)
+    part.tie()
+    initialise(part, range(TOKENS), 0, cpu, torch.float32)
     for block in part.blocks():
         block.recompute = recompute
     return part
