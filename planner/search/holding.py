@@ -119,7 +119,7 @@ def _places(stack: Stack, pp: int, patterns: Bools, modes: tuple[int, ...]) -> P
     of_rank = rank if stack.ranked else np.unique(2 * (rank == pp - 1) + (rank > 0), return_inverse=True)[1].ravel()
     some = np.unique(of_rank, return_index=True)[1]
     first, last = ((some == end).astype(np.int64)[None, :, None] for end in (0, pp - 1))
-    p = stack.deep(1 if stack.ranked else 2).blend(patterns.astype(np.int64)[None, None])
+    p = stack.deep(1 if stack.ranked else 2).besides(patterns[None, None])
     shape = (len(p.capacity), len(some), len(patterns))
 
     def each(values: Ints) -> Ints:
