@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from planner.cost.primitives import Blend, Primitives
-from planner.cost.task import Bools, Ints
+from planner.cost.task import Bools, Ints, consecutive
 
 _TIMES = ("forward", "backward", "weight", "recompute1", "recompute2", "comm", "hide", "floor", "update")
 _CHUNK_TIMES = ("forward", "backward", "recompute1", "recompute2")
@@ -86,6 +86,8 @@ class Stack:
 
     def take(self, rows: Ints) -> Stack:
         """The rows (the first axis of the primitives) at `rows`."""
+        if (run := consecutive(rows)) is not None:
+            return Stack(self.means[:, :, run], self.peaks[:, :, run], self.ends[:, run])
         return Stack(self.means.take(rows, axis=2), self.peaks.take(rows, axis=2), self.ends.take(rows, axis=1))
 
     def of_rank(self, rank: int) -> Stack:

@@ -13,7 +13,7 @@ import numpy as np
 from planner.cost import memory, operators, p2p, risk, schedules
 from planner.cost.rounding import ceil, nanoseconds
 from planner.cost.states import held_bytes
-from planner.cost.task import GPIPE, INTERLEAVED_ZB, Bools, Floats, Ints, LayoutArray, Task
+from planner.cost.task import GPIPE, INTERLEAVED_ZB, Bools, Floats, Ints, LayoutArray, Task, picked
 from planner.cost.traffic import DpTraffic, dp_traffic, idle_seconds, layer_compute, recompute_seconds, split_compute
 
 
@@ -115,9 +115,7 @@ class Primitives:
 
     def take(self, rows: Ints | Bools) -> Primitives:
         """The primitives at `rows`."""
-        if rows.dtype == bool:
-            rows = np.nonzero(rows)[0]
-        return type(self)(**{f.name: getattr(self, f.name).take(rows, axis=0) for f in fields(self)})
+        return type(self)(**picked({f.name: getattr(self, f.name) for f in fields(self)}, rows))
 
     def saved(self, mode: int) -> Ints:
         """Saved activations of one layer and micro-batch under a recompute mode (0 none, 1 selective, 2 full)."""

@@ -152,6 +152,20 @@ class Task:
         return int(self.hardware.device.memory.base * self.max_memory_fraction)
 
 
+def picked(columns: dict[str, Ints], rows: Ints | Bools) -> dict[str, Ints]:
+    """Columns at `rows`, numbers or a mask; where the rows follow each other, views."""
+    numbers: Ints = np.nonzero(rows)[0] if rows.dtype == bool else rows.astype(np.int64, copy=False)
+    run = consecutive(numbers)
+    return {name: column.take(numbers, axis=0) if run is None else column[run] for name, column in columns.items()}
+
+
+def consecutive(rows: Ints) -> slice | None:
+    """The slice that has the same rows, where they follow each other."""
+    if len(rows) and int(rows[-1]) - int(rows[0]) == len(rows) - 1 and bool(np.all(rows[1:] > rows[:-1])):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return None
+
+
 @dataclass(frozen=True)
 class LayoutArray:
     """The outer choices of many layouts, one entry each, int64 arrays of equal length."""
@@ -191,9 +205,7 @@ class LayoutArray:
 
     def take(self, rows: Ints | Bools) -> LayoutArray:
         """The layouts at `rows`."""
-        if rows.dtype == bool:
-            rows = np.nonzero(rows)[0]
-        return LayoutArray(**{f.name: getattr(self, f.name).take(rows, axis=0) for f in fields(self)})
+        return LayoutArray(**picked({f.name: getattr(self, f.name) for f in fields(self)}, rows))
 
     @property
     def data(self) -> Ints:
