@@ -6,6 +6,7 @@ columns only, so they are computed for the distinct combinations and spread over
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -115,7 +116,11 @@ class Primitives:
 
     def take(self, rows: Ints | Bools) -> Primitives:
         """The primitives at `rows`."""
-        return type(self)(**picked({f.name: getattr(self, f.name) for f in fields(self)}, rows))
+        return Primitives(**picked({name: getattr(self, name) for name in NAMES}, rows))
+
+    def each(self, change: Callable[[Ints], Ints]) -> Primitives:
+        """The primitives with every field changed alike."""
+        return Primitives(**{name: change(getattr(self, name)) for name in NAMES})
 
     def saved(self, mode: int) -> Ints:
         """Saved activations of one layer and micro-batch under a recompute mode (0 none, 1 selective, 2 full)."""
@@ -138,6 +143,10 @@ class Primitives:
         return np.maximum(self.finish - self.saved(mode), 0)
 
 
+NAMES = tuple(f.name for f in fields(Primitives))
+"""Of the fields of `Primitives`."""
+
+
 @dataclass(frozen=True)
 class Blend(Primitives):
     """Primitives of ranks that mix kinds of layers (`blending.blend`): means, and of what lives at a peak the largest."""
@@ -148,10 +157,10 @@ class Blend(Primitives):
 
     def take(self, rows: Ints | Bools) -> Blend:
         """The primitives at `rows`."""
-        whole = {f.name: getattr(self, f.name).take(rows, axis=0) for f in fields(Primitives)}
+        whole = picked({name: getattr(self, name) for name in NAMES}, rows)
         names = ("remade_by_mode", "rest_by_mode", "finish_by_mode")
-        picked = {name: tuple(a.take(rows, axis=0) for a in getattr(self, name)) for name in names}
-        return Blend(**whole, **picked)  # type: ignore[arg-type]
+        modes = {name: tuple(a.take(rows, axis=0) for a in getattr(self, name)) for name in names}
+        return Blend(**whole, **modes)  # type: ignore[arg-type]
 
     def remade(self, mode: int) -> Ints:
         """Activations that the backward of the layer of the largest kind makes again."""

@@ -13,7 +13,7 @@ of the sequence (`windows`), and the ranks' windows join end to end.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -164,7 +164,7 @@ def _priced(g: Group, layers: Ints, at: Ints, allowed: Bools) -> Tables:
 
 def _flat(p: Primitives) -> Primitives:
     """Primitives of one row without its axis: shape (1, 1 or entries)."""
-    return Primitives(**{f.name: getattr(p, f.name)[0] for f in fields(Primitives)})
+    return p.each(lambda column: column[0])
 
 
 def _uniform(g: Group, p: Primitives, layers: Ints) -> tuple[Bools, Ints, Ints]:
