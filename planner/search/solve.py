@@ -311,14 +311,15 @@ def _solve(state: _State, row: int, target: int, k: int) -> None:
     own = state.best.get(int(state.groups[row]), int(BIG))
     cutoff = min(target, max(min(own, state.kth(k)), state.optimum) + 1)
     t = _tables_below(state, row, cutoff)
-    state.examined[row], state.bound[row] = True, max(int(state.bound[row]), cutoff)
-    if t is None:
-        return
     v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row].max())
-    below = (cutoff - constant - 1) * v + 1
-    found = stages.best_split(t, below, stopping.check)
-    _agree(t, below, found)
-    if found is None:
+    found = None
+    if t is not None:
+        below = (cutoff - constant - 1) * v + 1
+        found = stages.best_split(t, below, stopping.check)
+        _agree(t, below, found)
+    # Not before: an interruption while it is solved leaves the row open.
+    state.examined[row], state.bound[row] = True, max(int(state.bound[row]), cutoff)
+    if t is None or found is None:
         return
     value = -(-found[0] // v) + constant
     state.bound[row], state.known[row] = value, True
