@@ -172,13 +172,12 @@ def solver_name() -> str:
 
 def _prepare(task: Task, space: Space, rows: Rows) -> _State:
     """Primitives, the exact memory test, and the first bound of every row."""
-    size = len(rows.layouts)
-    # Rows of a group follow each other, so that groups are views.
-    x = rows.layouts.take(np.concatenate([np.zeros(0, dtype=np.int64), *_groups(task, rows.layouts)]))
+    x = rows.layouts
     p, stack = price(task, x)
+    size = len(x)
     none = np.zeros(size, dtype=bool)
     state = _State(task, space, x, p, np.full(size, BIG), none.copy(), none.copy(), none.copy(), stack)
-    for chunk in _groups(task, x):
+    for chunk in bounds.same_pipeline(x, np.arange(size), task.model):
         stopping.check()
         g = state.group(chunk)
         fits = memory_feasible(task, g)
@@ -186,11 +185,6 @@ def _prepare(task: Task, space: Space, rows: Rows) -> _State:
         state.bound[chunk] = np.where(fits, _simple_bound(task, g), BIG)
     state.groups = distinct(np.stack([x.tp, x.cp, x.pp, x.ep]))[1]
     return state
-
-
-def _groups(task: Task, x: LayoutArray) -> list[Ints]:
-    """All rows in chunks that make a `Group`."""
-    return bounds.same_pipeline(x, np.arange(len(x)), task.model)
 
 
 def _simple_bound(task: Task, g: Group) -> Ints:

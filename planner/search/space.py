@@ -20,6 +20,7 @@ from planner.cost.task import INTERLEAVED, INTERLEAVED_ZB, NONE, SPLIT_CODES, V_
 from planner.engines.base import Engine, schedule_codes
 from planner.engines.rule import Rule
 from planner.errors import input_error
+from planner.search.bounds import same_pipeline
 from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES, TYPE_ORDERS
 
 MAX_MICRO_BATCH = 16
@@ -312,7 +313,9 @@ def enumerate_rows(task: Task, engine: Engine, space: Space) -> Rows:
             layouts, lost = _apply(task, rule, layouts)
             if lost:
                 rejected[rule.name] = rejected.get(rule.name, 0) + lost * weight
-    return Rows(layouts, enumerated, rejected)
+    # Rows that are priced and bounded together follow each other: a group of them is a view.
+    groups = same_pipeline(layouts, np.arange(len(layouts)), task.model)
+    return Rows(layouts.take(np.concatenate(groups)) if groups else layouts, enumerated, rejected)
 
 
 def unruled_rows(task: Task, space: Space) -> LayoutArray:
