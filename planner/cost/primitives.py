@@ -14,7 +14,7 @@ import numpy as np
 from planner.cost import memory, operators, p2p, risk, schedules
 from planner.cost.rounding import ceil, nanoseconds
 from planner.cost.states import held_bytes
-from planner.cost.task import GPIPE, INTERLEAVED_ZB, Bools, Floats, Ints, LayoutArray, Task, picked
+from planner.cost.task import GPIPE, INTERLEAVED_ZB, Bools, Floats, Ints, LayoutArray, Task, picked, splits_backward
 from planner.cost.traffic import DpTraffic, dp_traffic, idle_seconds, layer_compute, recompute_seconds, split_compute
 
 
@@ -247,7 +247,7 @@ class PrimitiveTable:
         waiting = late * one - spared
         columns = {k: v.take(share) for k, v in self.columns.items()}
         # Where backward is split a table's gradient comes with the weight gradients.
-        columns["between"] = np.where(schedules.splits_backward(x.schedule), 0, columns["between"])
+        columns["between"] = np.where(splits_backward(x.schedule), 0, columns["between"])
         sends = p2p.exposed(self.task, x, [hop.take(share) for hop in self.hops])
         return Primitives(
             **columns,
@@ -275,7 +275,7 @@ class PrimitiveTable:
         weights = n * columns["weight"] + columns["head"] // 3
         added = schedules.bubble(x.schedule, forward, total - forward - weights, weights)
         saved = (x.pp - 1) * np.maximum(total - added, 0) // x.pp
-        return np.where(schedules.splits_backward(x.schedule), saved, 0)
+        return np.where(splits_backward(x.schedule), saved, 0)
 
     def _hide(self, x: LayoutArray, share: Ints) -> Ints:
         """Step-wise traffic that one layer's compute hides.
@@ -382,7 +382,7 @@ def _combinations(layouts: LayoutArray, names: tuple[str, ...], accumulate: bool
         key = key * (int(column.max(initial=0)) + 1) + column
     if accumulate:
         key = (key * 2 + (layouts.microbatches > 1)) * 2 + (layouts.pp == 1)
-        key = key * 2 + schedules.splits_backward(layouts.schedule)
+        key = key * 2 + splits_backward(layouts.schedule)
     _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
     return layouts.take(first), inverse.ravel()
 
@@ -395,7 +395,7 @@ def _layer_ns(
     to_block: Ints,
 ) -> dict[str, Ints]:
     compute, traffic = priced
-    split, (_, weights) = schedules.splits_backward(layouts.schedule), split_compute(task, layouts, seconds, to_block)
+    split, (_, weights) = splits_backward(layouts.schedule), split_compute(task, layouts, seconds, to_block)
     forward = (seconds.tp_forward + seconds.cp_forward + seconds.ep_forward)[to_block]
     backward = (seconds.tp_backward + seconds.cp_backward + seconds.ep_backward)[to_block]
     return {

@@ -152,6 +152,23 @@ class Task:
         return int(self.hardware.device.memory.base * self.max_memory_fraction)
 
 
+def splits_backward(schedule: Ints) -> Bools:
+    """Which schedules run weight gradients apart."""
+    return _among(schedule, SPLIT_CODES)
+
+
+def v_shaped(schedule: Ints) -> Bools:
+    """Which schedules have two chunks on every rank, in a V."""
+    return _among(schedule, V_CODES)
+
+
+def _among(schedule: Ints, codes: tuple[int, ...]) -> Bools:
+    found: Bools = schedule == codes[0]
+    for code in codes[1:]:  # a few comparisons take less than np.isin
+        found = found | (schedule == code)
+    return found
+
+
 def picked(columns: dict[str, Ints], rows: Ints | Bools) -> dict[str, Ints]:
     """Columns at `rows`, numbers or a mask; where the rows follow each other, views."""
     numbers: Ints = np.nonzero(rows)[0] if rows.dtype == bool else rows.astype(np.int64, copy=False)
@@ -226,7 +243,7 @@ class LayoutArray:
     def kept_zero(self) -> Ints:
         """ZeRO stage as it runs: torch's pipeline stages reduce gradients after the last micro-batch only, so that stage 2 is 1
         under the schedules that leave the reduction to them."""
-        return np.where(np.isin(self.schedule, SPLIT_CODES) & (self.zero == 2), 1, self.zero)
+        return np.where(splits_backward(self.schedule) & (self.zero == 2), 1, self.zero)
 
     @property
     def apart(self) -> Ints:

@@ -19,8 +19,8 @@ import numpy as np
 from planner.cost import step
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
-from planner.cost.schedules import ends, in_flight, in_flight_layers, put_off, splits_backward
-from planner.cost.task import Bools, Ints, LayoutArray
+from planner.cost.schedules import ends, in_flight, in_flight_layers, put_off
+from planner.cost.task import Bools, Ints, LayoutArray, splits_backward
 from planner.specs.layout import SCHEDULES
 from planner.specs.model import Model
 
