@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperOption
 
 from planner.errors import InputError, Problem, input_error
-from planner.planfile import Plan
 from planner.specs.training import Options, help_of
+
+if TYPE_CHECKING:
+    from planner.planfile import Plan
 
 
 def _option(name: str, panel: str, **keywords: Any) -> Any:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from planner.cost.primitives import Blend, Primitives
-from planner.cost.task import Ints
+from planner.cost.task import Bools, Ints, consecutive
 
 _TIMES = ("forward", "backward", "weight", "recompute1", "recompute2", "comm", "hide", "floor", "update")
 _CHUNK_TIMES = ("forward", "backward", "recompute1", "recompute2")
@@ -86,6 +86,8 @@ class Stack:
 
     def take(self, rows: Ints) -> Stack:
         """The rows (the first axis of the primitives) at `rows`."""
+        if (run := consecutive(rows)) is not None:
+            return Stack(self.means[:, :, run], self.peaks[:, :, run], self.ends[:, run])
         return Stack(self.means.take(rows, axis=2), self.peaks.take(rows, axis=2), self.ends.take(rows, axis=1))
 
     def of_rank(self, rank: int) -> Stack:
@@ -135,15 +137,24 @@ class Stack:
         if moments is not None:
             whole = self.blend(counts.sum(axis=-2))
             return replace(whole, **self._by_chunk(counts, moments))  # type: ignore[arg-type]
-        held = counts.sum(axis=-1)
-        n, empty = np.maximum(held, 1), held == 0  # a rank without layers keeps the workspace
+        n = np.maximum(counts.sum(axis=-1), 1)
         total: Ints = np.zeros(1, dtype=np.int64)
-        peaks: Ints = np.zeros(1, dtype=np.int64)
         for k in range(len(self.means)):
             total = total + counts[..., k] * self.means[k]
-            peaks = np.maximum(peaks, np.where((counts[..., k] > 0) | empty, self.peaks[k], 0))
         means = -(-total // n)
         means[_HIDE] = total[_HIDE] // n
+        return self._blend(means, counts > 0)
+
+    def besides(self, kinds: Bools) -> Blend:
+        """Primitives of ranks that have layers of some `kinds` (last axis), with all that layers add up to left out (0)."""
+        return self._blend(np.zeros((len(_MEANS), 1), dtype=np.int64), kinds)
+
+    def _blend(self, means: Ints, kinds: Bools) -> Blend:
+        """Primitives from the means over layers, and from which kinds of layers there are."""
+        empty = ~kinds.any(axis=-1)  # a rank without layers keeps the workspace
+        peaks: Ints = np.zeros(1, dtype=np.int64)
+        for k in range(len(self.peaks)):
+            peaks = np.maximum(peaks, np.where(kinds[..., k] | empty, self.peaks[k], 0))
         values = dict(zip(_MEANS, means, strict=True)) | dict(zip(_PEAKS, peaks, strict=False))
         values |= dict(zip((*_ENDS, *_SHARED), self.ends, strict=True))
         modes = peaks[len(_PEAKS) :]

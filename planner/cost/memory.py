@@ -16,7 +16,7 @@ import numpy as np
 from planner.cost import adapters
 from planner.cost.accounting import ALONE, Accounting, Held, Saved
 from planner.cost.rounding import ceil
-from planner.cost.task import SPLIT_CODES, Bools, Floats, Ints, LayoutArray, Task
+from planner.cost.task import Bools, Floats, Ints, LayoutArray, Task, splits_backward
 from planner.specs.layers import Mlp
 from planner.specs.layout import RECOMPUTE_MODES
 
@@ -230,7 +230,7 @@ def alone(task: Task, layouts: LayoutArray) -> Bools:
     whose backward is whole (the runtime's `masters.lowered` says why)."""
     job, has = task.job, ALONE in task.accounting.zero
     possible = has and job.precision == "bf16" and job.adapter is None and not task.model.routed_mlps
-    return (layouts.data == 1) & ~np.isin(layouts.schedule, SPLIT_CODES) & possible
+    return (layouts.data == 1) & ~splits_backward(layouts.schedule) & possible
 
 
 def joined(a: Accounting, x: LayoutArray) -> Bools:

@@ -6,6 +6,7 @@ columns only, so they are computed for the distinct combinations and spread over
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from planner.cost import memory, operators, p2p, risk, schedules
 from planner.cost.rounding import ceil, nanoseconds
 from planner.cost.states import held_bytes
-from planner.cost.task import GPIPE, INTERLEAVED_ZB, Bools, Floats, Ints, LayoutArray, Task
+from planner.cost.task import GPIPE, INTERLEAVED_ZB, Bools, Floats, Ints, LayoutArray, Task, picked, splits_backward
 from planner.cost.traffic import DpTraffic, dp_traffic, idle_seconds, layer_compute, recompute_seconds, split_compute
 
 
@@ -115,9 +116,11 @@ class Primitives:
 
     def take(self, rows: Ints | Bools) -> Primitives:
         """The primitives at `rows`."""
-        if rows.dtype == bool:
-            rows = np.nonzero(rows)[0]
-        return type(self)(**{f.name: getattr(self, f.name).take(rows, axis=0) for f in fields(self)})
+        return Primitives(**picked({name: getattr(self, name) for name in NAMES}, rows))
+
+    def each(self, change: Callable[[Ints], Ints]) -> Primitives:
+        """The primitives with every field changed alike."""
+        return Primitives(**{name: change(getattr(self, name)) for name in NAMES})
 
     def saved(self, mode: int) -> Ints:
         """Saved activations of one layer and micro-batch under a recompute mode (0 none, 1 selective, 2 full)."""
@@ -140,6 +143,10 @@ class Primitives:
         return np.maximum(self.finish - self.saved(mode), 0)
 
 
+NAMES = tuple(f.name for f in fields(Primitives))
+"""Of the fields of `Primitives`."""
+
+
 @dataclass(frozen=True)
 class Blend(Primitives):
     """Primitives of ranks that mix kinds of layers (`blending.blend`): means, and of what lives at a peak the largest."""
@@ -150,10 +157,10 @@ class Blend(Primitives):
 
     def take(self, rows: Ints | Bools) -> Blend:
         """The primitives at `rows`."""
-        whole = {f.name: getattr(self, f.name).take(rows, axis=0) for f in fields(Primitives)}
+        whole = picked({name: getattr(self, name) for name in NAMES}, rows)
         names = ("remade_by_mode", "rest_by_mode", "finish_by_mode")
-        picked = {name: tuple(a.take(rows, axis=0) for a in getattr(self, name)) for name in names}
-        return Blend(**whole, **picked)  # type: ignore[arg-type]
+        modes = {name: tuple(a.take(rows, axis=0) for a in getattr(self, name)) for name in names}
+        return Blend(**whole, **modes)  # type: ignore[arg-type]
 
     def remade(self, mode: int) -> Ints:
         """Activations that the backward of the layer of the largest kind makes again."""
@@ -240,7 +247,7 @@ class PrimitiveTable:
         waiting = late * one - spared
         columns = {k: v.take(share) for k, v in self.columns.items()}
         # Where backward is split a table's gradient comes with the weight gradients.
-        columns["between"] = np.where(schedules.splits_backward(x.schedule), 0, columns["between"])
+        columns["between"] = np.where(splits_backward(x.schedule), 0, columns["between"])
         sends = p2p.exposed(self.task, x, [hop.take(share) for hop in self.hops])
         return Primitives(
             **columns,
@@ -268,7 +275,7 @@ class PrimitiveTable:
         weights = n * columns["weight"] + columns["head"] // 3
         added = schedules.bubble(x.schedule, forward, total - forward - weights, weights)
         saved = (x.pp - 1) * np.maximum(total - added, 0) // x.pp
-        return np.where(schedules.splits_backward(x.schedule), saved, 0)
+        return np.where(splits_backward(x.schedule), saved, 0)
 
     def _hide(self, x: LayoutArray, share: Ints) -> Ints:
         """Step-wise traffic that one layer's compute hides.
@@ -375,7 +382,7 @@ def _combinations(layouts: LayoutArray, names: tuple[str, ...], accumulate: bool
         key = key * (int(column.max(initial=0)) + 1) + column
     if accumulate:
         key = (key * 2 + (layouts.microbatches > 1)) * 2 + (layouts.pp == 1)
-        key = key * 2 + schedules.splits_backward(layouts.schedule)
+        key = key * 2 + splits_backward(layouts.schedule)
     _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
     return layouts.take(first), inverse.ravel()
 
@@ -388,7 +395,7 @@ def _layer_ns(
     to_block: Ints,
 ) -> dict[str, Ints]:
     compute, traffic = priced
-    split, (_, weights) = schedules.splits_backward(layouts.schedule), split_compute(task, layouts, seconds, to_block)
+    split, (_, weights) = splits_backward(layouts.schedule), split_compute(task, layouts, seconds, to_block)
     forward = (seconds.tp_forward + seconds.cp_forward + seconds.ep_forward)[to_block]
     backward = (seconds.tp_backward + seconds.cp_backward + seconds.ep_backward)[to_block]
     return {

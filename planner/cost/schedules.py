@@ -11,18 +11,13 @@ from functools import lru_cache
 import numpy as np
 
 from planner.cost.actions import Action
-from planner.cost.task import DUALPIPEV, GPIPE, INTERLEAVED, INTERLEAVED_ZB, SPLIT_CODES, V_CODES, ZBV, Bools, Ints
+from planner.cost.task import DUALPIPEV, GPIPE, INTERLEAVED, INTERLEAVED_ZB, ZBV, Ints, splits_backward, v_shaped
 from planner.specs.layout import stage_of
-
-
-def splits_backward(schedule: Ints) -> Bools:
-    """Which schedules run weight gradients apart."""
-    return np.isin(schedule, SPLIT_CODES)
 
 
 def ends(schedule: Ints, pp: Ints | int, index: Ints) -> tuple[Ints, Ints]:
     """(first, last): 1 where pipeline rank `index` holds the embedding, and where it holds the head. All broadcast."""
-    at_last = np.where(np.isin(schedule, V_CODES), 0, np.asarray(pp) - 1)
+    at_last = np.where(v_shaped(schedule), 0, np.asarray(pp) - 1)
     first = np.broadcast_to(index == 0, np.broadcast(index, at_last).shape)
     return first.astype(np.int64), (index == at_last).astype(np.int64)
 

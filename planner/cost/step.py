@@ -25,7 +25,7 @@ import numpy as np
 from planner.cost.blending import Stack
 from planner.cost.primitives import Blend, Primitives, primitive_table
 from planner.cost.schedules import chunk_moments, ends, in_flight, in_flight_layers, put_off
-from planner.cost.task import V_CODES, Bools, Ints, LayoutArray, StageArray, Task, even_runs
+from planner.cost.task import Bools, Ints, LayoutArray, StageArray, Task, even_runs, v_shaped
 from planner.specs.layout import SCHEDULES, Layout
 
 
@@ -270,12 +270,15 @@ def stage_cost(p: Primitives, layouts: LayoutArray, stages: StageArray, blended:
     """Time and memory of each rank; `p` and `layouts` are per layout, `stages` flattened, `blended` per rank (`blend`)."""
     q, x = p.take(stages.row) if blended is None else blended, layouts.take(stages.row)
     first, last = ends(x.schedule, x.pp, stages.index)
-    last = np.where(~np.isin(x.schedule, V_CODES) & (stages.index + stages.count == x.pp), 1, last)
+    last = np.where(~v_shaped(x.schedule) & (stages.index + stages.count == x.pp), 1, last)
     n, n1, n2 = stages.layers, stages.selective, stages.full
     flight, weight, weight1, weight2, waiting = held(x, stages)
     saved = weight * q.act0 - weight1 * (q.act0 - q.act1) - weight2 * (q.act0 - q.act2) + waiting * q.deferred
     strongest = np.where(n2 > 0, 2, np.where(n1 > 0, 1, 0))
-    transient = np.choose(strongest, [stage_transient(q, first, last, mode) for mode in range(3)])
+    transient = np.zeros_like(n)
+    for mode in range(3):
+        if np.any(there := strongest == mode):
+            transient = np.where(there, stage_transient(q, first, last, mode), transient)
     between = first * (n * q.state + saved * (flight - 1) // flight) + between_base(q, first, last, flight)
     return StageCost(
         stage_time(q, first, last, n, n1, n2),

@@ -152,6 +152,37 @@ class Task:
         return int(self.hardware.device.memory.base * self.max_memory_fraction)
 
 
+def splits_backward(schedule: Ints) -> Bools:
+    """Which schedules run weight gradients apart."""
+    return _among(schedule, SPLIT_CODES)
+
+
+def v_shaped(schedule: Ints) -> Bools:
+    """Which schedules have two chunks on every rank, in a V."""
+    return _among(schedule, V_CODES)
+
+
+def _among(schedule: Ints, codes: tuple[int, ...]) -> Bools:
+    found: Bools = schedule == codes[0]
+    for code in codes[1:]:  # a few comparisons take less than np.isin
+        found = found | (schedule == code)
+    return found
+
+
+def picked(columns: dict[str, Ints], rows: Ints | Bools) -> dict[str, Ints]:
+    """Columns at `rows`, numbers or a mask; where the rows follow each other, views."""
+    numbers: Ints = np.nonzero(rows)[0] if rows.dtype == bool else rows.astype(np.int64, copy=False)
+    run = consecutive(numbers)
+    return {name: column.take(numbers, axis=0) if run is None else column[run] for name, column in columns.items()}
+
+
+def consecutive(rows: Ints) -> slice | None:
+    """The slice that has the same rows, where they follow each other."""
+    if len(rows) and int(rows[-1]) - int(rows[0]) == len(rows) - 1 and bool(np.all(rows[1:] > rows[:-1])):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return None
+
+
 @dataclass(frozen=True)
 class LayoutArray:
     """The outer choices of many layouts, one entry each, int64 arrays of equal length."""
@@ -191,9 +222,7 @@ class LayoutArray:
 
     def take(self, rows: Ints | Bools) -> LayoutArray:
         """The layouts at `rows`."""
-        if rows.dtype == bool:
-            rows = np.nonzero(rows)[0]
-        return LayoutArray(**{f.name: getattr(self, f.name).take(rows, axis=0) for f in fields(self)})
+        return LayoutArray(**picked({f.name: getattr(self, f.name) for f in fields(self)}, rows))
 
     @property
     def data(self) -> Ints:
@@ -214,7 +243,7 @@ class LayoutArray:
     def kept_zero(self) -> Ints:
         """ZeRO stage as it runs: torch's pipeline stages reduce gradients after the last micro-batch only, so that stage 2 is 1
         under the schedules that leave the reduction to them."""
-        return np.where(np.isin(self.schedule, SPLIT_CODES) & (self.zero == 2), 1, self.zero)
+        return np.where(splits_backward(self.schedule) & (self.zero == 2), 1, self.zero)
 
     @property
     def apart(self) -> Ints:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.cost import frozen, memory, operators, schedules
+from planner.cost import frozen, memory, operators
 from planner.cost.accounting import Accounting, Traffic
 from planner.cost.collectives import collective_seconds
 from planner.cost.compute import overlapped, streaming_seconds
 from planner.cost.rounding import nanoseconds
 from planner.cost.states import params_by_place
-from planner.cost.task import Floats, Ints, LayoutArray, Task
+from planner.cost.task import Floats, Ints, LayoutArray, Task, splits_backward
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def layer_compute(task: Task, layouts: LayoutArray, seconds: operators.LayerSeco
     )):  # fmt: skip
         more = gather_host(task, layouts.kept_zero, i)
         result.append(operators.bound_by_host(task, device[to_block], (tp + cp)[to_block], host[to_block] + more))
-    split = schedules.splits_backward(layouts.schedule)
+    split = splits_backward(layouts.schedule)
     return result[0], np.where(split, sum(split_compute(task, layouts, seconds, to_block)), result[1])
 
 

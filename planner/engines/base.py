@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.cost.accounting import Accounting
-from planner.cost.schedules import splits_backward
+from planner.cost.task import splits_backward
 from planner.engines.common import COMMON_RULES
 from planner.engines.predicates import divides, everywhere, on_a_cpu
 from planner.engines.rule import Rule

@@ -19,7 +19,7 @@ from planner.cost.accounting import (
     TpTraffic,
     ZeroRule,
 )
-from planner.cost.schedules import splits_backward
+from planner.cost.task import splits_backward
 from planner.engines.base import Engine
 from planner.engines.fsdp2 import ZERO
 from planner.engines.predicates import exchange_divisible, kv_heads_divisible, microbatches_below_pp

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.cost.schedules import splits_backward
-from planner.cost.task import DUALPIPEV, INTERLEAVED, INTERLEAVED_ZB, NONE, ZBV
+from planner.cost.task import DUALPIPEV, INTERLEAVED, INTERLEAVED_ZB, NONE, ZBV, splits_backward
 from planner.engines.predicates import chunks_do_not_fit, divide_each, divides, everywhere, order_matters
 from planner.engines.rule import Rule
 

@@ -24,7 +24,7 @@ from planner.cost.accounting import (
     Traffic,
     ZeroRule,
 )
-from planner.cost.schedules import splits_backward
+from planner.cost.task import splits_backward
 from planner.engines import megatron, sharding
 from planner.engines.rule import Rule
 from planner.specs.layout import SCHEDULES, SPLIT_BACKWARD

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.cost.schedules import splits_backward
-from planner.cost.task import LayoutArray, Task
+from planner.cost.task import LayoutArray, Task, splits_backward
 from planner.engines.problems import job_problems
 from planner.errors import InputError
 from planner.planning.request import Request, Setting, prepare

@@ -13,11 +13,13 @@ _MIX = 0x9E3779B97F4A7C15
 def distinct(columns: Ints) -> tuple[Ints, Ints]:
     """(a row of each kind, the kind of every row) of `columns`, shape (columns, rows). Exact: equal hashes are compared."""
     key = np.zeros(columns.shape[1], dtype=np.uint64)
-    for column in columns.astype(np.uint64):
-        key = (key ^ column) * np.uint64(_MIX)
+    for column in np.ascontiguousarray(columns).view(np.uint64):
+        key ^= column
+        key *= np.uint64(_MIX)
         key ^= key >> np.uint64(29)
     _, first, kind = np.unique(key, return_index=True, return_inverse=True)
-    if not np.array_equal(columns, columns[:, first[kind]]):  # two kinds of rows share a hash
+    like = first[kind]
+    if not all(np.array_equal(column, column[like]) for column in columns):  # two kinds of rows share a hash
         every = np.arange(columns.shape[1])
         return every, every
     return first, kind

@@ -12,15 +12,15 @@ Every bound is admissible because it only drops constraints:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from planner.cost import step
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
-from planner.cost.schedules import ends, in_flight, in_flight_layers, put_off, splits_backward
-from planner.cost.task import Bools, Ints, LayoutArray
+from planner.cost.schedules import ends, in_flight, in_flight_layers, put_off
+from planner.cost.task import Bools, Ints, LayoutArray, splits_backward
 from planner.specs.layout import SCHEDULES
 from planner.specs.model import Model
 
@@ -70,7 +70,7 @@ class Group:
         """The primitives with ranks and windows as more axes, shape (rows, 1, 1 or windows)."""
         if self.blended is not None:
             return self.blended
-        return Primitives(**{f.name: getattr(self.p, f.name)[:, :, None] for f in fields(self.p)})
+        return self.p.each(lambda column: column[:, :, None])
 
     def extra_time(self) -> Ints:
         """Time of a rank without layers (linear form), shape (rows, pp)."""
@@ -111,7 +111,7 @@ class Group:
 def group_of(p: Primitives, layouts: LayoutArray, n_layers: int, modes: tuple[int, ...]) -> Group:
     """A group from rows that share pp, and a schedule where one of them splits its backward: that recomputes nothing."""
     modes = (0,) if splits_backward(layouts.schedule[:1])[0] else modes
-    columns = Primitives(**{f.name: getattr(p, f.name)[:, None] for f in fields(p)})
+    columns = p.each(lambda column: column[:, None])
     return group_by_rank(columns, layouts, n_layers, modes)
 
 
@@ -192,7 +192,7 @@ def _least_once(g: Group) -> Ints:
 
 def to_step(g: Group, slowest: Ints, total: Ints, once: Ints) -> Ints:
     """T of the rows of a group from max R, sum R and max d, ns."""
-    column = Primitives(**{f.name: getattr(g.p, f.name)[:, 0] for f in fields(g.p)})
+    column = g.p.each(lambda column: column[:, 0])
     return step.combine(column, g.layouts, slowest, total, once)
 
 

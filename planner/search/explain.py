@@ -9,8 +9,7 @@ import numpy as np
 
 from planner import stopping
 from planner.cost import step
-from planner.cost.schedules import splits_backward
-from planner.cost.task import MAX_DEVICES, Ints, LayoutArray, Task
+from planner.cost.task import MAX_DEVICES, Ints, LayoutArray, Task, splits_backward
 from planner.engines.base import Engine
 from planner.search import bounds, hetero, mixed
 from planner.search.solve import group_of, memory_feasible, price

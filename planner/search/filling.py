@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.cost.blending import HELD, Stack
+from planner.cost.blending import Stack
 from planner.cost.task import Bools, Floats, Ints
 from planner.search.holding import Ranks, ranks_of
 from planner.search.windows import Windows
 
-_STATE, _ACT = HELD.index("state"), HELD.index("act0")
 _SLACK = 1e-9
 """Relative room for the rounding of the screen's floats."""
 _ENTRIES = 2_000_000
@@ -23,9 +22,9 @@ _FEW = 2048
 """Windows of all rows that are looked at in one go."""
 
 
-def hold_all(stack: Stack, flight: Ints, moments: Ints, w: Windows, modes: tuple[int, ...]) -> Bools:
-    """Which rows have ranks that together hold all layers; `flight` of shape (rows, pp), `moments` as in `chunk_moments`."""
-    ranks, (rows, pp) = ranks_of(stack, flight, moments, w, modes), flight.shape
+def hold_all(stack: Stack, flight: Ints, microbatches: Ints, w: Windows, modes: tuple[int, ...]) -> Bools:
+    """Which rows have ranks that together hold all layers; `flight` of shape (rows, pp)."""
+    ranks, (rows, pp) = ranks_of(stack, flight, microbatches, w, modes), flight.shape
     every = np.arange(rows)
     even = np.arange(pp + 1) * w.positions // pp
     result = _holds(ranks, every, np.broadcast_to(even, (rows, pp + 1)))
@@ -42,13 +41,14 @@ def hold_all(stack: Stack, flight: Ints, moments: Ints, w: Windows, modes: tuple
 def _holds(ranks: Ranks, rows: Ints, meetings: Ints) -> Bools:
     """Whether ranks of `rows` fit that meet at these positions, shape (rows, pp + 1)."""
     w, good = ranks.windows, np.ones(len(rows), dtype=bool)
-    for s in range(meetings.shape[1] - 1):
-        alive = np.nonzero(good)[0]
-        if not len(alive):
-            break
-        start, size = meetings[alive, s], meetings[alive, s + 1] - meetings[alive, s]
-        entries = w.at[start, size]
-        good[alive] = w.whole[entries] & ranks.fits(s, rows[alive], entries)
+    start = 0
+    while start < ranks.pp and len(alive := np.nonzero(good)[0]):
+        # A few ranks at once: rows that fail on one of them need no others.
+        some = np.arange(start, min(ranks.pp, start + max(1, _FEW // len(alive))))
+        entries = w.at[meetings[alive[:, None], some], meetings[alive[:, None], some + 1] - meetings[alive[:, None], some]]
+        every = np.broadcast_to(some, entries.shape).ravel(), rows[alive].repeat(len(some)), entries.ravel()
+        good[alive] = (w.whole[entries] & ranks.fits(*every).reshape(entries.shape)).all(axis=1)
+        start += len(some)
     return good
 
 
@@ -62,7 +62,7 @@ def _weighed(ranks: Ranks, rows: Ints) -> tuple[Bools, Ints]:
     add up to 1 at most, so for any weights a of positions it holds no more than max a / f of them: rows whose positions weigh
     more than their ranks hold together do not fit (weak duality of the linear program).
     """
-    w, (_, pp) = ranks.windows, ranks.flight.shape
+    w, pp = ranks.windows, ranks.pp
     sorts, first, which = _sorts(w)
     pieces = max(1, _ENTRIES // (3 * sorts.size * pp))
     enough, meetings = np.zeros(len(rows), dtype=bool), np.zeros((len(rows), pp + 1), dtype=np.int64)
@@ -93,25 +93,18 @@ def _shares(ranks: Ranks, rows: Ints, sorts: Ints, entries: Ints) -> tuple[Float
 
     Of what the chunks save, the mean over the moments counts, which is no more than the most.
     """
-    held = ranks.stack.held.take(rows, axis=2).astype(float)
-    held, modes = held if ranks.stack.ranked else held[..., None], [_ACT + mode for mode in ranks.modes]
-    flight, moments = ranks.flight[rows], ranks.moments[rows]
-    mean = moments.sum(axis=2) / np.maximum(moments.any(axis=3).sum(axis=2), 1)[:, :, None]
-    state = np.einsum("uck,krs->urs", sorts, held[:, _STATE], optimize=True)
-    saved = np.stack([
-        sum((np.einsum("uk,krs->urs", sorts[:, c], held[:, mode]) * mean[:, :, c] for c in range(sorts.shape[1])), np.zeros(1))
-        for mode in modes
-    ])  # fmt: skip
-    needed = saved + state
-    different = list(dict.fromkeys(map(id, ranks.places)))
-    by_id = {id(place): place for place in ranks.places}
-    places, at = [by_id[i] for i in different], [different.index(id(place)) for place in ranks.places]
-    left = np.stack([place.left[:, rows] for place in places])[at]
-    passed = np.stack([place.passed[rows] for place in places])[at]
-    room = left.take(ranks.pattern[entries], axis=3) - (flight * passed.T).T[:, None, :, None]
-    forgiven = ranks.windows.layers.max() * (1 + flight) if len(held) > 1 else np.zeros_like(flight)
-    room = np.moveaxis(room, 0, 3).swapaxes(1, 2) + forgiven
-    return needed, np.maximum(room, 0) / needed * (1 + _SLACK)
+    at, flight, held = ranks.places, ranks.flight[rows], ranks.held.take(rows, axis=2).astype(float)
+    if ranks.windows.chunks == 1:
+        pairs = sorts[:, 0, :, None, None] * flight
+    else:
+        mean = ranks.moments.sum(axis=2) / np.maximum(ranks.moments.any(axis=3).sum(axis=2), 1)[:, :, None]
+        pairs = np.einsum("uck,tsc->ukts", sorts, mean).take(ranks.rounds[rows], axis=2)
+    state = np.einsum("uck,krs->urs", sorts, held[0], optimize=True)
+    needed = sum((held[2:, None, kind] * pairs[:, kind] for kind in range(held.shape[1])), state)
+    left = at.left[:, rows][:, :, at.of_rank][..., ranks.windows.patterns[1][entries]]
+    room = np.moveaxis(left - (flight * at.passed[rows][:, at.of_rank])[..., None], 3, 1)
+    forgiven = ranks.windows.layers.max() * (1 + flight) if held.shape[1] > 1 else np.zeros_like(flight)
+    return needed, np.maximum(room + forgiven, 0) / needed * (1 + _SLACK)
 
 
 def _alike(middle: Floats, total: Floats, holds: Floats) -> Ints:
@@ -131,7 +124,7 @@ def _alike(middle: Floats, total: Floats, holds: Floats) -> Ints:
 
 def _furthest(ranks: Ranks, rows: Ints) -> Bools:
     """Whether ranks of `rows` hold all layers when each takes as many as it can."""
-    w, pp = ranks.windows, ranks.flight.shape[1]
+    w, pp = ranks.windows, ranks.pp
     at, alive = np.zeros(len(rows), dtype=np.int64), np.arange(len(rows))
     size = np.full(len(rows), w.positions // pp, dtype=np.int64)
     for s in range(pp):
@@ -147,20 +140,20 @@ def _furthest(ranks: Ranks, rows: Ints) -> Bools:
 
 def _longest(ranks: Ranks, s: int, rows: Ints, at: Ints, guess: Ints) -> Ints:
     """The longest window from `at` that rank s of `rows` can hold, in positions; 0 for none. `guess` is tried first."""
-    w, later = ranks.windows, ranks.flight.shape[1] - 1 - s
+    w, later = ranks.windows, ranks.pp - 1 - s
     later += int(later > 0 and not w.whole.all())  # the last rank holds another position if the last one lacks layers
     low, high = np.zeros_like(at), np.maximum(w.positions - at - later, 0)  # every later rank holds a position
     most = int(high.max())
     if len(rows) * most <= _FEW:  # few enough to look at every window
         size = np.arange(1, most + 1)
         row, n = np.nonzero(size <= high[:, None])
-        good = ranks.fits(s, rows[row], w.at[at[row], size[n]])
+        good = ranks.fits(np.full_like(row, s), rows[row], w.at[at[row], size[n]])
         np.maximum.at(low, row, np.where(good, size[n], 0))
         return low
     probe, stride = np.clip(guess, 1, np.maximum(high, 1)), 1
     while len(open_ := np.nonzero(low < high)[0]):
         size = probe[open_]
-        good = ranks.fits(s, rows[open_], w.at[at[open_], size])
+        good = ranks.fits(np.full_like(open_, s), rows[open_], w.at[at[open_], size])
         low[open_] = np.where(good, size, low[open_])
         high[open_] = np.where(good, high[open_], size - 1)
         # Gallop away from the guess, then halve what is left between the two ends.

@@ -139,5 +139,4 @@ def _rows_of(g: Group, rows: Ints) -> Group:
 def _table_bound(task: Task, g: Group, target: int, reach: int) -> Ints:
     """`target_bound` for rows whose ranks hold at most `reach` layers."""
     w, allowed = _windows(task, reach), _allowed(task, g, target)
-    priced = g if g.stack is None else mixed.blended(g, w.counts[None, None])
-    return mixed.chain_bound(priced, w, allowed, _least_total(task, g), _least_once(g), target)
+    return mixed.chain_bound(g, w, _layers(g), allowed, (_least_total(task, g), _least_once(g)), target)

@@ -4,7 +4,7 @@ A window that fits still fits when it loses layers, but for the rounding of mean
 that is excluded surely does not fit; one within those bytes of the limit is decided when it is solved.
 
 What a rank holds besides its layers depends on where it is and on which kinds of layers it has, not on how many; that is
-computed once for each such pair.
+computed once for each such pair (`Places`).
 """
 
 from __future__ import annotations
@@ -15,84 +15,119 @@ import numpy as np
 
 from planner.cost import step
 from planner.cost.blending import HELD, Stack
-from planner.cost.primitives import Blend
+from planner.cost.schedules import chunk_moments
 from planner.cost.task import Bools, Ints
 from planner.search.windows import Windows
 
-_STATE, _UPDATING = HELD.index("state"), HELD.index("updating")
+_STATE, _UPDATING, _ACT = HELD.index("state"), HELD.index("updating"), HELD.index("act0")
 
 
 @dataclass(frozen=True)
-class Place:
-    """What ranks at one place of the pipeline have left for layers; kinds of layers by `pattern`, see `Ranks`."""
+class Places:
+    """What ranks at the places of a pipeline have left for layers: the first, the last, and one between them, or every rank
+    where devices differ by rank. Kinds of layers by pattern (`Windows.patterns`)."""
 
+    of_rank: Ints
+    """Place of each rank."""
     left: Ints
-    """Bytes under each recompute mode with nothing in flight, shape (modes, rows, patterns)."""
+    """Bytes under each recompute mode with nothing in flight, shape (modes, rows, places, patterns)."""
     between: Ints
-    """The same between two micro-batches with one in flight, shape (rows, patterns)."""
+    """The same on the first rank between two micro-batches with one in flight, shape (rows, patterns)."""
     beside: Ints
-    """Bytes beside the optimizer, shape (rows, patterns)."""
+    """Bytes beside the optimizer, shape (rows, places, patterns)."""
     closing: Ints
-    """Bytes beside the embedding's reduction when backward ends, shape (rows, patterns)."""
+    """Bytes beside the embedding's reduction when backward ends, on the first rank, shape (rows, patterns)."""
     passed: Ints
-    """Bytes of inputs and outputs kept for each chunk-micro-batch in flight, shape (rows,)."""
-    first: bool
+    """Bytes of inputs and outputs kept for each chunk-micro-batch in flight, shape (rows, places)."""
 
 
 @dataclass(frozen=True)
 class Ranks:
     """The ranks of some rows with one pipeline degree and number of chunks."""
 
-    stack: Stack
+    held: Ints
+    """Bytes of one layer: states, those beside the optimizer, and activations by recompute mode. Shape (2 + modes, kinds, rows,
+    1), with ranks on the last axis where devices differ."""
     flight: Ints
     """Chunk-micro-batches in flight, shape (rows, pp)."""
     moments: Ints
-    """Those of each chunk when memory may peak (`schedules.chunk_moments`), shape (rows, pp, moments, chunks)."""
+    """Those of each chunk when memory may peak (`schedules.chunk_moments`) by full rounds of micro-batches, shape (rounds, pp,
+    moments, chunks). Of no use without chunks."""
+    rounds: Ints
+    """Which of `moments` each row has."""
     windows: Windows
     modes: tuple[int, ...]
-    pattern: Ints
-    """Which kinds of layers each entry of the windows has, as an index into `places`' patterns."""
-    places: tuple[Place, ...]
-    """By rank; those between the first and the last share one unless devices differ by rank."""
+    places: Places
 
-    def fits(self, s: int, rows: Ints, entries: Ints) -> Bools:
-        """Whether rank s of `rows` can hold windows; a byte is forgiven for each rounded mean: of one kind it is exact."""
-        place, pattern = self.places[s], self.pattern[entries]
-        counts, held = self.windows.counts[entries], self.stack.of_rank(s).held.take(rows, axis=2)
-        layers, flight, moments = counts.sum(axis=(1, 2)), self.flight[rows, s], self.moments[rows, s]
-        whole = np.einsum("rck,kfr->fr", counts, held[:, :-3])
-        whole = -(-whole // layers) * layers  # the layers cost their rounded mean each
-        pairs = np.einsum("rjc,rck->rjk", moments, counts)
-        weight = pairs.sum(axis=2).max(axis=1)
-        saved = np.einsum("rjk,kfr->fjr", pairs, held[:, -3:]).max(axis=1)
-        saved = -(-saved // np.maximum(weight, 1)) * weight
-        forgiven = layers + weight if len(held) > 1 else 0
-        saved, held = saved[list(self.modes)], whole[_STATE] - forgiven
-        fits = saved <= place.left[:, rows, pattern] - flight * place.passed[rows] - held
-        if place.first:
-            between = place.between[rows, pattern] - (flight - 1) * place.passed[rows] - held
-            fits &= (saved * (flight - 1) // flight <= between) & (held <= place.closing[rows, pattern])
-        return np.asarray(fits.any(axis=0) & (whole[_UPDATING] <= place.beside[rows, pattern] + forgiven))
+    @property
+    def pp(self) -> int:
+        """Ranks of a row."""
+        return self.flight.shape[1]
+
+    def fits(self, ranks: Ints, rows: Ints, entries: Ints) -> Bools:
+        """Whether ranks of rows can hold windows, all of shape (n,); a byte is forgiven for each rounded mean: of one kind it
+        is exact."""
+        at, several, by_rank = self.places, len(self.held[0]) > 1, self.held.shape[3] > 1
+        held = self.held.reshape(*self.held.shape[:2], -1).take(rows * self.pp + ranks if by_rank else rows, axis=2)
+        place, pattern = rows * at.passed.shape[1] + at.of_rank[ranks], self.windows.patterns[1][entries]
+        there, passed = place * at.beside.shape[2] + pattern, at.passed.ravel()[place]
+        kinds, layers, flight = self.windows.kinds[entries], self.windows.layers[entries], self.flight[rows, ranks]
+        pairs = self._pairs(ranks, rows, entries)
+        weight = pairs.sum(axis=2).max(axis=0)
+        whole, saved = np.einsum("nk,fkn->fn", kinds, held[:2]), np.einsum("jnk,fkn->jfn", pairs, held[2:]).max(axis=0)
+        if several:  # layers cost their rounded mean each
+            whole, saved = -(-whole // layers) * layers, -(-saved // np.maximum(weight, 1)) * weight
+        forgiven = layers + weight if several else 0
+        state, update = whole[0] - forgiven, whole[1] - forgiven
+        fits = saved <= at.left.reshape(len(saved), -1).take(there, axis=1) - flight * passed - state
+        first = np.nonzero(ranks == 0)[0]
+        if len(first):
+            row, one, others = rows[first], pattern[first], flight[first] - 1
+            between = at.between[row, one] - others * passed[first] - state[first]
+            fits[:, first] &= saved[:, first] * others // flight[first] <= between
+            fits[:, first] &= state[first] <= at.closing[row, one]
+        return np.asarray(fits.any(axis=0) & (update <= at.beside.ravel()[there]))
+
+    def _pairs(self, ranks: Ints, rows: Ints, entries: Ints) -> Ints:
+        """(layer, micro-batch) pairs in flight of each kind, shape (moments, n, kinds), at moments of which one decides."""
+        if self.windows.chunks == 1:
+            return (self.flight[rows, ranks][:, None] * self.windows.kinds[entries])[None]
+        # Rows differ in little of what decides this: it is worked out once for each case.
+        size = len(self.windows.counts)
+        cases, number = np.unique((self.rounds[rows] * self.pp + ranks) * size + entries, return_inverse=True)
+        place, entry = np.divmod(cases, size)
+        pairs = np.einsum("njc,nck->jnk", self.moments[place // self.pp, place % self.pp], self.windows.counts[entry])
+        most = pairs.max(axis=0)
+        if np.array_equal(pairs.sum(axis=2).max(axis=0), most.sum(axis=1)):  # a moment has the most of every kind
+            pairs = most[None]
+        return pairs.take(number.ravel(), axis=1)
 
 
-def ranks_of(stack: Stack, flight: Ints, moments: Ints, w: Windows, modes: tuple[int, ...]) -> Ranks:
-    """The ranks, and what they hold besides layers."""
-    kinds, pattern = np.unique(w.counts.sum(axis=1) > 0, axis=0, return_inverse=True)
+def ranks_of(stack: Stack, flight: Ints, microbatches: Ints, w: Windows, modes: tuple[int, ...]) -> Ranks:
+    """The ranks of rows with `flight` (rows, pp) in flight, and what they hold besides layers."""
     pp = flight.shape[1]
-    same = [(s if stack.ranked else 0, s == 0, s == pp - 1) for s in range(pp)]
-    each: dict[tuple[int, bool, bool], Place] = {}
-    for rank in {key[0] for key in same}:
-        p = stack.of_rank(rank).deep(1).blend(kinds.astype(np.int64)[None])
-        each |= {key: _place(p, key[1:], modes) for key in set(same) if key[0] == rank}
-    return Ranks(stack, flight, moments, w, modes, pattern.ravel(), tuple(each[key] for key in same))
+    places = _places(stack, pp, w.patterns[0], modes)
+    full, rounds = np.unique(np.clip(microbatches // pp, 1, 3), return_inverse=True)
+    moments = chunk_moments(pp, w.chunks, full * pp) if w.chunks > 1 else np.zeros((1, 1, 1, 1), dtype=np.int64)
+    held = np.stack([stack.held[:, name] for name in (_STATE, _UPDATING, *(_ACT + mode for mode in modes))])
+    return Ranks(held if stack.ranked else held[..., None], flight, moments, rounds.ravel(), w, modes, places)
 
 
-def _place(p: Blend, ends: tuple[bool, bool], modes: tuple[int, ...]) -> Place:
-    """What ranks have left that are the first or not, the last or not; `p` by row and pattern of kinds."""
-    zero = np.zeros(1, dtype=np.int64)
-    first, last = (np.array([int(end)]) for end in ends)
-    base, one = p.capacity - step.stage_base_bytes(p, first, last, zero), np.ones(1, dtype=np.int64)
-    left = np.stack([base - step.stage_transient(p, first, last, mode) for mode in modes])
-    between = p.capacity - step.between_base(p, first, last, one)
-    beside, closing = (p.capacity - step.endings(p, first, last)[name].of(zero) for name in ("update", "closing"))
-    return Place(left, between, beside, closing, step.passed_bytes(p, first, last)[:, 0], ends[0])
+def _places(stack: Stack, pp: int, patterns: Bools, modes: tuple[int, ...]) -> Places:
+    """What ranks have left, by row, place and pattern of kinds."""
+    rank = np.arange(pp)
+    of_rank = rank if stack.ranked else np.unique(2 * (rank == pp - 1) + (rank > 0), return_inverse=True)[1].ravel()
+    some = np.unique(of_rank, return_index=True)[1]
+    first, last = ((some == end).astype(np.int64)[None, :, None] for end in (0, pp - 1))
+    p = stack.deep(1 if stack.ranked else 2).besides(patterns[None, None])
+    shape = (len(p.capacity), len(some), len(patterns))
+
+    def each(values: Ints) -> Ints:
+        return np.ascontiguousarray(np.broadcast_to(values, shape))
+
+    zero, one = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
+    base, ending = p.capacity - step.stage_base_bytes(p, first, last, zero), step.endings(p, first, last)
+    left = np.stack([each(base - step.stage_transient(p, first, last, mode)) for mode in modes])
+    between = each(p.capacity - step.between_base(p, first, last, one))[:, 0]
+    beside, closing = (each(p.capacity - ending[name].of(zero)) for name in ("update", "closing"))
+    return Places(of_rank, left, between, beside, closing[:, 0], each(step.passed_bytes(p, first, last))[:, :, 0].copy())

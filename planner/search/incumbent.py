@@ -13,8 +13,7 @@ import numpy as np
 from planner.cost import devicetypes, step
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
-from planner.cost.schedules import splits_backward
-from planner.cost.task import Ints, LayoutArray, StageArray, Task, even_runs
+from planner.cost.task import Ints, LayoutArray, StageArray, Task, even_runs, splits_backward
 from planner.specs.layout import RECOMPUTE_MODES, Layout, even_stages
 
 _PIECE = 1024

@@ -23,6 +23,8 @@ from planner.search.windows import Windows, positions, windows
 
 ENTRIES = 1_000_000
 """Entries of a table of (rows, ranks, windows) that are worked on at once."""
+_PIECE = 200_000
+"""Windows of one rank that are joined at once, of all rows: no more than caches hold."""
 
 
 def blended(g: Group, counts: Ints) -> Group:
@@ -66,19 +68,7 @@ def memory_feasible(task: Task, g: Group) -> Bools:
     # With chunks the moments of a rank follow from full rounds of micro-batches, of which no more than three matter.
     some, kind = distinct(np.concatenate([g.stack.bytes, g.flight.T, np.minimum(x.microbatches // x.pp, 3)[None]]))
     w = windows(task.model.kind_of_layer, v, positions(g.n_layers, v))
-    flight = g.flight[some]
-    moments = chunk_moments(g.pp, v, x.microbatches[some]) if v > 1 else flight[:, :, None, None]
-    return filling.hold_all(g.stack.take(some), flight, moments, w, g.modes)[kind]
-
-
-def fitting(g: Group, layers: Ints) -> Bools:
-    """Whether windows fit under some recompute mode, and the optimizer beside them, shape (rows, ranks, windows)."""
-    p, first, last = g.deep, g.first[:, :, None], g.last[:, :, None]
-    weight = g.weight(np.broadcast_to(layers, (len(g.layouts), g.pp, layers.shape[2])))
-    best = np.zeros(weight.shape, dtype=bool)
-    for mode in g.modes:
-        best = best | (weight * p.saved(mode) <= g.left(mode, layers))
-    return np.asarray(best & (step.stage_update_bytes(p, first, last, layers) <= p.capacity))
+    return filling.hold_all(g.stack.take(some), g.flight[some], x.microbatches[some], w, g.modes)[kind]
 
 
 def excess(g: Group, counts: Ints, mode: int) -> Ints:
@@ -163,29 +153,32 @@ def target_bound(task: Task, g: Group, target: int) -> Ints:
 
 def _table_bound(task: Task, g: Group, target: int, reach: int) -> Ints:
     """`target_bound` for rows whose ranks hold at most `reach` layers."""
-    v, allowed = int(g.layouts.virtual_stages[0]), _allowed_bottleneck(task, g, target)
-    w = windows(task.model.kind_of_layer, v, max(reach // v, 1))
-    w = w.only(_useful(task, g, w, allowed))
+    allowed = _allowed_bottleneck(task, g, target)
+    w = useful(task, g, reach, target)
     if not len(w.counts):
         return np.full(len(g.layouts), target, dtype=np.int64)
-    return chain_bound(blended(g, w.counts[None, None]), w, allowed, _base_total(task, g), _least_once(g), target)
+    least = (_base_total(task, g), _least_once(g))
+    return chain_bound(g, w, _least_layers(g)[:, :, None], allowed, least, target)
 
 
-def chain_bound(g: Group, w: Windows, allowed: Ints, least_total: Ints, least_once: Ints, target: int) -> Ints:
-    """min(bound, target) for each row of a group priced for every window, from the least max R, sum R and max D over chains of
-    windows; no R is above `allowed`, sum R and max D are at least `least_total` and `least_once`, shape (rows,)."""
-    result = np.full(len(g.layouts), target, dtype=np.int64)
-    layers, first, last = w.layers[None, None, :], g.first[:, :, None], g.last[:, :, None]
-    linear = layers * (g.deep.forward + g.deep.backward) + step.end_time(g.deep, first, last)
-    linear = np.where(w.whole & (linear <= allowed[:, None, None]), linear, BIG)
+def chain_bound(g: Group, w: Windows, layer: Ints, allowed: Ints, least: tuple[Ints, Ints], target: int) -> Ints:
+    """min(bound, target) for each row of a group, from the least max R, sum R and max D over chains of windows.
+
+    No R is above `allowed`, sum R and max D are at least the `least` of them, shape (rows,); a layer of each kind takes `layer`
+    at least, shape (kinds, rows, 1 or ranks).
+    """
+    result, (least_total, least_once) = np.full(len(g.layouts), target, dtype=np.int64), least
+    floor = np.einsum("krs,nk->rsn", layer, w.kinds) + g.extra_time()[:, :, None]
+    floor = np.where(w.whole & (floor <= allowed[:, None, None]), floor, BIG)
     # What is dearer is worked out for rows that the cheaper leaves below the target: memory, then sums and step-wise terms.
-    rows = np.nonzero(_step_of(g, least_maximum(linear, w), least_total, least_once) < target)[0]
+    rows = np.nonzero(_step_of(g, least_maximum(floor, w), least_total, least_once) < target)[0]
     if not len(rows):
         return result
-    if len(rows) < len(result):
-        blended = None if g.blended is None else g.blended.take(rows)
-        g, linear = replace(bounds.rows_of(g, rows), blended=blended), linear[rows]
-    time = np.where(fitting(g, layers), bounds.least_recompute(g, layers), BIG) + linear
+    g = bounds.rows_of(g, rows) if g.stack is None else blended(rows_of(g, rows), w.counts[None, None])
+    layers, first, last = w.layers[None, None, :], g.first[:, :, None], g.last[:, :, None]
+    linear = layers * (g.deep.forward + g.deep.backward) + step.end_time(g.deep, first, last)
+    beside = w.whole & (step.stage_update_bytes(g.deep, first, last, layers) <= g.deep.capacity)
+    time = np.where(beside, bounds.least_recompute(g, layers), BIG) + linear
     time = np.where(time > allowed[rows, None, None], BIG, time)
     slowest = least_maximum(time, w)
     close = np.nonzero(_step_of(g, slowest, least_total[rows], least_once[rows]) < target)[0]
@@ -205,12 +198,14 @@ def _step_of(g: Group, slowest: Ints, total: Ints, once: Ints) -> Ints:
     return np.where(found, bounds.to_step(g, *(np.where(found, term, 0) for term in (slowest, total, once))), BIG)
 
 
-def _useful(task: Task, g: Group, w: Windows, allowed: Ints) -> Bools:
-    """Windows that a chain under the allowed bottlenecks of some row can have: work of no more than one rank and no less than
-    what the other ranks leave. Nothing else need be priced."""
-    room = allowed - g.extra_time().min(axis=1)
-    work, least = w.counts.sum(axis=1) @ _least_layers(g), _work(task, g) - (g.pp - 1) * np.maximum(room, 0)
-    return np.asarray(((work <= room) & (work >= least)).any(axis=1))
+def useful(task: Task, g: Group, reach: int, target: int) -> Windows:
+    """The windows that a plan below `target` of some row can have, of up to `reach` layers: work of no more than one rank and
+    no less than what the other ranks leave. Nothing else need be priced."""
+    v = int(g.layouts.virtual_stages[0])
+    w = windows(task.model.kind_of_layer, v, max(reach // v, 1))
+    room = _allowed_bottleneck(task, g, target) - g.extra_time().min(axis=1)
+    work, least = w.kinds @ _least_layers(g), _work(task, g) - (g.pp - 1) * np.maximum(room, 0)
+    return w.only(((work <= room) & (work >= least)).any(axis=1))
 
 
 def least_maximum(values: Ints, w: Windows) -> Ints:
@@ -224,26 +219,30 @@ def least_sum(values: Ints, w: Windows) -> Ints:
 
 
 def _chain(values: Ints, w: Windows, join: np.ufunc) -> Ints:
-    rows, pp, _ = values.shape
+    rows = len(values)
     held = np.zeros((len(w.counts), w.reach + 1), dtype=bool)
     held[np.arange(len(held)), w.sizes] = True
     usable = [np.nonzero(sizes)[0] for sizes in (values < BIG).any(axis=0) @ held]
     if not all(map(len, usable)):
         return np.full(rows, BIG, dtype=np.int64)
     low, high = _meetings(usable, w.positions)
-    best = np.full((rows, w.positions + 1), BIG, dtype=np.int64)
-    best[:, 0] = 0
-    nothing = np.full((rows, 1), BIG, dtype=np.int64)  # the last entry, which is that of windows left out
-    for s in range(pp):
-        following = np.full_like(best, BIG)
-        mine = np.concatenate([values[:, s], nothing], axis=1)
-        for n in usable[s].tolist():
-            start, stop = max(low[s], low[s + 1] - n), min(high[s], high[s + 1] - n) + 1
-            if start < stop:
-                candidate = join(best[:, start:stop], mine[:, w.at[start:stop, n]])
-                np.minimum(following[:, start + n : stop + n], candidate, out=following[:, start + n : stop + n])
-        best = following
-    return best[:, w.positions]
+    if any(a > b for a, b in zip(low, high, strict=True)):
+        return np.full(rows, BIG, dtype=np.int64)
+    piece = max(1, _PIECE // (w.positions * max(map(len, usable))))
+    return np.concatenate([_joined(values[i : i + piece], w, join, usable, low, high) for i in range(0, rows, piece)])
+
+
+def _joined(values: Ints, w: Windows, join: np.ufunc, usable: list[Ints], low: list[int], high: list[int]) -> Ints:
+    """`_chain` of a few rows, whose ranks hold windows of `usable` sizes and begin between `low` and `high`."""
+    best = np.zeros((len(values), 1), dtype=np.int64)
+    for s, sizes in enumerate(usable):
+        start = np.arange(low[s + 1], high[s + 1] + 1)[:, None] - sizes
+        entry = w.at[np.maximum(start, 0), sizes]
+        there = (start >= low[s]) & (start <= high[s]) & (entry >= 0)
+        before = best.take(np.where(there, start - low[s], 0), axis=1)
+        reached = join(before, values[:, s].take(np.where(there, entry, 0), axis=1))
+        best = np.where(there, reached, BIG).min(axis=2, initial=BIG)
+    return best[:, 0]
 
 
 def _meetings(sizes: list[Ints], end: int) -> tuple[list[int], list[int]]:

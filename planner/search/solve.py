@@ -21,6 +21,7 @@ from planner.cost.primitives import Primitives
 from planner.cost.task import Bools, Ints, LayoutArray, StageArray, Task
 from planner.engines.base import Engine
 from planner.search import bounds, hetero, incumbent, mixed, stages
+from planner.search.alike import distinct
 from planner.search.bounds import BIG, Group
 from planner.search.space import Rows, Space, enumerate_rows
 from planner.specs.layout import Layout, Stage, format_recompute
@@ -91,8 +92,8 @@ class _State:
     """The row's least value is known: it is its bound."""
     stack: Stack | None = None
     """Primitives by kind of layers, where the model mixes several."""
-    values: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
-    """Row -> (step ns, split) for rows with a plan."""
+    values: dict[int, tuple[int, stages.Tables]] = field(default_factory=dict)
+    """Row -> (step ns, tables that have its splits) for rows with a plan."""
     groups: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """Rows with equal (tp, cp, pp, ep) share a number."""
     best: dict[int, int] = field(default_factory=dict)
@@ -182,8 +183,7 @@ def _prepare(task: Task, space: Space, rows: Rows) -> _State:
         fits = memory_feasible(task, g)
         state.fits[chunk] = fits
         state.bound[chunk] = np.where(fits, _simple_bound(task, g), BIG)
-    key = np.stack([x.tp, x.cp, x.pp, x.ep], axis=1)
-    state.groups = np.unique(key, axis=0, return_inverse=True)[1].ravel() if size else np.zeros(0, dtype=np.int64)
+    state.groups = distinct(np.stack([x.tp, x.cp, x.pp, x.ep]))[1]
     return state
 
 
@@ -304,31 +304,35 @@ def _solve(state: _State, row: int, target: int, k: int) -> None:
     """Solve one row exactly below what still matters; both methods must agree."""
     own = state.best.get(int(state.groups[row]), int(BIG))
     cutoff = min(target, max(min(own, state.kth(k)), state.optimum) + 1)
-    g = state.group(np.array([row]))
-    reach = _reach(state, g, cutoff)
-    if reach < int(state.layouts.virtual_stages[row]):  # not even one layer a chunk stays below the cutoff
-        state.examined[row], state.bound[row] = True, max(int(state.bound[row]), cutoff)
-        return
-    t = stages.tables(g, state.task, reach)
+    t = _tables_below(state, row, cutoff)
     v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row].max())
-    below = (cutoff - constant - 1) * v + 1
-    found = stages.best_split(t, below, stopping.check)
-    _agree(t, below, found)
+    found = None
+    if t is not None:
+        below = (cutoff - constant - 1) * v + 1
+        found = stages.best_split(t, below, stopping.check)
+        _agree(t, below, found)
+    # Not before: an interruption while it is solved leaves the row open.
     state.examined[row], state.bound[row] = True, max(int(state.bound[row]), cutoff)
-    if found is None:
+    if t is None or found is None:
         return
     value = -(-found[0] // v) + constant
     state.bound[row], state.known[row] = value, True
-    state.values[row] = (value, found[1])
+    state.values[row] = (value, t)
     group = int(state.groups[row])
     state.best[group] = min(state.best.get(group, int(BIG)), value)
 
 
-def _reach(state: _State, g: Group, cutoff: int) -> int:
-    """The most layers that a rank of a group of one row can hold in a plan below `cutoff`."""
-    if state.task.types:
-        return int(hetero.reach_below(state.task, g, cutoff)[0])
-    return int((mixed.reach_below(state.task, g, cutoff) if g.stack else bounds.reach_below(g, cutoff))[0])
+def _tables_below(state: _State, row: int, cutoff: int) -> stages.Tables | None:
+    """The exact tables of a row with all that a plan below `cutoff` can use; None when it cannot use anything."""
+    task, g = state.task, state.group(np.array([row]))
+    if task.types:
+        reach = hetero.reach_below(task, g, cutoff)
+    else:
+        reach = mixed.reach_below(task, g, cutoff) if g.stack else bounds.reach_below(g, cutoff)
+    if reach[0] < g.least[0, 0]:  # not even one layer a chunk
+        return None
+    only = mixed.useful(task, g, int(reach[0]), cutoff) if g.stack and not task.types else None
+    return None if only is not None and not len(only.counts) else stages.tables(g, task, int(reach[0]), only)
 
 
 def _agree(t: stages.Tables, below: int, found: tuple[int, list[int]] | None) -> None:
@@ -417,9 +421,7 @@ def _master(state: _State, stopped: bool) -> int:
 
 def _candidate(state: _State, row: int) -> Candidate:
     """The canonical plan of a row; re-evaluated by the cost model, which must give the same integer."""
-    value, _ = state.values[row]
-    g = state.group(np.array([row]))
-    t = stages.tables(g, state.task, _reach(state, g, value + 1))
+    value, t = state.values[row]
     v, constant = int(state.layouts.virtual_stages[row]), int(state.p.constant[row].max())
     verdict = stages.cp_sat(t, (value - constant) * v + 1, canonical=True)
     if verdict.status != "OPTIMAL" or verdict.split is None:

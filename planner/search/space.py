@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from planner import stopping
-from planner.cost.task import INTERLEAVED, INTERLEAVED_ZB, NONE, SPLIT_CODES, V_CODES, LayoutArray, Task
+from planner.cost.task import INTERLEAVED, INTERLEAVED_ZB, NONE, SPLIT_CODES, V_CODES, Bools, Ints, LayoutArray, Task
 from planner.engines.base import Engine, schedule_codes
 from planner.engines.rule import Rule
 from planner.errors import input_error
+from planner.search.bounds import same_pipeline
 from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES, TYPE_ORDERS
 
 MAX_MICRO_BATCH = 16
@@ -295,16 +296,13 @@ def enumerate_rows(task: Task, engine: Engine, space: Space) -> Rows:
     pipeline, row = _inner_axes(space)
     degrees, schedules, inner = _degrees(space), len(space.schedules), len(row["zero"])
     enumerated = inner * schedules * len(degrees)
-    placed = []
-    for tp, cp, pp, ep, etp, order in degrees:
-        dp, left = divmod(task.gpus, tp * cp * pp)
-        if left == 0 and (not space.dp or dp in space.dp):
-            placed.append((tp, cp, pp, dp, ep, etp, order))
+    dp, whole = _what_is_left(task, degrees)
+    allowed = whole & np.isin(dp, space.dp) if space.dp else whole
     rejected: dict[str, int] = {}
-    if lost := (len(degrees) - len(placed)) * inner * schedules:
+    if lost := int(np.count_nonzero(~allowed)) * inner * schedules:
         rejected["world = tp cp pp dp"] = lost
     # Rules are asked before the grid grows by the axes that they do not look at; what they exclude counts for all of it.
-    layouts = _first(placed)
+    layouts = _first(degrees[allowed], dp[allowed])
     steps: list[tuple[str, dict[str, Sequence[int]], int]] = [
         ("degrees", {}, schedules * inner), ("pipeline", pipeline, inner), ("row", row, 1),
     ]  # fmt: skip
@@ -315,26 +313,34 @@ def enumerate_rows(task: Task, engine: Engine, space: Space) -> Rows:
             layouts, lost = _apply(task, rule, layouts)
             if lost:
                 rejected[rule.name] = rejected.get(rule.name, 0) + lost * weight
-    return Rows(layouts, enumerated, rejected)
+    # Rows that are priced and bounded together follow each other: a group of them is a view.
+    groups = same_pipeline(layouts, np.arange(len(layouts)), task.model)
+    return Rows(layouts.take(np.concatenate(groups)) if groups else layouts, enumerated, rejected)
 
 
 def unruled_rows(task: Task, space: Space) -> LayoutArray:
     """The rows of the grid whether they obey the rules or not; dp is what the devices leave, or each allowed one."""
-    placed = [
-        (tp, cp, pp, dp, ep, etp, order)
-        for tp, cp, pp, ep, etp, order in _degrees(space)
-        for dp in space.dp or (max(task.gpus // (tp * cp * pp), 1),)
-    ]
-    layouts = _first(placed)
+    degrees = _degrees(space)
+    dp = np.maximum(_what_is_left(task, degrees)[0], 1)
+    if space.dp:
+        degrees, dp = degrees.repeat(len(space.dp), axis=0), np.tile(space.dp, len(degrees))
+    layouts = _first(degrees, dp)
     for axes in _inner_axes(space):
         layouts = _grown(task, layouts, axes)
     return layouts
 
 
-def _degrees(space: Space) -> list[tuple[int, ...]]:
-    """(tp, cp, pp, ep, etp, order) combinations."""
-    every = itertools.product(space.tp, space.cp, space.pp, space.ep, space.etp, space.order)
-    return [d for d in every if space.any_etp or d[4] in (1, d[0])]
+def _degrees(space: Space) -> Ints:
+    """(tp, cp, pp, ep, etp, order) combinations, shape (combinations, 6), in the order of a product."""
+    axes = np.meshgrid(*(space.tp, space.cp, space.pp, space.ep, space.etp, space.order), indexing="ij")
+    every = np.stack(axes, axis=-1).astype(np.int64).reshape(-1, len(axes))
+    return every if space.any_etp else every[(every[:, 4] == 1) | (every[:, 4] == every[:, 0])]
+
+
+def _what_is_left(task: Task, degrees: Ints) -> tuple[Ints, Bools]:
+    """(dp that the devices leave for (tp, cp, pp, ...), rounded down, whether it is whole); no product can overflow."""
+    dp = task.gpus // degrees[:, 0] // degrees[:, 1] // degrees[:, 2]
+    return dp, (dp > 0) & (degrees[:, :3].prod(axis=1) * dp == task.gpus)
 
 
 def _inner_axes(space: Space) -> tuple[dict[str, Sequence[int]], dict[str, Sequence[int]]]:
@@ -346,11 +352,10 @@ def _inner_axes(space: Space) -> tuple[dict[str, Sequence[int]], dict[str, Seque
     return pipeline, {n: [i[k] for i in inner] for k, n in enumerate(rest)}
 
 
-def _first(placed: Sequence[tuple[int, ...]]) -> LayoutArray:
+def _first(degrees: Ints, dp: Ints) -> LayoutArray:
     """The placed degrees, with neutral values on the other axes."""
-    outer = np.array(placed, dtype=np.int64).reshape(-1, 7)
-    one, zero = np.ones(len(outer), dtype=np.int64), np.zeros(len(outer), dtype=np.int64)
-    tp, cp, pp, dp, ep, etp, order = (outer[:, i] for i in range(7))
+    tp, cp, pp, ep, etp, order = degrees.T.copy()
+    one, zero = np.ones_like(dp), np.zeros_like(dp)
     return LayoutArray(tp, cp, pp, dp, ep, etp, zero, one, zero, one, zero, one, zero, order)
 
 

@@ -13,7 +13,7 @@ of the sequence (`windows`), and the ranks' windows join end to end.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -24,10 +24,13 @@ from planner.cost.primitives import Primitives
 from planner.cost.task import Bools, Ints, Task
 from planner.search import mixed
 from planner.search.bounds import BIG, Group, most_layers
-from planner.search.windows import positions, windows
+from planner.search.windows import Windows, positions, windows
 
 DETERMINISTIC_TIME = 60.0
 """CP-SAT's own clock, the only limit that could stop a proof: the same on every machine."""
+
+_TOO_SMALL = 50
+"""Windows of a model that CP-SAT solves sooner as it is than it presolves it: up to five times where the split is tight."""
 
 
 @dataclass(frozen=True)
@@ -126,13 +129,13 @@ class Tables:
         return pipeline + self.chunks * once
 
 
-def tables(g: Group, task: Task, reach: int | None = None) -> Tables:
-    """The exact tables of a group of one row, for up to `reach` layers a rank."""
+def tables(g: Group, task: Task, reach: int | None = None, only: Windows | None = None) -> Tables:
+    """The exact tables of a group of one row, for up to `reach` layers a rank; where places matter of `only` these windows."""
     v = int(g.layouts.virtual_stages[0])
     top = (positions(g.n_layers, v) - (g.pp - 1)) * v
     top = max(v, min(top, reach if reach is not None else top))
     if g.stack is not None:
-        return _window_tables(g, task, top)
+        return _window_tables(g, windows(task.model.kind_of_layer, v, top // v) if only is None else only)
     most = most_layers(g)[0]
     top = max(v, min(top, int(most.max())))
     sizes = np.arange(1, top // v + 1, dtype=np.int64)
@@ -140,8 +143,7 @@ def tables(g: Group, task: Task, reach: int | None = None) -> Tables:
     return _priced(g, sizes * v, at, sizes * v <= most[:, None])
 
 
-def _window_tables(g: Group, task: Task, top: int) -> Tables:
-    w = windows(task.model.kind_of_layer, int(g.layouts.virtual_stages[0]), top // int(g.layouts.virtual_stages[0]))
+def _window_tables(g: Group, w: Windows) -> Tables:
     g = mixed.blended(g, w.counts[None, None])
     beside = step.stage_update_bytes(g.deep, g.first[:, :, None], g.last[:, :, None], w.layers) <= g.p.capacity[:, :, None]
     return _priced(g, w.layers, w.at, beside[0] & w.whole)
@@ -162,7 +164,7 @@ def _priced(g: Group, layers: Ints, at: Ints, allowed: Bools) -> Tables:
 
 def _flat(p: Primitives) -> Primitives:
     """Primitives of one row without its axis: shape (1, 1 or entries)."""
-    return Primitives(**{f.name: getattr(p, f.name)[0] for f in fields(Primitives)})
+    return p.each(lambda column: column[0])
 
 
 def _uniform(g: Group, p: Primitives, layers: Ints) -> tuple[Bools, Ints, Ints]:
@@ -386,6 +388,7 @@ def cp_sat(t: Tables, below: int, canonical: bool = False) -> Verdict:
     else:
         model.minimize(total)
     solver: Any = deterministic_solver()
+    solver.parameters.cp_model_presolve = len(x) > _TOO_SMALL
     status = solver.solve(model)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return Verdict(solver.status_name(status), None, None)

@@ -10,7 +10,7 @@ share an entry.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -32,17 +32,28 @@ class Windows:
         """v: layers for each position, but for what the last one lacks."""
         return self.counts.shape[1]
 
-    @property
+    @cached_property
+    def kinds(self) -> Ints:
+        """Layers of each kind by entry, shape (entries, kinds)."""
+        return self.counts.sum(axis=1)
+
+    @cached_property
+    def patterns(self) -> tuple[Bools, Ints]:
+        """(which kinds of layers entries have, shape (patterns, kinds); the pattern of each entry)."""
+        some, which = np.unique(self.kinds > 0, axis=0, return_inverse=True)
+        return some, which.ravel()
+
+    @cached_property
     def layers(self) -> Ints:
         """Layers by entry."""
         return self.counts.sum(axis=(1, 2))
 
-    @property
+    @cached_property
     def sizes(self) -> Ints:
         """Positions by entry."""
         return self.counts.sum(axis=2).max(axis=1)
 
-    @property
+    @cached_property
     def whole(self) -> Bools:
         """Entries with a layer in every chunk."""
         return np.asarray(self.counts.sum(axis=2).min(axis=1) > 0)

@@ -18,8 +18,8 @@ import numpy as np
 from planner.cost import devicetypes, primitives, step
 from planner.cost.blending import blend
 from planner.cost.primitives import Primitives
-from planner.cost.schedules import chunk_moments, in_flight, put_off, splits_backward
-from planner.cost.task import Bools, Ints, LayoutArray, Task
+from planner.cost.schedules import chunk_moments, in_flight, put_off
+from planner.cost.task import Bools, Ints, LayoutArray, Task, splits_backward
 from planner.specs.layout import SCHEDULES, last_rank
 from planner.verify.windows import Runs, runs
 

@@ -1,20 +1,28 @@
-"""Time to a proved optimum on ten problems, and to a Pareto front; reported and never asserted. Run with
+"""Time to a proved optimum on ten problems, to a Pareto front, to a second proof, and to a count; reported and never asserted.
+Run with
 
 python -m pytest tests/benchmarks --benchmark-enable --benchmark-only --slow
 
-Without `--slow` four of the ten, and no front.
+Without `--slow` four of the ten and the count, no front and no second proof. On a machine that others share,
+`--benchmark-timer=time.process_time` reports the CPU time of what runs in the benchmark's own process.
 """
 
 from __future__ import annotations
 
 import pytest
 
+from planner import planfile
 from planner.engines.problems import job_problems
+from planner.planning.make import make_plan
 from planner.planning.pareto import pareto
 from planner.planning.request import Request, prepare
+from planner.planning.spaceview import space_view
 from planner.search.solve import search
 from planner.search.space import declared_space
+from planner.specs import files
 from planner.specs.job import Job
+from planner.verify.case import case_of
+from planner.verify.checks import verify
 
 PROBLEMS = {
     "gpt3-175b, 1,024 A100": ("gpt3-175b", "a100-80gb-sxm", 1024, 2048, 1536),
@@ -60,3 +68,36 @@ def test_pareto_front_of_16_points(benchmark, name):
     assert len(front.points) > 4
     assert all(p.plan.certificate.status == "optimal" for p in front.points)
     benchmark.extra_info["points"] = len(front.points)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek-v3, 2,048 H800"])
+def test_verification(benchmark, name, tmp_path):
+    """What `planner explain --verify` does with a plan file, but for starting Python."""
+    path = tmp_path / "plan.json"
+    planfile.write(make_plan(request(name)), path)
+
+    def verified():
+        plan, stated = planfile.unchecked(files.parse_document(path))
+        return verify(case_of(plan, stated, str(path)))
+
+    report = benchmark.pedantic(verified, rounds=3)
+    assert report.passed, report.reason
+    benchmark.extra_info["checks"] = len(report.checks)
+
+
+CALCULON_SPACE = 6_985_920
+"""Configurations that Calculon tries for GPT-3 175B on 1,024 GPUs and a global batch of 1,024, all with even splits (Isaev et
+al. 2023, SC23; counted by its own `llm-optimal-execution`)."""
+
+
+@pytest.mark.parametrize("name", ["gpt3-175b, 1,024 A100"])
+def test_count_of_a_space(benchmark, name):
+    """Every row asked all rules, and all splits and recompute mixes of those that obey counted."""
+    asked = request(name)
+    view = benchmark.pedantic(lambda: space_view(asked), rounds=3, warmup_rounds=1)
+    assert view.kept < view.enumerated < CALCULON_SPACE < view.layouts
+    benchmark.extra_info["rows"] = view.enumerated
+    benchmark.extra_info["rows that obey the rules"] = view.kept
+    benchmark.extra_info["layouts that they stand for"] = f"{view.layouts:.2e}"
+    benchmark.extra_info["Calculon's configurations"] = CALCULON_SPACE
