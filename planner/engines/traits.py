@@ -174,7 +174,7 @@ def _compiled_blocks(a: Accounting) -> Accounting:
         saved=saved,
         elementwise_forward=megatron.ACCOUNTING.elementwise_forward,
         elementwise_backward=megatron.ACCOUNTING.elementwise_backward,
-        logit_bytes=6.0,
+        logit_bytes=4.0,  # the logits and their gradient in bf16
         loss_traffic=24.0,
         kernels_forward=60,
         kernels_backward=80,
