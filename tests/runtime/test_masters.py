@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import plans
@@ -12,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from planner.runtime import adamw, masters, optim
+from planner.runtime.logs import RankLog
+from planner.runtime.loop import Run
 from planner.runtime.train import Trainer
 from planner.specs.training import Options
 
@@ -46,6 +50,27 @@ def test_masters_train_as_fsdp2_does(micro_batch: int, engine: str, recompute: s
     assert {p.dtype for p in other.parameters()} == {torch.float32}
     assert [s[0] for s in steps] == [s[0] for s in expected]
     assert all(torch.equal(a, b) for a, b in zip(weights, whole, strict=True))
+
+
+def _run(out: Path, steps: int, **options: Any) -> list[float]:
+    log = RankLog(out / "logs", 0)
+    plan = plans.plan(precision="bf16", micro_batch=4)
+    Run(plan, CPU, Options(steps=steps, out=str(out), lr=1e-2, lr_schedule="constant", log_every=100, **options), log).train()
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("lowered_first", [True, False])
+def test_checkpoints_pass_between_masters_and_fsdp2(
+    lowered_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _run(tmp_path / "whole", 4)
+    folder = str(tmp_path / "checkpoints")
+    for steps, lowered in ((2, lowered_first), (4, not lowered_first)):
+        with monkeypatch.context() as patched:
+            if not lowered:
+                patched.setattr(masters, "lowered", lambda *_: False)
+            losses = _run(tmp_path / "parts", steps, checkpoint_dir=folder, save_every=1)
+    assert losses == whole
 
 
 def test_gradients_of_several_microbatches_add_up_in_fp32() -> None:
