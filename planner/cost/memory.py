@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.cost import adapters
+from planner.cost import adapters, pieces
 from planner.cost.accounting import ALONE, Accounting, Held, Saved
 from planner.cost.rounding import ceil
 from planner.cost.task import Bools, Floats, Ints, LayoutArray, Task, splits_backward
@@ -57,18 +57,37 @@ def activation_bytes(task: Task, combos: LayoutArray) -> ActivationBytes:
     if mlp.routed:
         rows = e * mlp.top_k * slots(mlp, combos.ep) / split
         temporaries = np.maximum(temporaries, rows * (a.backward_mlp * mlp.width + 2.0 * model.hidden * combos.etp))
-    logit = (a.logit_bytes if e == 2 else a.logit_bytes_fp32) + np.where(tp > 1, a.logit_bytes_split, 0.0)
     vocabulary = model.vocab / (tp if a.logits_split else np.ones_like(tp))
-    head_rows = a.head_hidden / split + np.where(tp > 1, a.head_gathered, 0.0)
     return ActivationBytes(
         (layers[0], layers[1], layers[2]),
         ceil(tokens * temporaries),
         ceil(tokens * e * model.hidden / split),
-        ceil(tokens * (logit * vocabulary + e * head_rows * model.hidden)),
+        ceil(sum(head_bytes(task, combos).values(), np.zeros_like(tp))),
         ceil(tokens * a.logits_wait * e / 2.0 * vocabulary),
         ceil(tokens * saved_bytes(task, a.deferred, "none", combos, norms=False)),
         ceil(tokens * a.pipeline_logits * e * vocabulary),
     )
+
+
+def head_bytes(task: Task, combos: LayoutArray) -> dict[str, Floats]:
+    """What lives at the peak of the head and the loss of one micro-batch, by name."""
+    model, a, e = task.model, task.accounting, task.job.compute_bytes
+    tp, tokens = combos.tp.astype(float), combos.micro_batch * (task.job.seq_len / combos.cp)
+    split = np.where(combos.sequence_parallel == 1, tp, 1.0)
+    logit = (a.logit_bytes if e == 2 else a.logit_bytes_fp32) + np.where(tp > 1, a.logit_bytes_split, 0.0)
+    vocabulary = model.vocab / (tp if a.logits_split else np.ones_like(tp))
+    inputs = tokens * e * (a.head_hidden / split + np.where(tp > 1, a.head_gathered, 0.0)) * model.hidden
+    if not a.loss_in_pieces:
+        return {"logits and loss": tokens * logit * vocabulary, "inputs": inputs}
+    adding, result = pieces.gradient_bytes(tokens, e * vocabulary, e)
+    logits, weights = pieces.piece_tokens(tokens, e * vocabulary) * logit * vocabulary, vocabulary * model.hidden
+    # The last piece is gone when the sum is converted.
+    return {
+        "logits of a piece": np.maximum(logits, result * weights),
+        "gradient of the head": adding * weights,
+        "inputs": inputs,
+        "gradient of the inputs": tokens * e * model.hidden,
+    }
 
 
 _OF_MLP = frozenset(("mlp", "routed", "routed_mlp", "returned", "routes", "arrivals"))
@@ -81,7 +100,10 @@ def attention_bytes(task: Task, layouts: LayoutArray) -> Floats:
 
 
 def logit_gradient_bytes(task: Task, layouts: LayoutArray) -> Floats:
-    """The logits' gradient of one micro-batch in the compute type, of which the head's own gradient is made."""
+    """The logits' gradient of one micro-batch in the compute type, of which the head's own gradient is made: nothing of it is
+    left where that is done piece by piece."""
+    if task.accounting.loss_in_pieces:
+        return np.zeros(len(layouts))
     tokens = layouts.micro_batch * (task.job.seq_len / layouts.cp)
     split = layouts.tp if task.accounting.logits_split else np.ones(len(layouts))
     return tokens * task.job.compute_bytes * task.model.vocab / split

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from planner.cost import adapters
+from planner.cost import adapters, pieces
 from planner.cost.accounting import TpTraffic
 from planner.cost.collectives import collective_seconds
 from planner.cost.compute import (
@@ -483,12 +483,19 @@ def _cp_traffic(task: Task, s: Shapes, forward: Floats, backward: Floats) -> tup
     return overlapped(forward, once, slow, floor), overlapped(backward, 2.0 * once, slow, floor), np.zeros_like(once)
 
 
+def loss_bytes(task: Task, s: Shapes) -> Floats:
+    """Bytes that the loss moves, forward and backward."""
+    model, a, e = task.model, task.accounting, task.job.compute_bytes
+    wide = model.vocab / s.tp if a.logits_split else np.full_like(s.tp, float(model.vocab))
+    more = pieces.more_traffic(s.tokens, e * wide, e) * wide * model.hidden if a.loss_in_pieces else 0.0
+    return a.loss_traffic * s.tokens * wide * e / 2.0 + more
+
+
 def _head(task: Task, s: Shapes, sequence: np.ndarray) -> tuple[Floats, Floats]:
     """(compute, tp traffic) of the final projection and the loss, forward and backward."""
     model, a, device, e = task.model, task.accounting, task.hardware.device, task.job.compute_bytes
     gemms = sum((product_seconds(task, p) for p in head_products(task, s)), np.zeros_like(s.tp))
-    wide = model.vocab / s.tp if a.logits_split else np.full_like(s.tp, float(model.vocab))
-    loss = streaming_seconds(a.loss_traffic * s.tokens * wide * e / 2.0, device) * task.constant("elementwise")
+    loss = streaming_seconds(loss_bytes(task, s), device) * task.constant("elementwise")
     n_bytes = hidden_bytes(task, s)
     one = np.ones_like(s.tp)
     gather = collective_seconds("all_gather", s.tp, one, n_bytes, task.hardware)

@@ -55,7 +55,7 @@ def held_bytes(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
         "head_reduction": ceil(np.maximum(per.head_reduction - per.released, 0) * params["head"]),
         "last_reduction": ceil(per.last_reduction * params["layer"] + routed.last_reduction * beside),
         "last_layer": ceil(per.last_unit * params["layer"] + routed.last_unit * beside),
-        "last_embedding": ceil(per.last_unit * params["embedding"] + task.job.compute_bytes * rest),
+        "last_embedding": ceil(_last_embedding(task, layouts, per, params["embedding"], rest)),
         "carried": ceil(per.carried * params["layer"] + routed.carried * beside),
         "carried_first": ceil(per.carried * params["embedding"]),
     }
@@ -63,6 +63,17 @@ def held_bytes(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
         for name, n_bytes in _frozen_states(source, layouts).items():
             result[name] = result[name] + n_bytes
     return result
+
+
+def _last_embedding(task: Task, layouts: LayoutArray, per: memory.StateBytes, table: Floats, rest: Floats) -> Floats:
+    """Bytes of the embedding's gradient when backward ends. Over tp it is made whole and split, then FSDP2 reduces the share.
+
+    Bare parameters keep it whole, summed in fp32 over several micro-batches, while their share is copied out of it.
+    """
+    e = task.job.compute_bytes
+    whole = np.where(rest > 0, e * (rest + table), 0.0)
+    bare = np.where(rest > 0, np.where(layouts.microbatches > 1, 4.0, e) * (rest + table), 0.0)
+    return np.where(memory.alone(task, layouts), bare, np.maximum(per.last_unit * table, whole))
 
 
 def mask_bytes(task: Task) -> float:

@@ -24,7 +24,7 @@ from planner.cost.accounting import (
     Traffic,
     ZeroRule,
 )
-from planner.cost.task import splits_backward
+from planner.cost.task import GPIPE, splits_backward
 from planner.engines import megatron, sharding
 from planner.engines.rule import Rule
 from planner.specs.layout import SCHEDULES, SPLIT_BACKWARD
@@ -174,7 +174,12 @@ def _compiled_blocks(a: Accounting) -> Accounting:
         saved=saved,
         elementwise_forward=megatron.ACCOUNTING.elementwise_forward,
         elementwise_backward=megatron.ACCOUNTING.elementwise_backward,
-        logit_bytes=4.0,  # the logits and their gradient in bf16
+        loss_in_pieces=True,
+        logit_bytes=2.0,  # the gradient takes the logits' place
+        logit_bytes_fp32=4.0,
+        logit_bytes_split=0.0,
+        pipeline_logits=0.0,
+        logits_wait=0.0,
         loss_traffic=24.0,
         kernels_forward=60,
         kernels_backward=80,
@@ -237,6 +242,14 @@ _COMPILED_RULES = (
         "schedule {schedule} with compiled blocks",
         "a compiled backward frees what it saved, and cannot run again for the weights (torch: donated buffers)",
         "use 1f1b or interleaved, or leave out +compile",
+        on="pipeline",
+    ),
+    Rule(
+        "PLN600", "compile: no gpipe",
+        lambda t, x: x.schedule == GPIPE,
+        "schedule gpipe with compiled blocks and loss",
+        "the loss makes the head's gradient in forward, and gpipe would keep one for each micro-batch",
+        "use 1f1b: the bubble is the same, the memory less; or leave out +compile",
         on="pipeline",
     ),
     Rule(

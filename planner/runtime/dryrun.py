@@ -12,7 +12,7 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from planner.planfile import Plan
-from planner.runtime import adamw, masters, model, norms
+from planner.runtime import adamw, head, masters, model, norms
 from planner.runtime.fakerank import SMALL, Collective, FakeMeter, FusedRmsNorm, Origin, fake_group, fake_tensors
 from planner.runtime.meter import rounded, storages
 from planner.runtime.model import Decoder
@@ -104,6 +104,13 @@ class _FakeTrainer(Trainer):
             return super().optimizer_step(step)
         finally:
             meter.optimizing = False
+
+
+def _fused_loss(function: Callable[..., Any], _compiled: bool) -> Callable[..., Any]:
+    """The loss's kernels as they are compiled: what they allocate, and no more."""
+    if function is head.statistics:
+        return lambda logits, *_: tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
+    return lambda *_: None
 
 
 @dataclass(frozen=True)
@@ -214,6 +221,8 @@ def _measure(plan: Plan, rank: int) -> _Measured:
         stack.enter_context(fake_group(rank, plan.layout.world_size))
         stack.enter_context(patch.object(norms, "_RmsNormCpu", FusedRmsNorm))
         stack.enter_context(patch.object(adamw, "update", lambda *_: None))  # one kernel on CUDA: it allocates nothing
+        stack.enter_context(patch.object(head, "_kernel", _fused_loss))
+        stack.enter_context(patch.object(head, "add_product", lambda *_: None))
         mode, meter = fake_tensors(), FakeMeter(lambda group, op: _axis(plan, group, op))
         trainer = _FakeTrainer(plan, meter, mode)
         stack.enter_context(mode)

@@ -32,8 +32,11 @@ class Evaluation:
     def _batch(self, step: int) -> float:
         tokens, targets = self.batches.get(step)
         trainer = self.trainer
+        trainer.expect(targets)
         if trainer.schedule is None:
             (part,) = trainer.parts.values()
             pairs = trainer.micro_batches(tokens, targets)
-            return trainer.mean_loss([loss.plain(loss.token_loss(part(own), wanted)) for own, wanted in pairs])
-        return trainer.mean_loss(trainer.through(trainer.schedule.eval, tokens, targets)) / trainer.scale.value
+            losses = [loss.plain(trainer.scaled_loss(part(own), wanted)) for own, wanted in pairs]
+        else:
+            losses = trainer.through(trainer.schedule.eval, tokens, targets)
+        return trainer.mean_loss(losses) / trainer.scale.value

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 from planner.runtime.meter import Meter, storages
 
-SMALL = 1 << 16
-"""Bytes up to which a collective is a scalar's or a norm weight's: logged, and told apart."""
+SMALL = 1 << 18
+"""Bytes up to which a collective is a scalar's, a norm weight's, or the loss's figures of each token: logged, and told apart."""
 
 _OPERATIONS = {
     "all_gather": ("allgather", "all_gather"),

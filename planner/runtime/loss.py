@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -13,13 +12,11 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy. logits [b, s, V] (under tp a DTensor split over V), targets [b, s] int64; a scalar."""
+    """Mean cross-entropy. logits [b, s, V] (under tp a DTensor split over V), targets [b, s] int64; a scalar.
+
+    Where the head makes the loss in pieces (`head`), this is not called.
+    """
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(0, 1))
-
-
-def compiled_loss() -> Callable[[Tensor, Tensor], Tensor]:
-    """`token_loss` as one kernel a pass: it keeps the logits and their log-sum-exp, and no fp32 copy of them."""
-    return torch.compile(token_loss)
 
 
 def split_vocabulary(tp: int) -> AbstractContextManager[None]:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from planner.runtime import masters
 from planner.runtime.activations import activate, activation_of
 from planner.runtime.attention import SAVED_BY_SELECTIVE, Attention, locality_mask
+from planner.runtime.head import Head
 from planner.runtime.mla import LatentAttention
 from planner.runtime.moe import Moe
 from planner.runtime.norms import norm_of
@@ -129,8 +130,8 @@ def _maybe(norm: nn.Module | None, x: Tensor) -> Tensor:
 class Decoder(nn.Module):
     """Some consecutive layers; the embedding when `first`, the final norm and head when `last`.
 
-    Input: token ids [b, s] on the first stage, else activations [b, s/tp, h]. Output: logits [b, s, V] on the last
-    stage (a DTensor split over V under tp), else activations.
+    Input: token ids [b, s] on the first stage, else activations [b, s/tp, h]. Output: on the last stage logits [b, s, V]
+    (a DTensor split over V under tp), or the loss where the head expects targets; else activations.
     """
 
     def __init__(self, model: Model, layers: Sequence[int], first: bool, last: bool):
@@ -145,7 +146,7 @@ class Decoder(nn.Module):
         self.pos = nn.Embedding(model.max_positions or 0, model.hidden) if learned else None
         self.layers = nn.ModuleDict({str(i): Block(model, model.kinds[model.kind_of_layer[i]][0]) for i in layers})
         self.norm = norm_of(model) if last else None
-        self.head = nn.Linear(model.hidden, model.vocab, bias=model.head_bias) if last else None
+        self.head = Head(model.hidden, model.vocab, model.head_bias) if last else None
 
     def blocks(self) -> list[Block]:
         """The layers in order."""

@@ -35,8 +35,10 @@ from planner.specs.job import Job
 from planner.specs.layout import Layout, Stage
 
 
-def apply_tp(part: Decoder, mesh: DeviceMesh) -> None:
+def apply_tp(part: Decoder, mesh: DeviceMesh, in_pieces: bool = False) -> None:
     """Split matrices over heads or widths, the vocabulary over both ends, activations between blocks over tokens.
+
+    With the loss `in_pieces` the head gathers its input and scatters the gradient by itself.
 
     Sequence parallelism (Korthikanti 2022, arXiv 2205.05198) is always on: [b, s/tp, h] between blocks.
     """
@@ -48,7 +50,8 @@ def apply_tp(part: Decoder, mesh: DeviceMesh) -> None:
         parallelize_module(block, mesh, {**_attention_plan(block), **_mlp_plan(block)})
     if part.head is not None:
         head = ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False)
-        parallelize_module(part.head, mesh, head)
+        parallelize_module(part.head, mesh, _Rows() if in_pieces else head)
+        part.head.group = mesh.get_group() if in_pieces else None
     for module in part.modules():
         if isinstance(module, Replicated):  # `replicated.whole` sums its gradient over the group
             distribute_module(module, mesh)
@@ -56,6 +59,13 @@ def apply_tp(part: Decoder, mesh: DeviceMesh) -> None:
         if isinstance(block.attn, LatentAttention):
             block.attn.tp = mesh
     part.tie()  # the styles above replaced both parameters; tying before would silently untie them
+
+
+class _Rows(ColwiseParallel):
+    """The rows of a matrix over the group; input and output as they are."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh, self._partition_linear_fn)
 
 
 _GATHER = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
@@ -163,10 +173,24 @@ def apply_zero(
         wrap([m for m in heads if m is not None], False)  # backward starts here: freeing would gather again at once
     # Tied: one parameter cannot be in two units, so embedding, norm and head stay in the root unit.
     wrap(part, False)
+    if zero and heads:
+        heads[-1].register_forward_pre_hook(lambda *_: _free_gather_buffer(part))
     if zero:
         units = [unit for block in part.blocks() for unit in (*(moe.experts for moe in experts.mixtures(block)), block)]
         _gather_ahead([embeddings[0] if embeddings and not tied else None, *units, heads[-1] if heads else part])
     experts.gather_early(part.blocks())
+
+
+def _free_gather_buffer(root: Any) -> None:
+    """Free the buffer that the head was gathered into. FSDP2 does that with the next unit's gather, or when the model's forward
+    is over, and a head that makes the loss peaks before either."""
+    context = root._get_fsdp_state()._comm_ctx
+    state = context.all_gather_state
+    if state is not None:
+        for stream in (context.all_gather_copy_in_stream, context.all_gather_stream):
+            if state.event is not None:
+                stream.wait_event(state.event)  # its memory is of these streams
+        context.all_gather_state = None
 
 
 def _gather_ahead(units: Sequence[nn.Module | None]) -> None:

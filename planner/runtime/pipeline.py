@@ -73,7 +73,7 @@ class ZeroStage(PipelineStage):
         return grads, None
 
 
-def _boundary(plan: Plan, stage: int, stages: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _boundary(plan: Plan, stage: int, stages: int, in_pieces: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes that enter and leave a stage, as meta tensors: static metadata spares a trial step on pickled shapes."""
     b, s, layout = plan.layout.micro_batch, plan.job.seq_len, plan.layout
     dtype = DTYPES[plan.job.precision]
@@ -82,14 +82,18 @@ def _boundary(plan: Plan, stage: int, stages: int) -> tuple[torch.Tensor, torch.
     hidden = torch.empty(b, s // layout.tp, plan.model.hidden, **options)
     tokens = torch.empty(b, s, dtype=torch.int64, device="meta")
     logits = torch.empty(b, s, plan.model.vocab, **options)
-    return (tokens if stage == 0 else hidden), (logits if stage == stages - 1 else hidden)
+    result = torch.empty((), device="meta", requires_grad=True) if in_pieces else logits
+    return (tokens if stage == 0 else hidden), (result if stage == stages - 1 else hidden)
 
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def build_schedule(plan: Plan, world: World, parts: dict[int, nn.Module], loss: Loss) -> _PipelineSchedule:
-    """The plan's schedule over this rank's parts; `loss` of (logits, targets) is meant over micro-batches."""
+def build_schedule(
+    plan: Plan, world: World, parts: dict[int, nn.Module], loss: Loss, in_pieces: bool = False
+) -> _PipelineSchedule:
+    """The plan's schedule over this rank's parts; `loss` of (the last stage's output, targets) is meant over micro-batches.
+    That output is logits, or with the loss `in_pieces` the loss."""
     layout = plan.layout
     stages = world.pp * layout.virtual_stages
     zero = effective_zero(layout)
@@ -97,7 +101,7 @@ def build_schedule(plan: Plan, world: World, parts: dict[int, nn.Module], loss: 
     kind = ZeroStage if zero >= 2 and layout.schedule not in SPLIT_BACKWARD else PipelineStage
     built: list[Any] = []
     for index, part in parts.items():
-        enters, leaves = _boundary(plan, index, stages)
+        enters, leaves = _boundary(plan, index, stages, in_pieces)
         group = world.mesh["pp"].get_group()
         stage = kind(part, index, stages, world.device, input_args=enters, output_args=leaves, group=group)
         if isinstance(stage, ZeroStage):

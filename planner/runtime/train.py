@@ -35,16 +35,16 @@ class Trainer:
         self.lowered = masters.lowered(plan.layout, plan.job, plan.model)
         """Whether parameters are in the compute type, with masters beside unless the engine keeps none."""
         self.with_masters = self.lowered and "bf16-states" not in traits
-        fused = self.compiled and device.type == "cuda" and plan.layout.tp == 1
-        self.token_loss = loss.compiled_loss() if fused else loss.token_loss
+        self.in_pieces = self.compiled
+        """Whether the head makes the loss, and its gradients, piece by piece."""
         self.microbatches = plan.layout.microbatches(plan.job)
         self.zero = parallelize.effective_zero(plan.layout)
         self.world: World = build_world(plan, device)
-        self.parts = self._build_parts()
         self.scale = LossScale(plan.job.precision)
+        self.parts = self._build_parts()
         self.schedule = None
         if self.world.pp > 1:
-            self.schedule = pipeline.build_schedule(plan, self.world, dict(self.parts), self._scaled_loss)
+            self.schedule = pipeline.build_schedule(plan, self.world, dict(self.parts), self.scaled_loss, self.in_pieces)
         self.optimizer = optim.build_optimizer(self.parameters(), self.options.lr)
         self.batches = Batches(plan, self.world, self.options.seed, self.options.data)
         self.own_losses: list[Tensor] = []
@@ -62,10 +62,12 @@ class Trainer:
             if self.lowered:
                 part.to(precision.DTYPES[self.plan.job.precision])
             part.tie()
+            if part.head is not None:
+                part.head.scale = self.scale
             if self.plan.job.linears == "fp8":
                 precision.apply_fp8(part)
             if layout.tp > 1:
-                parallelize.apply_tp(part, mesh["tp"])
+                parallelize.apply_tp(part, mesh["tp"], self.in_pieces)
             if layout.cp > 1:
                 parallelize.apply_cp(part, mesh["cp"])
             experts.place(part, self.world.experts, layout)
@@ -99,6 +101,7 @@ class Trainer:
         """Gradients of one global batch; returns its mean loss, on every rank. Collective."""
         tokens, targets = self.batches.get(step)
         self.mark(step, 1)
+        self.expect(targets)
         with loss.split_vocabulary(self.layout.tp):
             losses = self._accumulate(tokens, targets) if self.schedule is None else self._pipeline(tokens, targets)
         _settle_gradients(self.parameters())
@@ -106,9 +109,15 @@ class Trainer:
         self.own_losses = losses
         return self.mean_loss(losses) / self.scale.value
 
-    def _scaled_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Loss of a micro-batch, times the loss scale."""
-        return self.token_loss(logits, targets) * self.scale.value
+    def scaled_loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        """Loss of a micro-batch, times the loss scale, of what the last stage puts out."""
+        return output if self.in_pieces else loss.token_loss(output, targets) * self.scale.value
+
+    def expect(self, targets: Tensor) -> None:
+        """Tell a head that makes the loss what to compare the next batch with."""
+        for part in self.parts.values():
+            if part.head is not None and self.in_pieces:
+                part.head.expect(torch.split(targets, self.layout.micro_batch))
 
     def _accumulate(self, tokens: Tensor, targets: Tensor) -> list[Tensor]:
         """One micro-batch after another, without a pipeline."""
@@ -116,7 +125,7 @@ class Trainer:
         losses = []
         for i, (own, wanted) in enumerate(self.micro_batches(tokens, targets)):
             parallelize.prepare_accumulation(part, self.zero, last=i == self.microbatches - 1)
-            value = self._scaled_loss(part(own), wanted)
+            value = self.scaled_loss(part(own), wanted)
             (value / self.microbatches).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.plain(value))
         return losses

@@ -49,6 +49,10 @@ def _two() -> dict[str, tuple[str, dict[str, Any]]]:
     cases["tp2-compiled"] = ("llama", {"tp": 2, **compiled})
     cases["cp2-compiled-selective"] = ("gpt", {"cp": 2, "zero": 3, "recompute": "selective", **compiled})
     cases["dp2-zero3-compiled-full"] = ("llama", {"dp": 2, "zero": 3, "recompute": "full", **compiled, "micro_batch": 2})
+    cases["pp2-compiled"] = ("phi", {"pp": 2, "engine": "bundled+compile"})
+    cases["pp2-interleaved-compiled"] = ("deep", {"pp": 2, "schedule": "interleaved", "virtual_stages": 2, "engine": "bundled+compile"})
+    cases["tp2-compiled-tied"] = ("tied", {"tp": 2, "engine": "bundled+compile"})
+    cases["dp2-zero2-compiled-bf16"] = ("llama", {"dp": 2, "zero": 2, "precision": "bf16", "engine": "bundled+compile"})
     cases["cp2-zero0"] = ("llama", {"cp": 2})
     cases["cp2-zero3-learned"] = ("gpt", {"cp": 2, "zero": 3, "recompute": "selective"})
     cases["dp2-zero2-bf16"] = ("llama", {"dp": 2, "zero": 2, "precision": "bf16"})
@@ -127,7 +131,7 @@ QUICK = {
     2: (
         "dp2-zero0-full", "dp2-zero1-one-microbatch", "dp2-zero2-bf16", "dp2-zero3-mixed", "dp2-zero3-tied",
         "tp2-selective", "tp2-tied", "tp2-bf16", "cp2-zero3-learned",
-        "pp2-gpipe-full", "pp2-gpt-mixed", "pp2-interleaved-none", *(f"pp2-{schedule}" for schedule in SPLIT_BACKWARD),
+        "pp2-gpipe-full", "pp2-gpt-mixed", "pp2-compiled", "tp2-compiled-tied", "pp2-interleaved-none", *(f"pp2-{schedule}" for schedule in SPLIT_BACKWARD),
         "moe-dp2-zero3", "ep2-zero2", "ep2-padded", "ep2-zero3-bf16", "tp2-ep2", "tp2-etp2", "mla-ep2", "moe-pp2",
     ),
     4: (

@@ -61,6 +61,12 @@ def _deepseek(layers: int) -> Model:
     return Model(name="deepseek", hidden=2048, vocab=102400, layers=groups)
 
 
+def _wide(layers: int) -> Model:
+    """A vocabulary beside which layers are small: the loss decides."""
+    group = LayerGroup(count=layers, attention=Attention(heads=16, kv_heads=4), mlp=Mlp(kind="gated", width=1024))
+    return Model(name="wide", hidden=2048, vocab=128256, layers=[group])
+
+
 def _cases() -> dict[str, Plan]:
     found: dict[str, Plan] = {}
 
@@ -69,6 +75,7 @@ def _cases() -> dict[str, Plan]:
 
     _add_dense(add)
     _add_experts(add)
+    _add_pieces(add)
     return found
 
 
@@ -87,6 +94,23 @@ def _add_experts(add: Callable[..., None]) -> None:
     add("shared-tp2-dp4-ep8-zero3", _qwen(3), tp=2, dp=4, ep=8, zero=3, recompute="full", global_batch=8)
     add("latent-dp4-ep4-zero3", _deepseek(4), dp=4, ep=4, zero=3, recompute="full", global_batch=8)
     add("latent-pp2-dp2-ep2-zero2", _deepseek(6), pp=2, dp=2, ep=2, zero=2, global_batch=8)
+
+
+def _add_pieces(add: Callable[..., None]) -> None:
+    """The loss in pieces: one, and several. Full recompute: a dry run makes blocks as they are without the compiler."""
+    for micro_batch in (1, 4):
+        options: dict[str, Any] = {"engine": "bundled+compile", "recompute": "full", "micro_batch": micro_batch}
+        n = f"b{micro_batch}"
+        add(f"pieces-one-{n}", _wide(4), **options, global_batch=micro_batch)
+        add(f"pieces-one-{n}-m2", _wide(4), **options, global_batch=2 * micro_batch)
+        for zero in range(4):
+            add(f"pieces-dp4-zero{zero}-{n}", _wide(4), dp=4, zero=zero, **options, global_batch=4 * micro_batch)
+        add(f"pieces-dp4-zero2-{n}-m2", _wide(4), dp=4, zero=2, **options, global_batch=8 * micro_batch)
+        add(f"pieces-dp4-zero3-{n}-m2", _wide(4), dp=4, zero=3, **options, global_batch=8 * micro_batch)
+        add(f"pieces-tp2-{n}", _wide(4), tp=2, **options, global_batch=micro_batch)
+        add(f"pieces-tp2-dp2-zero3-{n}", _wide(4), tp=2, dp=2, zero=3, **options, global_batch=2 * micro_batch)
+        add(f"pieces-pp2-{n}", _wide(4), pp=2, **options, global_batch=4 * micro_batch)
+        add(f"pieces-pp2-dp2-zero2-{n}", _wide(4), pp=2, dp=2, zero=2, **options, global_batch=8 * micro_batch)
 
 
 def _add_dense(add: Callable[..., None]) -> None:

@@ -204,5 +204,7 @@ def _loss_line(lines: Lines, kind: Kind, seconds: float) -> None:
         "tokens": float(kind.shapes.tokens[0]), "vocabulary": task.model.vocab / split,
         "bytes each": a.loss_traffic * task.job.compute_bytes / 2.0,
     }  # fmt: skip
+    if a.loss_in_pieces:
+        inputs["bytes in all"] = float(operators.loss_bytes(task, kind.shapes)[0])
     figures = (*STREAMED, "engine.loss_traffic", "constant.elementwise")
     lines.add("compute", "loss", seconds, lines.c.m, STREAM, inputs, figures)

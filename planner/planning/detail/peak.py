@@ -8,6 +8,7 @@ from planner.cost.task import Task
 from planner.planning.detail.held import Held
 from planner.planning.detail.tables import Inputs
 from planner.specs.layout import RECOMPUTE_MODES
+from planner.units import GIB
 
 _CARRIED = "reduction buffer carried from the micro-batch before"
 _BESIDE = {
@@ -65,12 +66,14 @@ def _head_lines(held: Held) -> None:
     c, kind = held.c, held.c.base
     heads = int(memory.activation_bytes(kind.task, c.x).head[0])
     a, s = kind.task.accounting, kind.shapes
-    logit = a.logit_bytes if kind.task.job.compute_bytes == 2 else a.logit_bytes_fp32
+    parts = {name: float(n[0]) for name, n in memory.head_bytes(kind.task, c.x).items()}
     inputs: Inputs = {
-        "tokens": float(s.tokens[0]), "bytes a logit": logit,
+        "tokens": float(s.tokens[0]),
+        "bytes a logit": a.logit_bytes if kind.task.job.compute_bytes == 2 else a.logit_bytes_fp32,
         "more where split over tp": a.logit_bytes_split if c.layout.tp > 1 else 0.0,
         "vocabulary": kind.task.model.vocab / (c.layout.tp if a.logits_split else 1),
-    }  # fmt: skip
+        **({f"{name}, GiB": n / GIB for name, n in parts.items()} if a.loss_in_pieces else {}),
+    }
     figures = ("engine.logit_bytes", "engine.logit_bytes_split", "engine.head_hidden", "engine.head_gathered")
     held.add("transient", f"logits, loss and head inputs ({_logits_kind(kind.task)})", heads, inputs, *figures)
     rest = int(kind.p.head_transient[0]) - heads
