@@ -68,7 +68,7 @@ def codes(engine: str, gpus: int, model=None, **named) -> set[str]:
     ("bundled", 2, {"dp": 2, "context": "ring"}, {"PLN565"}),
     ("bundled+compile", 2, {"cp": 2, "context": "ring"}, {"PLN568"}),
     ("bundled+selective-products", 2, {"cp": 2, "context": "ring"}, {"PLN569"}),
-    ("torchtitan", 2, {"cp": 2, "context": "ring"}, {"PLN566"}),
+    ("torchtitan", 2, {"cp": 2, "zero": 2, "context": "ring"}, {"PLN566"}),
     ("megatron", 2, {"cp": 2, "context": "ring"}, {"PLN566"}),
     ("bundled", 8, {"dp": 8, "zero": 3, "shard": 4}, set()),
     ("bundled", 8, {"dp": 8, "zero": 3, "shard": 3}, {"PLN506"}),

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -27,7 +26,7 @@ multiprocessing.set_forkserver_preload(["planner.runtime.command"])
 def run(processes: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 700.0, cuda: bool = False) -> Any:
     """`function(*arguments)` in each process; the result of rank 0, as JSON keeps it. With `cuda` each has a GPU, and NCCL.
 
-    Fails the test with the first error, or with every process's stacks when they take longer than `timeout_s`.
+    Fails with the first error, or with every process's stacks when they take longer than `timeout_s`.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -44,7 +43,7 @@ def run(processes: int, function: Callable[..., Any], *arguments: Any, timeout_s
                 for process in context.processes:
                     process.kill()
                 stacks = "\n".join(p.read_text() for p in sorted(folder.glob("stacks-*")))
-                pytest.fail(f"{function.__name__} took more than {timeout_s} s\n{stacks}")
+                raise AssertionError(f"{function.__name__} took more than {timeout_s} s\n{stacks}")
         return json.loads((folder / "result.json").read_text())
 
 
