@@ -62,6 +62,9 @@ def estimate(
     type_order: Annotated[
         str, typer.Option("--type-order", help="Of two device types, which holds the first stages: as-named or reversed.")
     ] = "as-named",
+    context: Annotated[
+        str, typer.Option("--context", help="How a cp group shares attention: default (the engine's own way) or ring.")
+    ] = "default",
     layers: Annotated[str | None, typer.Option(help="Layers of each stage: 7,8,8,7; even when left out.")] = None,
     recompute: Annotated[str, typer.Option(help="none, selective, full, or counts such as full:3,selective:2.")] = "none",
     max_memory_fraction: common.Fraction = 0.92,
@@ -183,7 +186,7 @@ def _from_flags(flags: dict[str, Any]) -> Plan:
         raise input_error("PLN105", f"{', '.join(missing)} missing", "a model alone does not say what is trained where", "")
     names = (
         "tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "schedule", "virtual_stages", "sequence_parallel",
-        "offload", "order", "shard", "type_order",
+        "offload", "order", "shard", "type_order", "context",
     )  # fmt: skip
     layout: dict[str, Any] = {k: flags[k] for k in names if flags[k] is not None}
     layout["recompute"] = flags["recompute"]

@@ -260,6 +260,16 @@ class Accounting:
     context: Literal["ring", "ulysses"] = "ring"
     """How a cp group shares attention: keys and values around a ring under it (Liu 2023, arXiv 2310.01889), or heads exchanged
     for tokens before and after it (Jacobs 2023, arXiv 2309.14509)."""
+    ring_gradients: Size = COMPUTE
+    """Type of the gradients of keys and values that go around a ring."""
+    ring_counted: bool = False
+    """Whether a ring is priced send by send: gradients also go the last step home, full recompute repeats forward's sends.
+    Otherwise backward sends twice what forward does, and recompute nothing."""
+    ring_merge: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 0.0), (0.0, 0.0))
+    """Whether a ring is priced send by send: gradients also go the last step home, full recompute repeats what forward sends.
+    is sent forward; adding up gradients backward."""
+    kernels_ring: tuple[float, float] = (0.0, 0.0)
+    """More kernels for each block but a rank's own, forward and backward."""
     attention: Literal["fused", "unfused"] = "fused"
     """Whether attention keeps its scores on chip (FlashAttention) or writes them."""
     attention_rate: float = 1.0

@@ -122,6 +122,11 @@ def adapter_bytes(task: Task, mode: str, combos: LayoutArray) -> Floats:
     return adapters.saved_bytes(task, mode, combos, mlp.top_k * slots(mlp, combos.ep) if mlp.routed else 0.0)
 
 
+def around_a_ring(task: Task, context: Ints) -> Bools:
+    """Whether cp groups send keys and values around a ring, by the code of how they share attention."""
+    return (context == 1) | (task.accounting.context == "ring")
+
+
 def saved_bytes(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArray, norms: bool = True) -> Floats:
     """Bytes that one layer saves for a token under a recompute mode, of the tensors `saved`; and of norms beyond two."""
     model = task.model
@@ -163,7 +168,7 @@ def saved_bytes(task: Task, saved: Iterable[Saved], mode: str, combos: LayoutArr
         "rmsnorm": model.norm == "rmsnorm",
         "layernorm": model.norm == "layernorm",
         "qk_norm": attention.qk_norm != "none",
-        "exchanged": (combos.cp > 1) & (task.accounting.context == "ulysses"),
+        "exchanged": (combos.cp > 1) & ~around_a_ring(task, combos.context),
         "gathered": sequence & (tp > 1),
         "not_gathered": ~(sequence & (tp > 1)),
     }

@@ -23,8 +23,8 @@ from planner.cost.compute import (
     unaligned_seconds,
     unfused_attention_seconds,
 )
-from planner.cost.memory import slots
-from planner.cost.task import Floats, LayoutArray, Task
+from planner.cost.memory import around_a_ring, slots
+from planner.cost.task import Bools, Floats, LayoutArray, Task
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LayerSeconds:
     cp_forward: Floats
     cp_backward: Floats
     cp_recompute: tuple[Floats, Floats]
-    """Exchanges of heads that (selective, full) recompute repeats; a ring's are not priced again."""
+    """Traffic of the cp group that (selective, full) recompute repeats."""
     ep_forward: Floats
     """Exposed exchanges of routed tokens."""
     ep_backward: Floats
@@ -80,6 +80,8 @@ class Shapes:
     """Rows that the experts of one rank get: tokens times top_k (and capacity), over all its experts."""
     slots: Floats
     """Rows that their kernels run over."""
+    ring: Bools
+    """Whether a cp group sends keys and values around a ring."""
 
 
 def layer_seconds(task: Task, combos: LayoutArray) -> LayerSeconds:
@@ -99,7 +101,7 @@ def layer_seconds(task: Task, combos: LayoutArray) -> LayerSeconds:
     zero = np.zeros_like(s.tp)
     return LayerSeconds(
         sum(parts_f.values(), zero), sum(parts_b.values(), zero), host_f, host_b,
-        (again[0], again[1]), tp_f, tp_b, tp_r, cp_f, cp_b, (cp_r, cp_r), ep_f, ep_b, (ep_r[0], ep_r[1]),
+        (again[0], again[1]), tp_f, tp_b, tp_r, cp_f, cp_b, cp_r, ep_f, ep_b, (ep_r[0], ep_r[1]),
         lookup, _embedding_tp(task, s, traffic), head, head_tp,
         _weight_seconds(task, s), (_host(task, s, 1, 0), _host(task, s, 1, 1)),
     )  # fmt: skip
@@ -186,6 +188,8 @@ def _host(task: Task, s: Shapes, direction: int, half: int | None = None) -> Flo
     if mlp.routed:
         each = a.kernels_expert[direction] * (1.0 if task.job.linears == "same" else a.kernels_padded)
         kernels = kernels + a.kernels_routed[direction] + each * np.maximum(mlp.experts / s.ep, 1.0)
+    if any(a.kernels_ring):
+        kernels = kernels + _other_blocks(s) * a.kernels_ring[direction]
     kernels = kernels + adapters.launches(task, direction)
     return kernels * task.hardware.device.launch.base * task.constant("host")
 
@@ -197,7 +201,8 @@ def shapes_of(task: Task, combos: LayoutArray) -> Shapes:
     tokens = micro * task.job.seq_len / cp
     mlp = task.model.layer.mlp
     routed = tokens / split * etp * mlp.top_k * slots(mlp, combos.ep)
-    return Shapes(tokens, tp, cp, ep, etp, micro, split, routed, routed * task.accounting.expert_slots)
+    return Shapes(tokens, tp, cp, ep, etp, micro, split, routed, routed * task.accounting.expert_slots,
+                  around_a_ring(task, combos.context))  # fmt: skip
 
 
 def _recompute(task: Task, parts: dict[str, Floats], mode: str, host: Floats, tp: Floats) -> Floats:
@@ -378,12 +383,21 @@ def _elementwise(task: Task, s: Shapes, forward: bool) -> Floats:
     e = (a.elementwise_forward if forward else a.elementwise_backward)[mlp.kind]
     split = e.mlp * mlp.dense_width + e.q * model.q_width + e.kv * model.kv_width
     moved = s.tokens * ((e.hidden + e.norm + norms) * model.hidden / s.split + split / s.tp)
+    if any(map(any, a.ring_merge)):
+        query, key_value = a.ring_merge[0 if forward else 1]
+        merged = query * model.q_width + key_value * 2.0 * model.kv_width
+        moved = moved + _other_blocks(s) * s.tokens * merged / s.tp
     if mlp.routed:
         padding = 0.0 if task.job.linears == "same" else a.padding_bytes
         moved = moved + s.slots * ((e.routed + padding) * model.hidden + e.experts * e.mlp * mlp.width / s.etp)
     moved = moved * task.job.compute_bytes / 2.0 + adapters.added_bytes(task, s, 0 if forward else 1)
     seconds = streaming_seconds(moved, task.hardware.device)
     return seconds + _casts(task, s, e.experts) * (1.0 if forward else 2.0)
+
+
+def _other_blocks(s: Shapes) -> Floats:
+    """Blocks of keys and values that a rank gets around a ring."""
+    return np.where(s.ring, s.cp - 1.0, 0.0)
 
 
 def _casts(task: Task, s: Shapes, experts: float) -> Floats:
@@ -416,6 +430,12 @@ def routed_bytes(task: Task, s: Shapes) -> Floats:
 def key_value_bytes(task: Task, s: Shapes) -> Floats:
     """Keys and values of the cp group."""
     return s.tokens * 2.0 * task.model.kv_width / s.tp * task.job.compute_bytes * s.cp
+
+
+def ring_gradient_bytes(task: Task, s: Shapes) -> Floats:
+    """Gradients of the keys and values of the cp group, as they go around a ring."""
+    e = task.job.compute_bytes
+    return key_value_bytes(task, s) * task.accounting.size(task.accounting.ring_gradients, e) / e
 
 
 def _tp_traffic(task: Task, s: Shapes, sequence: np.ndarray) -> tuple[Floats, Floats, tuple[Floats, Floats]]:
@@ -466,21 +486,38 @@ def exchanged_bytes(task: Task, s: Shapes) -> dict[str, Floats]:
     return {"queries": one * model.q_width, "keys": kv, "values": kv, "attention output": one * model.q_width}
 
 
-def _cp_traffic(task: Task, s: Shapes, forward: Floats, backward: Floats) -> tuple[Floats, Floats, Floats]:
-    """Exposed time of sharing attention over the cp group: forward, backward, and recomputing it.
+def _cp_traffic(task: Task, s: Shapes, forward: Floats, backward: Floats) -> tuple[Floats, Floats, tuple[Floats, Floats]]:
+    """Exposed time of sharing attention over the cp group: forward, backward, and (selective, full) recompute.
 
-    A ring passes keys and values to cp - 1 others under the attention that they feed (Liu 2023, arXiv 2310.01889); backward
-    also returns gradients. Ulysses exchanges four tensors by all-to-all, and attention waits for them (Jacobs 2023).
+    Around a ring (see `_ring_traffic`), or by exchanging four tensors by all-to-all, for which attention waits (Ulysses,
+    Jacobs 2023, arXiv 2309.14509); any recompute repeats those.
     """
-    if task.accounting.context == "ulysses":
+    zero = np.zeros_like(s.tp)
+    exchange, ring = zero, (zero, zero, zero)
+    if not np.all(s.ring):
         sent = exchanged_bytes(task, s).values()
-        calls = (collective_seconds("all_to_all", s.cp, s.tp, n_bytes, task.hardware) for n_bytes in sent)
-        exchange = sum(calls, np.zeros_like(s.tp))
-        return exchange, exchange, exchange
-    slow = task.hardware.overlap_slowdown.base
-    once = collective_seconds("all_gather", s.cp, s.tp, key_value_bytes(task, s), task.hardware)
-    floor = task.accounting.dp_floor
-    return overlapped(forward, once, slow, floor), overlapped(backward, 2.0 * once, slow, floor), np.zeros_like(once)
+        exchange = sum((collective_seconds("all_to_all", s.cp, s.tp, n_bytes, task.hardware) for n_bytes in sent), zero)
+    if np.any(s.ring):
+        ring = _ring_traffic(task, s, forward, backward)
+    there, back, again = (np.where(s.ring, each, exchange) for each in ring)
+    return there, back, (np.where(s.ring, 0.0, exchange), again)
+
+
+def _ring_traffic(task: Task, s: Shapes, forward: Floats, backward: Floats) -> tuple[Floats, Floats, Floats]:
+    """Exposed time of a ring: forward, backward, and full recompute.
+
+    Keys and values pass to cp - 1 others under the attention that they feed (Liu 2023, arXiv 2310.01889); backward passes them
+    again, and their gradients: counted send by send those go the last step home beside nothing.
+    """
+    a, slow, floor = task.accounting, task.hardware.overlap_slowdown.base, task.accounting.dp_floor
+    once, gradients = (
+        collective_seconds("all_gather", s.cp, s.tp, n_bytes, task.hardware)
+        for n_bytes in (key_value_bytes(task, s), ring_gradient_bytes(task, s))
+    )
+    there = overlapped(forward, once, slow, floor)
+    home = gradients / np.maximum(s.cp - 1.0, 1.0) if a.ring_counted else 0.0
+    back = overlapped(backward, once + gradients, slow, floor) + home
+    return there, back, there if a.ring_counted else np.zeros_like(once)
 
 
 def loss_bytes(task: Task, s: Shapes) -> Floats:

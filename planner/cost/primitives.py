@@ -209,8 +209,8 @@ def price_with_parts(task: Task, layouts: LayoutArray) -> tuple[Primitives, Time
 class PrimitiveTable:
     """Primitives of the distinct combinations among layouts, spread over layouts when asked for.
 
-    Nearly all of them depend on (tp, cp, micro_batch, sequence_parallel, dp, zero) only: a few thousand combinations at
-    most, however many layouts there are.
+    Nearly all of them depend on (tp, cp and how it shares attention, micro_batch, sequence_parallel, dp, zero) only: a few
+    thousand combinations at most, however many layouts there are.
     """
 
     task: Task
@@ -294,7 +294,7 @@ class PrimitiveTable:
         return TimeParts(**t, recompute_tp=tp, recompute_cp=cp)
 
 
-_BLOCK = ("tp", "cp", "ep", "etp", "micro_batch", "sequence_parallel")
+_BLOCK = ("tp", "cp", "ep", "etp", "micro_batch", "sequence_parallel", "context")
 """What a layer's operators depend on."""
 _OUTER = (*_BLOCK, "dp", "zero", "offload", "apart", "sharded")
 """What everything but the pipeline's own terms depends on."""

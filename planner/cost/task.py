@@ -17,7 +17,17 @@ from planner.specs.calibration import Calibration
 from planner.specs.hardware import HardwareProfile
 from planner.specs.job import Job
 from planner.specs.layers import FrontEnd
-from planner.specs.layout import OFFLOADS, RANK_ORDERS, SCHEDULES, SPLIT_BACKWARD, TYPE_ORDERS, V_SHAPED, Layout, Stage
+from planner.specs.layout import (
+    CONTEXTS,
+    OFFLOADS,
+    RANK_ORDERS,
+    SCHEDULES,
+    SPLIT_BACKWARD,
+    TYPE_ORDERS,
+    V_SHAPED,
+    Layout,
+    Stage,
+)
 from planner.specs.model import Model
 
 Ints = npt.NDArray[np.int64]
@@ -211,9 +221,11 @@ class LayoutArray:
 
     type_order: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """1 where the first stages are on the second device type; all 0 when left out."""
+    context: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Code of how cp groups share attention; all 0 when left out."""
 
     def __post_init__(self) -> None:
-        for name in ("offload", "order", "sharded", "type_order"):
+        for name in ("offload", "order", "sharded", "type_order", "context"):
             if len(getattr(self, name)) != len(self.tp):
                 object.__setattr__(self, name, np.zeros(len(self.tp), dtype=np.int64))
 
@@ -272,6 +284,7 @@ class LayoutArray:
             offload=OFFLOADS[int(self.offload[row])],  # type: ignore[arg-type]
             order=RANK_ORDERS[int(self.order[row])],  # type: ignore[arg-type]
             type_order=TYPE_ORDERS[int(self.type_order[row])],  # type: ignore[arg-type]
+            context=CONTEXTS[int(self.context[row])],  # type: ignore[arg-type]
             stages=list(stages),
         )
 
@@ -291,6 +304,7 @@ class LayoutArray:
             offload=np.array([OFFLOADS.index(x.offload) for x in layouts], dtype=np.int64),
             order=np.array([RANK_ORDERS.index(x.order) for x in layouts], dtype=np.int64),
             type_order=np.array([TYPE_ORDERS.index(x.type_order) for x in layouts], dtype=np.int64),
+            context=np.array([CONTEXTS.index(x.context) for x in layouts], dtype=np.int64),
         )
 
 

@@ -15,7 +15,7 @@ from planner.cost.task import splits_backward
 from planner.engines.common import COMMON_RULES
 from planner.engines.predicates import divides, everywhere, on_a_cpu
 from planner.engines.rule import Rule
-from planner.specs.layout import OFFLOADS, RANK_ORDERS, SCHEDULES
+from planner.specs.layout import CONTEXTS, OFFLOADS, RANK_ORDERS, SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Engine:
     """Whether the search looks at offload only where it is pinned: not yet measured on devices."""
     rank_orders: tuple[str, ...] = ("tp-cp-dp-pp",)
     """Orders in which it can place the axes."""
+    contexts: tuple[str, ...] = ("default",)
+    """How its cp groups can share attention: its own way (`Accounting.context`), or a ring besides."""
     device_types: str = ""
     """Why it can run pipeline stages on devices of two types; empty where it cannot, or where nobody looked."""
     schedules_note: str = ""
@@ -53,9 +55,10 @@ class Engine:
 
     @property
     def _choices(self) -> tuple[Rule, ...]:
-        """Rules that follow from what it offers: offload, schedules, rank orders, device types, hybrid sharding, chunks."""
-        offloads, orders = ([names.index(n) for n in own] for names, own in
-                            ((OFFLOADS, self.offloads), (RANK_ORDERS, self.rank_orders)))  # fmt: skip
+        """Rules that follow from what it offers: offload, schedules, rank orders, contexts, device types, hybrid sharding,
+        chunks."""
+        offered = ((OFFLOADS, self.offloads), (RANK_ORDERS, self.rank_orders), (CONTEXTS, self.contexts))
+        offloads, orders, contexts = ([names.index(n) for n in own] for names, own in offered)
         return (
             Rule(
                 "PLN226", f"{self.name}: offload",
@@ -78,6 +81,14 @@ class Engine:
                 "order {order}",
                 f"{self.title} places ranks as {' or '.join(self.rank_orders)}",
                 "leave out order, or use another engine",
+                on="degrees",
+            ),
+            Rule(
+                "PLN566", f"{self.name}: context",
+                lambda t, x: ~np.isin(x.context, contexts),
+                "context {context}",
+                f"{self.title} shares the attention of a cp group in one way, its own",
+                "leave out context, or use engine bundled",
                 on="degrees",
             ),
             Rule(

@@ -174,6 +174,14 @@ COMMON_RULES: tuple[Rule, ...] = (
         on="degrees",
     ),
     Rule(
+        "PLN565", "ring needs cp",
+        lambda t, x: (x.context == 1) & (x.cp == 1),
+        "context {context} with cp 1",
+        "it says how a cp group shares attention",
+        "leave out context, or set cp: 2 or more",
+        on="degrees",
+    ),
+    Rule(
         "PLN214", "expert degrees need experts",
         lambda t, x: ((x.ep > 1) | (x.etp > 1)) & (not t.model.routed_mlps),
         "ep {ep}, etp {etp} on a model without experts",

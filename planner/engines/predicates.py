@@ -55,8 +55,8 @@ def kv_heads_divisible(task: Subject | Task, layouts: LayoutArray) -> Bools:
 
 
 def exchange_divisible(task: Subject | Task, layouts: LayoutArray) -> Bools:
-    """cp divides the key/value heads of a tensor-parallel rank (engines that exchange heads for tokens)."""
-    return (layouts.cp > 1) & ~divide_each(kv_heads(task.model), layouts.tp * layouts.cp)
+    """cp divides the key/value heads of a tensor-parallel rank (where heads are exchanged for tokens)."""
+    return (layouts.cp > 1) & (layouts.context == 0) & ~divide_each(kv_heads(task.model), layouts.tp * layouts.cp)
 
 
 def kv_heads(model: Model) -> list[int]:

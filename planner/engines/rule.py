@@ -66,7 +66,7 @@ def values_of(task: Subject | Task, layout: Layout) -> dict[str, Any]:
         "n_layers": model.n_layers, "max_positions": model.max_positions, "model": model.name,
         "seq_len": job.seq_len, "global_batch": job.global_batch, "precision": job.precision,
         "base": job.adapter.base if job.adapter else "",
-        "type_order": layout.type_order, "type_sizes": " and ".join(str(n) for n in task.type_sizes),
+        "type_order": layout.type_order, "context": layout.context, "type_sizes": " and ".join(str(n) for n in task.type_sizes),
     }  # fmt: skip
 
 

@@ -232,10 +232,26 @@ _PRODUCTS_RULES = (
         "leave out +selective-products",
         whole_job=True,
     ),
+    Rule(
+        "PLN569", "selective-products: no ring",
+        lambda t, x: x.context == 1,
+        "context {context} with selective-products",
+        "what a ring keeps under selective recompute is its merged output, and products beside it are not counted",
+        "leave out context, or leave out +selective-products",
+        on="degrees",
+    ),
 )  # fmt: skip
 
 
 _COMPILED_RULES = (
+    Rule(
+        "PLN568", "compile: no ring",
+        lambda t, x: x.context == 1,
+        "context {context} with compiled blocks",
+        "torch's ring attention is not traced: a compiled block would be cut apart around it",
+        "leave out context, or leave out +compile",
+        on="degrees",
+    ),
     Rule(
         "PLN516", "compile: whole backwards",
         lambda t, x: splits_backward(x.schedule),

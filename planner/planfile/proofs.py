@@ -41,7 +41,7 @@ class LowestMemory(Spec):
 class Declared(Sparse):
     """The declared space, pins and forbids applied: an outer row takes one value of each axis; dp follows from the others."""
 
-    unwritten: ClassVar[tuple[str, ...]] = ("type_order",)
+    unwritten: ClassVar[tuple[str, ...]] = ("type_order", "context")
 
     tp: list[Positive]
     cp: list[Positive]
@@ -65,6 +65,8 @@ class Declared(Sparse):
     """Rank orders."""
     type_order: list[str] = Field(default_factory=lambda: ["as-named"])
     """Which of two device types may hold the first stages."""
+    context: list[str] = Field(default_factory=lambda: ["default"])
+    """How cp groups may share attention."""
 
 
 class Certificate(Spec):

@@ -75,6 +75,7 @@ def moving_parts(layout: Layout) -> int:
             sum(count > 0 for count in (selective, full, untouched)) > 1,
             layout.offload != "none",
             layout.order != "tp-cp-dp-pp",
+            layout.context != "default",
         )
     )
 

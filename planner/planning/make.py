@@ -18,7 +18,7 @@ from planner.planning.lowmemory import lowest_limit
 from planner.planning.request import Request, Setting, one_type, prepare
 from planner.search.solve import Outcome, Progress
 from planner.search.space import Space, declared_space
-from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES, TYPE_ORDERS, Layout
+from planner.specs.layout import CONTEXTS, OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES, TYPE_ORDERS, Layout
 from planner.specs.policy import Policy
 from planner.units import GIB, gib, seconds
 
@@ -175,6 +175,7 @@ def _declared(space: Space) -> dict[str, Any]:
         "offload": [OFFLOADS[code] for code in space.offload],
         "order": [RANK_ORDERS[code] for code in space.order],
         "type_order": [TYPE_ORDERS[code] for code in space.type_order],
+        "context": [CONTEXTS[code] for code in space.context],
     }
 
 
@@ -274,6 +275,7 @@ def short(layout: Layout) -> str:
     recompute = "" if kinds == ["none"] else "recompute " + "/".join(kinds)
     placed = [f"order {layout.order}"] if layout.order != "tp-cp-dp-pp" else []
     placed += [f"shard {layout.shard}"] if layout.shard else []
+    placed += [layout.context] if layout.context != "default" else []
     placed += ["second type first"] if layout.type_order == "reversed" else []
     placed += [f"offload {layout.offload}"] if layout.offload != "none" else []
     parts = [*degrees, f"zero {layout.zero}", f"micro_batch {layout.micro_batch}", schedule, *placed, recompute]

@@ -19,7 +19,7 @@ from planner.engines.problems import job_problems
 from planner.errors import InputError
 from planner.planning.request import Request, Setting, prepare
 from planner.search.space import MAX_CHUNKS, MAX_MICRO_BATCH, NAMED, SHORT, Space, declared_space, enumerate_rows
-from planner.specs.layout import RECOMPUTE_MODES, SCHEDULES
+from planner.specs.layout import CONTEXTS, RECOMPUTE_MODES, SCHEDULES
 from planner.specs.model import Model
 
 FORMAT, VERSION = "planner.space", "1.0"
@@ -84,7 +84,7 @@ def space_view(request: Request) -> SpaceView:
     before = _values(whole)
     axes = []
     for name, values in _values(space).items():
-        if name == "type_order" and not task.types:
+        if (name == "type_order" and not task.types) or (name == "context" and before[name] == CONTEXTS[:1]):
             continue
         gone = tuple(v for v in before[name] if v not in values)
         axes.append(Axis(name, values, reasons.get(name, ""), " ".join(flags.get(name, ())), gone))
@@ -148,6 +148,7 @@ def _reasons(setting: Setting) -> dict[str, str]:
         "offload": f"what {engine.name} can keep in host memory",
         "order": f"rank orders of {engine.name}, where they differ: which axes are neighbours in the network",
         "type_order": _type_order(task),
+        "context": f"how {engine.name} shares the attention of a cp group: its own way, {engine.accounting.context}, or a ring",
         "recompute": "of each layer, any mix inside a rank (one mode a rank with virtual stages)",
     }
 

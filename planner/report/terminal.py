@@ -16,7 +16,7 @@ from planner.planning.make import limit_text, short
 from planner.report import money
 from planner.report.stagetext import stages_text
 from planner.report.uncertainty import probability, step_time, with_interval
-from planner.specs.layout import RANK_ORDERS, Stage
+from planner.specs.layout import CONTEXTS, RANK_ORDERS, Stage
 from planner.specs.projections import trained_params
 from planner.units import GIB, count, gib, seconds, significant
 
@@ -123,6 +123,7 @@ def _layout_table(plan: Plan) -> Table:
     rows += [("offload", layout.offload)] if layout.offload != "none" else []
     rows += [("shard", str(layout.shard))] if layout.shard else []
     rows += [("first stages", _by_type(plan)[0][0].removeprefix(" on "))] if plan.cluster.types else []
+    rows += [("context", layout.context)] if layout.context != CONTEXTS[0] else []
     rows += [("rank order", layout.order)] if layout.order != RANK_ORDERS[0] else []
     for name, _ in rows:
         table.add_column(name, justify="right", no_wrap=True)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from planner.runtime.context import Context
+from planner.runtime.context import Ulysses
 from planner.runtime.norms import norm_of
+from planner.runtime.ring import Ring
 from planner.runtime.rotary import rotate
 from planner.specs.layers import Attention as Spec
 from planner.specs.model import LayerGroup, Model
@@ -67,7 +68,7 @@ class Attention(nn.Module):
         turned = int(self.head_dim * spec.rope_share) if model.positions == "rotary" else 0
         self.turned = turned - turned % 2
         """Dimensions of each head that rotary positions turn."""
-        self.context: Context | None = None
+        self.context: Ulysses | Ring | None = None
         # Tables are buffers, not arguments: FSDP's mixed precision would cast arguments to bf16 and save them a block.
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
@@ -83,11 +84,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.cos is not None and self.sin is not None:
             q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
-        if self.context is not None:
-            q, k, v = (self.context.whole_sequence(t) for t in (q, k, v))
-        out = self._attend(q, k, v)
-        if self.context is not None:
-            out = self.context.whole_heads(out)
+        out = self._attend(q, k, v) if self.context is None else self.context.attend(q, k, v, self._attend)
         result: Tensor = self.wo(out.reshape(b, s, -1))
         return result
 

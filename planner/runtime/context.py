@@ -1,11 +1,13 @@
-"""Context parallelism: the ranks of a cp group hold neighbouring pieces of each sequence, and share attention by heads.
+"""Context parallelism: the ranks of a cp group hold pieces of each sequence, and share attention by heads or around a ring.
 
-Ulysses (Jacobs 2023, arXiv 2309.14509): an all-to-all before attention gives each rank the whole sequence of heads / cp
-heads, one after it gives back its own tokens of all heads. Attention itself is the ordinary one, on any device.
+Ring attention is in `ring`. Ulysses (Jacobs 2023, arXiv 2309.14509): an all-to-all before attention gives each rank the whole
+sequence of heads / cp heads, one after it gives back its own tokens of all heads. Attention itself is the ordinary one, on any
+device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -13,12 +15,30 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 
+def pieces(seq_len: int, size: int, rank: int, ring: bool) -> tuple[range, ...]:
+    """Positions of a sequence that one of `size` cp ranks holds, in the order in which it holds them.
+
+    Neighbouring tokens; around a ring piece r from either end of the sequence cut in 2 cp, so that causal attention, for
+    which late tokens read more keys, is equal work on all ranks.
+    """
+    if not ring:
+        each = seq_len // size
+        return (range(each * rank, each * (rank + 1)),)
+    each = seq_len // (2 * size)
+    return tuple(range(each * at, each * (at + 1)) for at in (rank, 2 * size - 1 - rank))
+
+
 @dataclass(frozen=True)
-class Context:
+class Ulysses:
     """The cp group of this rank, with more than one rank. Its ranks are in the order of their tokens."""
 
     group: dist.ProcessGroup
     size: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, whole: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """Causal attention of own tokens [b, s/cp, heads, d], same shape out, by `whole` attention of whole sequences of
+        heads / cp heads. Collective."""
+        return self.whole_heads(whole(*(self.whole_sequence(t) for t in (q, k, v))))
 
     def whole_sequence(self, x: Tensor) -> Tensor:
         """Own tokens of all heads [b, s/cp, heads, d] to all tokens of own heads [b, s, heads/cp, d]. Collective."""

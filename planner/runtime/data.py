@@ -48,7 +48,7 @@ class SyntheticTokens:
 
 
 class Batches:
-    """This rank's share of each global batch: its sequences (dp), and its piece of each of them (cp)."""
+    """This rank's share of each global batch: its sequences (dp), and its pieces of each of them (cp)."""
 
     def __init__(self, plan: Plan, world: World, seed: int, data: tuple[str, ...] = ()):
         vocab, self.seq_len = plan.model.vocab, plan.job.seq_len
@@ -60,7 +60,7 @@ class Batches:
         self.global_batch = plan.job.global_batch
         self.count = self.global_batch // plan.layout.dp
         self.start = self.count * world.dp_rank
-        self.tokens = world.tokens(self.seq_len)
+        self.at = world.positions(self.seq_len)
         self.device = world.device
         self._origin = (0, 0)
 
@@ -81,9 +81,8 @@ class Batches:
         """(tokens, targets) of this rank, both [global_batch / dp, s / cp] int64; targets are one ahead."""
         first = self.position(step) + self.start
         rows = np.stack([self.source.sequence(i) for i in range(first, first + self.count)])
-        start, stop = self.tokens.start, self.tokens.stop
-        batch = torch.from_numpy(rows[:, start : stop + 1]).to(self.device)
-        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        tokens, targets = (torch.from_numpy(rows[:, at]).to(self.device) for at in (self.at, self.at + 1))
+        return tokens, targets
 
 
 def _identify(path: Path, weight: float) -> SourceIdentity:

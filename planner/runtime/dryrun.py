@@ -90,7 +90,7 @@ class _FakeTrainer(Trainer):
         self._allocation = (mode, meter)
         super().__init__(plan, torch.device("cpu"), Options())
         rows = plan.job.global_batch // plan.layout.dp
-        self.batches = _FakeBatches((rows, plan.job.seq_len))  # type: ignore[assignment]
+        self.batches = _FakeBatches((rows, plan.job.seq_len // plan.layout.cp))  # type: ignore[assignment]
 
     def allocate(self, part: Decoder) -> None:
         mode, meter = self._allocation
@@ -321,6 +321,8 @@ def _axis(plan: Plan, group: dist.ProcessGroup, op: str) -> str:
         if len({rank // stride % size for rank in members}) > 1:
             names.append(name)
         stride *= size
+    if names == ["cp"] and op in ("all_to_all", "send"):  # without dp these ranks are also those that share states
+        return "cp"
     if names and set(names) <= {"dp", "cp"} and len(members) == layout.dp * layout.cp:
         return "dp x cp"
     return " x ".join(reversed(names))

@@ -171,7 +171,7 @@ class FakeMeter(Meter):  # type: ignore[no-untyped-call]
 
     def _log(self, func: Any, args: Any, out: Any) -> None:
         name = func._opname.lstrip("_")
-        op = next((word for word, starts in _OPERATIONS.items() if name.startswith(starts)), None)
+        op = "send" if _to_one(args) else next((w for w, starts in _OPERATIONS.items() if name.startswith(starts)), None)
         group = _group_of(args)
         if op is None or group is None or group.size() == 1:
             return
@@ -180,6 +180,12 @@ class FakeMeter(Meter):  # type: ignore[no-untyped-call]
         self.calls[Collective(self.axis(group, op), op, group.size(), n_bytes)] += 1
         if func.namespace == "c10d":  # in place: buffers that FSDP2 or the pipeline made for it
             self.sent.update(id(s) for t in tensors for s in storages(t))
+
+
+def _to_one(args: Any) -> bool:
+    """Whether an all-to-all's split sizes give all rows to one other rank: a step of a ring."""
+    splits = [value for value in args if isinstance(value, (list, tuple)) and len(value) > 1]
+    return len(splits) == 2 and all(sum(rows != 0 for rows in sizes) == 1 for sizes in splits)
 
 
 def _group_of(args: Any) -> dist.ProcessGroup | None:

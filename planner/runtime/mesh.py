@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -18,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from planner.errors import input_error
 from planner.planfile import Plan
-from planner.runtime import experts
+from planner.runtime import context, experts
 from planner.specs.layout import Layout
 
 
@@ -43,6 +45,8 @@ class World:
     tp_rank: int
     loss_rank: int
     """Pipeline rank of the head: the first one where stages make a V."""
+    ring: bool = False
+    """Whether the cp group shares attention around a ring."""
     experts: DeviceMesh | None = None
     """Dimensions (pp, efsdp, ep, etp): the same ranks as the experts see them. None without routed experts."""
 
@@ -56,10 +60,10 @@ class World:
         """Processes in all."""
         return dist.get_world_size()
 
-    def tokens(self, seq_len: int) -> range:
-        """Positions of each sequence that this rank sees."""
-        piece = seq_len // self.cp
-        return range(piece * self.cp_rank, piece * (self.cp_rank + 1))
+    def positions(self, seq_len: int) -> npt.NDArray[np.int64]:
+        """Positions of each sequence that this rank sees, in the order in which it holds them, [s / cp]."""
+        held = context.pieces(seq_len, self.cp, self.cp_rank, self.ring)
+        return np.concatenate([np.arange(piece.start, piece.stop, dtype=np.int64) for piece in held])
 
     @property
     def is_first_stage(self) -> bool:
@@ -134,7 +138,8 @@ def build_world(plan: Plan, device: torch.device) -> World:
     states = data._unflatten(0, (copies, layout.sharded), ("copies", "shard")) if copies > 1 else data
     grid = experts.build_mesh(layout, device.type) if plan.model.routed_mlps else None
     pp_rank, dp_rank, cp_rank, tp_rank = mesh.get_coordinate() or (0, 0, 0, 0)
-    return World(mesh, data, states, device, *shape, pp_rank, dp_rank, cp_rank, tp_rank, layout.last_rank, grid)
+    places = (pp_rank, dp_rank, cp_rank, tp_rank)
+    return World(mesh, data, states, device, *shape, *places, layout.last_rank, layout.context == "ring", grid)
 
 
 def _data_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:

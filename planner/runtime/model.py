@@ -3,7 +3,7 @@
 A `Decoder` is a run of layers with the embedding on the first stage and the head on the last. Modules keep their
 global names on every stage ("layers.17.attn.wq.weight"), so that names do not depend on the plan. Symbols: b sequences
 of a micro-batch, s tokens of one, h hidden, V vocabulary; under tensor parallelism activations between blocks are
-[b, s/tp, h] plain tensors. Under context parallelism s is this rank's piece of the sequence.
+[b, s/tp, h] plain tensors. Under context parallelism s counts the tokens of this rank's pieces of the sequence.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -134,16 +136,18 @@ class Decoder(nn.Module):
     (a DTensor split over V under tp), or the loss where the head expects targets; else activations.
     """
 
+    positions: Tensor | None
+    """Positions of the tokens that this rank sees of a sequence [s], where positions are learned."""
+
     def __init__(self, model: Model, layers: Sequence[int], first: bool, last: bool):
         super().__init__()
         self.model = model
-        self.start = 0
-        """Position of the first token that this rank sees of a sequence."""
         self.settle = False
         """Whether the first block is to start from finished values (see `parallelize.apply_compile`)."""
         self.tok = nn.Embedding(model.vocab, model.hidden) if first else None
         learned = first and model.positions == "learned"
         self.pos = nn.Embedding(model.max_positions or 0, model.hidden) if learned else None
+        self.register_buffer("positions", None, persistent=False)
         self.layers = nn.ModuleDict({str(i): Block(model, model.kinds[model.kind_of_layer[i]][0]) for i in layers})
         self.norm = norm_of(model) if last else None
         self.head = Head(model.hidden, model.vocab, model.head_bias) if last else None
@@ -159,9 +163,9 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tok is not None:
-            tokens, x = x, self.tok(x)
-            if self.pos is not None:
-                x = x + self.pos(torch.arange(self.start, self.start + tokens.shape[1], device=tokens.device)[None])
+            x = self.tok(x)
+            if self.pos is not None and self.positions is not None:
+                x = x + self.pos(self.positions[None])
             x = x * 1 if self.settle else x
         for block in self.layers.values():
             x = block(x)
@@ -170,13 +174,12 @@ class Decoder(nn.Module):
         return x
 
 
-def initialise(part: Decoder, tokens: range, seed: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Give an allocated part its first values, the same in every layout; `tokens` are the positions that this rank sees of
+def initialise(part: Decoder, positions: npt.NDArray[np.int64], seed: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Give an allocated part its first values, the same in every layout; `positions` are those that this rank sees of
     each sequence, `dtype` the compute type. Buffers go to `device`, where parameters may not be (offload).
     """
     fill(part, seed, device)
-    part.start = tokens.start
-    _set_buffers(part, tokens, dtype, device)
+    _set_buffers(part, torch.from_numpy(positions).to(device), dtype, device)
 
 
 def fill(part: Decoder, seed: int, device: torch.device) -> None:
@@ -202,9 +205,9 @@ def assign(param: Tensor, full: Tensor) -> None:
                 target.copy_(full)
 
 
-def _set_buffers(part: Decoder, tokens: range, dtype: torch.dtype, device: torch.device) -> None:
-    """Give attention its rotary tables and masks; layers of one kind share them."""
-    positions = torch.arange(tokens.start, tokens.stop, device=device)
+def _set_buffers(part: Decoder, positions: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Give the embedding its positions and attention its rotary tables and masks; layers of one kind share them."""
+    part.positions = positions if part.pos is not None else None
     tables = {n: rotary_tables(part.model, n, positions) for n in {block.attn.turned for block in part.blocks()} if n}
     masks: dict[tuple[int | None, int | None], Tensor | None] = {}
     for block in part.blocks():
@@ -213,7 +216,7 @@ def _set_buffers(part: Decoder, tokens: range, dtype: torch.dtype, device: torch
         if isinstance(attention, LatentAttention):
             continue
         spec = attention.spec
-        kind, whole = (spec.sliding_window, spec.chunk), len(tokens) * (attention.context.size if attention.context else 1)
+        kind, whole = (spec.sliding_window, spec.chunk), len(positions) * (attention.context.size if attention.context else 1)
         if kind not in masks:
             masks[kind] = locality_mask(spec, whole, dtype, device)
         attention.mask = masks[kind]

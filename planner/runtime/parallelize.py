@@ -25,12 +25,13 @@ from torch.distributed.tensor.parallel import (
 
 from planner.runtime import experts
 from planner.runtime.attention import Attention
-from planner.runtime.context import Context
+from planner.runtime.context import Ulysses
 from planner.runtime.mla import LatentAttention
 from planner.runtime.model import KEEP_ATTENTION, Block, Decoder, Mlp, keep_products
 from planner.runtime.moe import Moe
 from planner.runtime.precision import DTYPES
 from planner.runtime.replicated import Replicated
+from planner.runtime.ring import Ring, keep_outputs, template
 from planner.specs.job import Job
 from planner.specs.layout import Layout, Stage
 
@@ -90,10 +91,14 @@ def _mlp_plan(block: Block) -> dict[str, ParallelStyle]:
     return {**plan, f"{name}.w2": RowwiseParallel(output_layouts=Shard(1))}
 
 
-def apply_cp(part: Decoder, mesh: DeviceMesh) -> None:
-    """Give every attention its cp group."""
-    context = Context(mesh.get_group(), mesh.size())
+def apply_cp(part: Decoder, mesh: DeviceMesh, ring: bool) -> None:
+    """Give every attention its cp group. Raises InputError for a ring where torch has no template of one."""
+    if ring:
+        template()
+    context = (Ring if ring else Ulysses)(mesh.get_group(), mesh.size())
     for block in part.blocks():
+        if ring:
+            block.kept = keep_outputs
         if isinstance(block.attn, Attention):  # latent attention is refused by rule
             block.attn.context = context
 

@@ -69,7 +69,7 @@ class Trainer:
             if layout.tp > 1:
                 parallelize.apply_tp(part, mesh["tp"], self.in_pieces)
             if layout.cp > 1:
-                parallelize.apply_cp(part, mesh["cp"])
+                parallelize.apply_cp(part, mesh["cp"], self.world.ring)
             experts.place(part, self.world.experts, layout)
             if self.compiled:
                 parallelize.apply_compile(part, layout.tp)
@@ -87,7 +87,7 @@ class Trainer:
             masters.add(part.parameters())
         if self.with_masters and self.microbatches > 1:
             masters.add_up_in_fp32(part.parameters())
-        initialise(part, self.world.tokens(job.seq_len), self.options.seed, device, precision.DTYPES[job.precision])
+        initialise(part, self.world.positions(job.seq_len), self.options.seed, device, precision.DTYPES[job.precision])
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters by name; names do not depend on the plan."""

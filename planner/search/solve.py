@@ -365,8 +365,8 @@ def _choose(state: _State, k: int, stopped: bool) -> tuple[Candidate, ...]:
 
 
 _PREFERENCE = (
-    "offload", "order", "zero", "virtual_stages", "cp", "ep", "etp", "tp", "pp", "schedule", "sequence_parallel", "micro_batch",
-    "type_order",
+    "offload", "order", "context", "zero", "virtual_stages", "cp", "ep", "etp", "tp", "pp", "schedule", "sequence_parallel",
+    "micro_batch", "type_order",
 )  # fmt: skip
 """Ties between rows of equal time or bound go to the lower value, first name first. Documented in the README. No two rows of
 a space are equal in all of them (dp follows), so the order in which rows were enumerated never matters."""
@@ -397,7 +397,7 @@ def _master(state: _State, stopped: bool) -> int:
     rank = {row: i for i, row in enumerate(order)}
     names = (
         "tp", "cp", "pp", "dp", "ep", "etp", "micro_batch", "zero", "schedule", "virtual_stages", "sequence_parallel",
-        "offload", "order",
+        "offload", "order", "context",
     )  # fmt: skip
     levels = np.unique(state.bound[rows])  # ranks of the bounds instead of nanoseconds: small numbers
     level = {row: int(np.searchsorted(levels, state.bound[row])) for row in rows.tolist()}

@@ -21,14 +21,14 @@ from planner.engines.base import Engine, schedule_codes
 from planner.engines.rule import Rule
 from planner.errors import input_error
 from planner.search.bounds import same_pipeline
-from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES, TYPE_ORDERS
+from planner.specs.layout import CONTEXTS, OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES, TYPE_ORDERS
 
 MAX_MICRO_BATCH = 16
 MAX_CHUNKS = 16
 """Chunks a rank, at most: Llama 3 used 8 or fewer; beyond, per-chunk overheads that the model lacks dominate."""
 AXES = ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "virtual_stages")
 """Integer axes that can be pinned."""
-NAMED = {"offload": OFFLOADS, "order": RANK_ORDERS, "type_order": TYPE_ORDERS}
+NAMED = {"offload": OFFLOADS, "order": RANK_ORDERS, "type_order": TYPE_ORDERS, "context": CONTEXTS}
 """Axes whose values have names, in the order of their codes."""
 SHORT = {"mbs": "micro_batch", "sp": "sequence_parallel", "vpp": "virtual_stages", "v": "virtual_stages"}
 """Short names of axes."""
@@ -59,6 +59,8 @@ class Space:
     """Codes of rank orders."""
     type_order: tuple[int, ...] = (0,)
     """Codes of which device type holds the first stages."""
+    context: tuple[int, ...] = (0,)
+    """Codes of how cp groups share attention."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def declared_space(task: Task, engine: Engine, pins: Mapping[str, Sequence[objec
         "offload": (0,) if engine.offload_on_request and "offload" not in pins else tuple(map(OFFLOADS.index, engine.offloads)),
         "order": tuple(map(RANK_ORDERS.index, engine.rank_orders)),
         "type_order": (0, 1) if task.types else (0,),
+        "context": tuple(map(CONTEXTS.index, engine.contexts)),
     }
     for flag, axis, wanted in _restrictions(pins, forbid):
         if axis == "schedule":
@@ -244,7 +247,7 @@ def _restrictions(pins: Mapping[str, Sequence[object]], forbid: Sequence[str]) -
         result.append((f"--pin {name}={','.join(map(str, wanted))}", axis_named(name), wanted))
     neutral: dict[str, Sequence[object]] = {a: [1] for a in AXES} | {"zero": [0], "recompute": ["none"]}
     neutral |= {"sequence_parallel": ["false"], "offload": ["none"], "order": [RANK_ORDERS[0]]}
-    neutral |= {"type_order": [TYPE_ORDERS[0]]}
+    neutral |= {"type_order": [TYPE_ORDERS[0]], "context": [CONTEXTS[0]]}
     for name in forbid:
         axis, flag = SHORT.get(name, name), f"--forbid {name}"
         if axis in SCHEDULES and axis != "none":
@@ -331,8 +334,8 @@ def unruled_rows(task: Task, space: Space) -> LayoutArray:
 
 
 def _degrees(space: Space) -> Ints:
-    """(tp, cp, pp, ep, etp, order) combinations, shape (combinations, 6), in the order of a product."""
-    axes = np.meshgrid(*(space.tp, space.cp, space.pp, space.ep, space.etp, space.order), indexing="ij")
+    """(tp, cp, pp, ep, etp, order, context) combinations, shape (combinations, 7), in the order of a product."""
+    axes = np.meshgrid(*(space.tp, space.cp, space.pp, space.ep, space.etp, space.order, space.context), indexing="ij")
     every = np.stack(axes, axis=-1).astype(np.int64).reshape(-1, len(axes))
     return every if space.any_etp else every[(every[:, 4] == 1) | (every[:, 4] == every[:, 0])]
 
@@ -354,9 +357,9 @@ def _inner_axes(space: Space) -> tuple[dict[str, Sequence[int]], dict[str, Seque
 
 def _first(degrees: Ints, dp: Ints) -> LayoutArray:
     """The placed degrees, with neutral values on the other axes."""
-    tp, cp, pp, ep, etp, order = degrees.T.copy()
+    tp, cp, pp, ep, etp, order, context = degrees.T.copy()
     one, zero = np.ones_like(dp), np.zeros_like(dp)
-    return LayoutArray(tp, cp, pp, dp, ep, etp, zero, one, zero, one, zero, one, zero, order)
+    return LayoutArray(tp, cp, pp, dp, ep, etp, zero, one, zero, one, zero, one, zero, order, context=context)
 
 
 def _grown(task: Task, layouts: LayoutArray, axes: dict[str, Sequence[int]]) -> LayoutArray:

@@ -29,6 +29,8 @@ OFFLOADS: tuple[str, ...] = ("none", "optimizer")
 RankOrder = Literal["tp-cp-dp-pp", "tp-cp-pp-dp"]
 RANK_ORDERS: tuple[str, ...] = ("tp-cp-dp-pp", "tp-cp-pp-dp")
 """In the order of their codes: pipeline stages apart, or beside each other with data-parallel replicas apart."""
+CONTEXTS: tuple[str, ...] = ("default", "ring")
+"""In the order of their codes: how a cp group shares attention, the engine's first way or a ring beside it."""
 TYPE_ORDERS: tuple[str, ...] = ("as-named", "reversed")
 """In the order of their codes: which of two device types holds the first pipeline stages, the first named or the second."""
 RECOMPUTE_MODES: tuple[str, ...] = ("none", "selective", "full")
@@ -89,7 +91,7 @@ class Stage(Spec):
 class Layout(Sparse):
     """How the job is spread: degrees, ZeRO stage, micro-batch, schedule, and what each pipeline rank holds."""
 
-    unwritten: ClassVar[tuple[str, ...]] = ("type_order",)
+    unwritten: ClassVar[tuple[str, ...]] = ("type_order", "context")
 
     tp: Positive = 1
     """Tensor parallel degree."""
@@ -122,6 +124,9 @@ class Layout(Sparse):
     """Axes from the innermost outwards: which groups of ranks are neighbours."""
     type_order: Literal["as-named", "reversed"] = "as-named"
     """On two device types: whether the first stages are on the type that is named first, or on the other one."""
+    context: Literal["default", "ring"] = "default"
+    """How the ranks of a cp group share attention: by the engine's own way, or, where an engine has another first (bundled:
+    Ulysses, arXiv 2309.14509), by keys and values around a ring (arXiv 2310.01889)."""
     stages: list[Stage] = Field(min_length=1)
     """One entry a pipeline rank, first rank first."""
 

@@ -71,4 +71,5 @@ def name_of(x: LayoutArray, row: int) -> str:
     """An outer row in one line."""
     names = ("tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "virtual_stages")
     reversed_types = ", second type first" if int(x.type_order[row]) else ""
-    return ", ".join(f"{n} {int(getattr(x, n)[row])}" for n in names) + reversed_types
+    ring = ", ring" if int(x.context[row]) else ""
+    return ", ".join(f"{n} {int(getattr(x, n)[row])}" for n in names) + ring + reversed_types

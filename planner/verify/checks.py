@@ -125,6 +125,7 @@ def _layouts(s: State, found: Findings) -> None:
             "offload",
             "order",
             "type_order",
+            "context",
         ):
             found.expect(getattr(layout, axis) in getattr(declared, axis), f"{where}: {axis} outside the declared space")
         found.expect(not declared.dp or layout.dp in declared.dp, f"{where}: dp outside the declared space")

@@ -11,11 +11,13 @@ import numpy as np
 from planner.cost.task import INTERLEAVED, INTERLEAVED_ZB, V_CODES, LayoutArray, Task
 from planner.engines.base import Engine, schedule_codes
 from planner.planfile import Declared, Inputs
-from planner.specs.layout import OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES, SPLIT_BACKWARD, TYPE_ORDERS
+from planner.specs.layout import CONTEXTS, OFFLOADS, RANK_ORDERS, RECOMPUTE_MODES, SCHEDULES, SPLIT_BACKWARD, TYPE_ORDERS
 
 _SHORT = {"mbs": "micro_batch", "sp": "sequence_parallel", "vpp": "virtual_stages", "v": "virtual_stages"}
 _WORLD = "world = tp cp pp dp"
-_COLUMNS = ("tp", "cp", "pp", "ep", "etp", "micro_batch", "zero", "sequence_parallel", "offload", "order", "type_order")
+_COLUMNS = (
+    "tp", "cp", "pp", "ep", "etp", "micro_batch", "zero", "sequence_parallel", "offload", "order", "type_order", "context",
+)  # fmt: skip
 
 
 # ---- axes ----------------------------------------------------------------------------------------------------------
@@ -53,6 +55,7 @@ def documented_axes(task: Task, engine: Engine, inputs: Inputs) -> Declared:
         offload=["none"] if engine.offload_on_request and "offload" not in inputs.pins else list(engine.offloads),
         order=list(engine.rank_orders),
         type_order=list(TYPE_ORDERS if task.types else TYPE_ORDERS[:1]),
+        context=list(engine.contexts),
     )
     for axis, wanted, pinned in _limits(inputs):
         declared = declared.model_copy(update=_limited(declared, axis, wanted, pinned, degrees))
@@ -73,7 +76,7 @@ def _limits(inputs: Inputs) -> Iterable[tuple[str, list[str], bool]]:
         elif axis in RECOMPUTE_MODES[1:]:
             yield "recompute", [m for m in RECOMPUTE_MODES if m != axis], False
         else:
-            others = {"offload": "none", "order": RANK_ORDERS[0], "type_order": TYPE_ORDERS[0]}
+            others = {"offload": "none", "order": RANK_ORDERS[0], "type_order": TYPE_ORDERS[0], "context": CONTEXTS[0]}
             neutral = ({"recompute": "none", "sequence_parallel": "false", "zero": "0"} | others).get(axis, "1")
             yield axis, [neutral], False
 
@@ -85,7 +88,7 @@ def _limited(d: Declared, axis: str, wanted: Sequence[str], pinned: bool, degree
     if axis == "virtual_stages":
         left = {s: [v for v in chunks if v in {int(w) for w in wanted}] for s, chunks in d.schedules.items()}
         return {"schedules": {s: chunks for s, chunks in left.items() if chunks}}
-    if axis in ("recompute", "offload", "order", "type_order"):
+    if axis in ("recompute", "offload", "order", "type_order", "context"):
         return {axis: [m for m in getattr(d, axis) if m in wanted]}
     if axis == "sequence_parallel":
         flags = {w in ("true", "1", "on") for w in wanted}
@@ -142,7 +145,7 @@ def _combined(task: Task, d: Declared, tp: int) -> LayoutArray:
     axes: list[Sequence[int]] = [
         [tp], d.cp, d.pp, d.ep, etp, d.micro_batch, d.zero, [int(v) for v in d.sequence_parallel],
         [OFFLOADS.index(v) for v in d.offload], [RANK_ORDERS.index(v) for v in d.order],
-        [TYPE_ORDERS.index(v) for v in d.type_order], range(len(pairs)),
+        [TYPE_ORDERS.index(v) for v in d.type_order], [CONTEXTS.index(v) for v in d.context], range(len(pairs)),
     ]  # fmt: skip
     grid = np.meshgrid(*(np.array(axis, dtype=np.int64) for axis in axes), indexing="ij")
     columns = dict(zip((*_COLUMNS, "pair"), (g.ravel() for g in grid), strict=True))

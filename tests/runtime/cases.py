@@ -55,6 +55,12 @@ def _two() -> dict[str, tuple[str, dict[str, Any]]]:
     cases["dp2-zero2-compiled-bf16"] = ("llama", {"dp": 2, "zero": 2, "precision": "bf16", "engine": "bundled+compile"})
     cases["cp2-zero0"] = ("llama", {"cp": 2})
     cases["cp2-zero3-learned"] = ("gpt", {"cp": 2, "zero": 3, "recompute": "selective"})
+    ring = {"cp": 2, "context": "ring"}
+    cases["cp2-ring"] = ("llama", ring)
+    cases["cp2-ring-zero3-learned"] = ("gpt", {**ring, "zero": 3, "recompute": "selective"})
+    cases["cp2-ring-full"] = ("llama", {**ring, "zero": 1, "recompute": "full"})
+    cases["cp2-ring-bf16"] = ("llama", {**ring, "zero": 2, "precision": "bf16", "recompute": "selective"})
+    cases["cp2-ring-moe"] = ("moe", {**ring, "zero": 3})
     cases["dp2-zero2-bf16"] = ("llama", {"dp": 2, "zero": 2, "precision": "bf16"})
     cases["tp2-bf16"] = ("gpt", {"tp": 2, "precision": "bf16", "recompute": "selective"})
     return cases
@@ -95,6 +101,14 @@ def _four() -> dict[str, tuple[str, dict[str, Any]]]:
     cases["tp2-cp2-cohere-zero1"] = ("cohere", {"tp": 2, "cp": 2, "zero": 1, "recompute": "selective"})
     cases["cp2-dp2-zero0"] = ("llama", {"cp": 2, "dp": 2})
     cases["cp4-zero1"] = ("gpt", {"cp": 4, "zero": 1, "recompute": "selective"})
+    for recompute in ("none", "selective", "full"):  # more than Ulysses has key/value heads for
+        cases[f"cp4-ring-{recompute}"] = ("llama", {"cp": 4, "context": "ring", "zero": 2, "recompute": recompute})
+    cases["cp2-dp2-ring-zero3"] = ("gpt", {"cp": 2, "dp": 2, "context": "ring", "zero": 3})
+    cases["tp2-cp2-ring-zero1"] = ("llama", {"tp": 2, "cp": 2, "context": "ring", "zero": 1, "recompute": "selective"})
+    cases["pp2-cp2-ring-zero2"] = ("llama", {"pp": 2, "cp": 2, "context": "ring", "zero": 2, "recompute": "selective"})
+    for schedule in SPLIT_BACKWARD:
+        split = {"pp": 2, "cp": 2, "context": "ring", "schedule": schedule, "virtual_stages": 2}
+        cases[f"pp2-cp2-ring-{schedule}"] = ("deep", split)
     cases["tp2-cp2-zero2"] = ("gpt", {"tp": 2, "cp": 2, "zero": 2})
     cases["pp2-cp2-zero2"] = ("llama", {"pp": 2, "cp": 2, "zero": 2, "recompute": "full"})
     cases["pp2-dp2-gpipe-zero2"] = ("llama", {"pp": 2, "dp": 2, "zero": 2, "schedule": "gpipe"})
@@ -130,12 +144,13 @@ CASES = {n: {**own, **moe_cases.CASES[n]} for n, own in ((2, _two()), (4, _four(
 QUICK = {
     2: (
         "dp2-zero0-full", "dp2-zero1-one-microbatch", "dp2-zero2-bf16", "dp2-zero3-mixed", "dp2-zero3-tied",
-        "tp2-selective", "tp2-tied", "tp2-bf16", "cp2-zero3-learned",
-        "pp2-gpipe-full", "pp2-gpt-mixed", "pp2-compiled", "tp2-compiled-tied", "pp2-interleaved-none", *(f"pp2-{schedule}" for schedule in SPLIT_BACKWARD),
+        "tp2-selective", "tp2-tied", "tp2-bf16", "cp2-zero3-learned", "cp2-ring-zero3-learned",
+        "pp2-gpipe-full", "pp2-gpt-mixed", "pp2-compiled", "tp2-compiled-tied", "pp2-interleaved-none",
+        *(f"pp2-{schedule}" for schedule in SPLIT_BACKWARD),
         "moe-dp2-zero3", "ep2-zero2", "ep2-padded", "ep2-zero3-bf16", "tp2-ep2", "tp2-etp2", "mla-ep2", "moe-pp2",
     ),
     4: (
-        "tp2-pp2-full", "tp2-dp2-tied-zero3", "dp4-shard2-zero3", "cp2-dp2-gemma-zero2",
+        "tp2-pp2-full", "tp2-dp2-tied-zero3", "dp4-shard2-zero3", "cp2-dp2-gemma-zero2", "cp4-ring-none",
         "pp2-dp2-zero1", "pp2-dp2-zero3-offload", "pp2-dp2-zero3-fp16", "pp2-dp2-interleaved-zero3", "pp2-dp2-zbv-zero2",
         "pp2-dp2-olmo-zero2", "pp2-ep2-zero3-interleaved", "tp2-dp2-ep2-etp2-zero1",
     ),

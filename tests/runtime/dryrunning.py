@@ -149,6 +149,13 @@ def _add_dense(add: Callable[..., None]) -> None:
     add("one-bf16-states", _llama(4), engine="bundled+bf16-states", global_batch=3)
     add("pp2-bf16-states", _llama(6), pp=2, engine="bundled+bf16-states", global_batch=4)
     add("dp2-products", _llama(4), dp=2, zero=3, engine="bundled+selective-products", recompute="selective", global_batch=2)
+    for context in ("default", "ring"):
+        for cp in (2, 4):
+            options: dict[str, Any] = {"cp": cp, "context": context}
+            for recompute in ("none", "selective", "full"):
+                add(f"cp{cp}-{context}-{recompute}", _llama(4), **options, zero=3, recompute=recompute, global_batch=2)
+        add(f"cp2-tp2-{context}", _llama(4), cp=2, tp=2, zero=1, context=context, global_batch=2)
+        add(f"pp2-cp2-dp2-{context}", _llama(6), pp=2, cp=2, dp=2, zero=2, context=context, recompute="full", global_batch=8)
     add("tp8-gpt", _gpt(4), tp=8, global_batch=2, seq_len=2048)
     add("one", _llama(4), global_batch=2)
     add("fp32-one", _llama(2), precision="fp32", global_batch=2)

@@ -38,6 +38,8 @@ class _Call:
     """Seconds of a call besides its transfer, before the constant."""
 
 
+_RING = "send and receive"
+"""One step of a ring: a block to the next rank, another from the last."""
 _PASSES = {"all_reduce": 2.0}
 """Passes of the tensor through a link that bus bandwidth counts."""
 
@@ -80,7 +82,7 @@ def _recompute_rows(c: Case, kind: Kind, k: int, count: float) -> list[Collectiv
     t = kind.seconds
     tp, cp, ep = (c.task.growth * times * float(r[k][0]) for r in (t.tp_recompute, t.cp_recompute, t.ep_recompute))
     repeated = c.task.accounting.recomputed[mode].get("experts", 0.0)
-    exchanged = _exchange_rows(c, kind, mode, times, cp) if c.task.accounting.context == "ulysses" else []
+    exchanged = [] if _in_a_ring(kind) and mode == "selective" else _context_rows(c, kind, mode, times, cp)
     return _tensor_rows(c, kind, mode, times, tp) + exchanged + _expert_rows(c, kind, mode, times * repeated, ep)
 
 
@@ -92,7 +94,8 @@ def _priced(
     total = sum(x.calls * each for x, each in made)
     rows = []
     for x, each in made:
-        busy, moved = x.calls * each, _PASSES.get(x.op, 1.0) * (x.n - 1.0) / x.n * x.n_bytes
+        passes = 1.0 if x.op == _RING else _PASSES.get(x.op, 1.0) * (x.n - 1.0) / x.n
+        busy, moved = x.calls * each, passes * x.n_bytes
         tiers = _tiers(c.task, x.n, x.stride)
         names = tuple(n for tier in tiers for n in tier_figures(tier) if x.op == "all_reduce" or "all_reduce" not in n)
         rows.append(
@@ -108,7 +111,10 @@ def _priced(
 def _seconds(task: Task, x: _Call) -> float:
     """Time of one call."""
     n, stride, n_bytes = (np.array([v], dtype=float) for v in (x.n, x.stride, x.n_bytes))
-    transfer = float(collective_seconds(x.op, n, stride, n_bytes, task.hardware, x.copies)[0])
+    if x.op == _RING:  # n - 1 steps gather all blocks
+        transfer = float(collective_seconds("all_gather", n, stride, n * n_bytes, task.hardware)[0]) / (x.n - 1.0)
+    else:
+        transfer = float(collective_seconds(x.op, n, stride, n_bytes, task.hardware, x.copies)[0])
     return task.growth * x.factor * (transfer + x.fixed)
 
 
@@ -137,12 +143,23 @@ def _tensor_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) 
 
 def _context_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) -> list[Collective]:
     """Keys and values around the cp ring, their gradients too in backward; or heads exchanged for tokens."""
-    if kind.task.accounting.context == "ulysses":
+    if not _in_a_ring(kind):
         return _exchange_rows(c, kind, where, times, exposed)
-    n_bytes = float(operators.key_value_bytes(kind.task, kind.shapes)[0])
-    calls = [_Call("cp", "all_gather", c.layout.cp, c.layout.tp, n_bytes, times * (1.0 if where == "forward" else 2.0))]
+    task, s, cp, tp = kind.task, kind.shapes, float(c.layout.cp), float(c.layout.tp)
+    n_bytes, gradients = (float(f(task, s)[0]) for f in (operators.key_value_bytes, operators.ring_gradient_bytes))
+    if task.accounting.ring_counted:
+        calls = [_Call("cp", _RING, cp, tp, n_bytes / cp, times * (cp - 1.0))]
+        calls += [_Call("cp", _RING, cp, tp, gradients / cp, times * cp)] if where == "backward" else []
+    else:
+        both = {"forward": 1.0, "backward": 2.0}.get(where, 0.0)  # recompute repeats none
+        calls = [_Call("cp", "all_gather", cp, tp, n_bytes, times * both)]
     hides = "hides under attention, all but the engine's floor"
-    return _priced(c, "cp_comm", f"{kind.label}keys and values, {where}", calls, exposed, hides, _OVERLAPPED)
+    return _priced(c, "cp_comm", f"{kind.label}keys and values, {_place(where)}", calls, exposed, hides, _OVERLAPPED)
+
+
+def _in_a_ring(kind: Kind) -> bool:
+    """Whether the cp group sends keys and values around a ring."""
+    return bool(kind.shapes.ring[0])
 
 
 def _exchange_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) -> list[Collective]:

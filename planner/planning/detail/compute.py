@@ -100,6 +100,8 @@ def _stream_line(lines: Lines, kind: Kind, direction: int, times: float, bound: 
     moved = seconds / task.constant("elementwise") * d.memory_bandwidth.base * d.memory_efficiency.base
     inputs: Inputs = {"bytes": moved, "tokens": float(kind.shapes.tokens[0])}
     figures = (*STREAMED, f"engine.elementwise_{word}", "constant.elementwise", *_routing_figures(task))
+    if bool(kind.shapes.ring[0]) and any(map(any, task.accounting.ring_merge)):
+        figures = (*figures, "engine.ring_merge")
     name = f"{kind.label}norms, activations, residuals: {word}"
     lines.add("compute", name, seconds, times, STREAM, inputs, figures, bound)
 

@@ -13,7 +13,7 @@ from planner.specs.layout import Layout
 
 _FREE = (
     "tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "schedule", "virtual_stages", "sequence_parallel", "offload",
-    "order",
+    "order", "context",
 )  # fmt: skip
 """What differs between layouts: a rule's text leaves these values out."""
 

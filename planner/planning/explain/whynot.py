@@ -27,7 +27,7 @@ from planner.units import GIB, gib
 
 _AXES = (
     "tp", "cp", "pp", "dp", "ep", "etp", "zero", "micro_batch", "schedule", "virtual_stages", "sequence_parallel",
-    "offload", "order",
+    "offload", "order", "context",
 )  # fmt: skip
 
 

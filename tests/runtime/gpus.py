@@ -1,0 +1,91 @@
+"""Plans on two GPUs with NCCL against one GPU; `python tests/runtime/gpus.py [NAME ...]` prints each one's errors."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import plans
+import torch
+import worlds
+
+from planner.runtime.train import Options, Trainer
+from planner.specs.model import Model
+
+TOKENS = 96
+"""Of which a rank holds two pieces of 24: fewer than the rows of 32 that the memory-efficient kernel writes."""
+NARROW = {"first": 2e-2, "norm": 2e-2, "second": 2e-2, "gradient": 4e-2}
+EXACT = dict.fromkeys(NARROW, 1e-4)
+CASES: dict[str, tuple[int, dict[str, Any], dict[str, float]]] = {
+    "ring-fp32": (2, {"cp": 2, "context": "ring"}, EXACT),
+    "ring-fp32-zero3-selective": (2, {"cp": 2, "context": "ring", "zero": 3, "recompute": "selective"}, EXACT),
+    "ring-bf16": (2, {"cp": 2, "context": "ring", "precision": "bf16"}, NARROW),
+    "ring-bf16-zero3-selective": (
+        2, {"cp": 2, "context": "ring", "precision": "bf16", "zero": 3, "recompute": "selective"}, NARROW,
+    ),
+    "ring-bf16-zero2-full": (2, {"cp": 2, "context": "ring", "precision": "bf16", "zero": 2, "recompute": "full"}, NARROW),
+    "ulysses-fp32": (2, {"cp": 2}, EXACT),
+    "ulysses-bf16-zero2": (2, {"cp": 2, "precision": "bf16", "zero": 2}, NARROW),
+    "offload-zero1": (2, {"dp": 2, "zero": 1, "offload": "optimizer"}, EXACT),
+    "offload-zero3-bf16": (2, {"dp": 2, "zero": 3, "offload": "optimizer", "precision": "bf16"}, NARROW),
+    "pp2-bf16": (2, {"pp": 2, "precision": "bf16"}, NARROW),
+}  # fmt: skip
+
+
+def model() -> Model:
+    """Two query heads of 64 to each key/value head."""
+    return plans.llama(hidden=256, width=384)
+
+
+def steps(name: str | None, directory: Path) -> dict[str, float]:
+    """Two steps of a case, compared with the reference; the reference itself without a name."""
+    options: dict[str, Any] = {"micro_batch": 8} if name is None else CASES[name][1]
+    plan = plans.plan(model(), seq_len=TOKENS, **options)
+    trainer = Trainer(plan, torch.device("cuda", torch.cuda.current_device()), Options(lr=1e-3, steps=10))
+    found = {"first": trainer.forward_backward(0)}
+    gradients = {n: g.cpu() for n, g in trainer.named_gradients().items()}
+    found["norm"], _ = trainer.optimizer_step(0)
+    found["second"] = trainer.forward_backward(1)
+    if name is None:
+        torch.save((found, gradients), directory / "reference.pt")
+        return found
+    expected, wanted = torch.load(directory / "reference.pt")
+    floor = 1e-3 * expected["norm"]
+    worst = max(float((g - wanted[n]).norm() / wanted[n].norm().clamp_min(floor)) for n, g in gradients.items())
+    return {"gradient": worst, **{k: abs(found[k] / expected[k] - 1.0) for k in expected}}
+
+
+def fp8() -> list[float]:
+    """Losses of 20 steps with fp8 products."""
+    plan = plans.plan(model(), seq_len=TOKENS, precision="bf16")
+    plan = plan.model_copy(update={"job": plan.job.model_copy(update={"linears": "fp8"})})
+    trainer = Trainer(plan, torch.device("cuda", 0), Options(lr=3e-3, steps=20))
+    return [trainer.train_step(step)[0] for step in range(20)]
+
+
+def run(name: str | None, folder: Path) -> dict[str, float]:
+    """The errors of a case; the reference without a name."""
+    found: dict[str, float] = worlds.run(CASES[name][0] if name else 1, steps, name, folder, timeout_s=200, cuda=True)
+    return found
+
+
+def wrong(name: str, errors: dict[str, float]) -> dict[str, float]:
+    """Errors of a case beyond what its types allow."""
+    return {k: v for k, v in errors.items() if not v < CASES[name][2][k]}
+
+
+def main(names: list[str]) -> int:
+    """Run the reference and the cases, print their errors; 1 if any is too large."""
+    with tempfile.TemporaryDirectory() as folder:
+        run(None, Path(folder))
+        found = {name: run(name, Path(folder)) for name in names or CASES}
+    for name, errors in found.items():
+        figures = "  ".join(f"{k} {v:.1e}" for k, v in errors.items())
+        print(f"{name:28} {'WRONG' if wrong(name, errors) else 'ok':6} {figures}")
+    return int(any(wrong(name, errors) for name, errors in found.items()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
