@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,7 +29,9 @@ def coefficients(values: Values, step: float, device: torch.device) -> Tensor:
     """[size of the step, 1 / sqrt(1 - beta2^step), what the weight keeps, the step]: a tensor, since a new rate or step would
     compile the kernel anew."""
     size, root = values.lr / (1 - values.beta1**step), (1 - values.beta2**step) ** -0.5
-    return torch.tensor([size, root, 1 - values.lr * values.decay, step], dtype=torch.float32, device=device)
+    on_cuda = device.type == "cuda"  # from pageable memory the host would wait until the device gets there
+    figures = torch.tensor([size, root, 1 - values.lr * values.decay, step], dtype=torch.float32, pin_memory=on_cuda)
+    return figures.to(device, non_blocking=True)
 
 
 def update(
@@ -43,7 +46,7 @@ def update(
 ) -> None:
     """One step of `weight` [n] and its moments in place; `copy`, its value in the compute type, is written too.
 
-    `gradient` of any type is multiplied by the scalar `clip`.
+    `gradient` of any type is multiplied by the scalar `clip`; where that is NaN nothing changes.
     """
     if not weight.numel():
         return
@@ -54,6 +57,8 @@ def update(
         _fused(weight, gradient, mean, square, coefficients, values)
         return
     factor = 1.0 if clip is None else float(clip)
+    if math.isnan(factor):
+        return
     for i in range(0, weight.numel(), PIECE):
         piece = slice(i, i + PIECE)
         part = gradient[piece].to(weight.dtype) * factor
@@ -85,6 +90,9 @@ def arithmetic(
     m = torch.lerp(g, mean.float(), beta1)
     v = square.float() * beta2 + g * g * (1 - beta2)
     w = weight.float() * keep - size * m / (v.sqrt() * root + eps)
+    if clip is not None:
+        good = ~clip.isnan()
+        m, v, w = torch.where(good, m, mean), torch.where(good, v, square), torch.where(good, w, weight)
     mean.copy_(m)
     square.copy_(v)
     weight.copy_(w)

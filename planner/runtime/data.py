@@ -63,6 +63,8 @@ class Batches:
         self.at = world.positions(self.seq_len)
         self.device = world.device
         self._origin = (0, 0)
+        self._prepared: tuple[int, Tensor, Tensor] | None = None
+        """First sample, tokens and targets of a batch read ahead."""
 
     def identity(self) -> list[SourceIdentity]:
         """What the sources were when they were opened; empty for the synthetic stream."""
@@ -80,8 +82,25 @@ class Batches:
     def get(self, step: int) -> tuple[Tensor, Tensor]:
         """(tokens, targets) of this rank, both [global_batch / dp, s / cp] int64; targets are one ahead."""
         first = self.position(step) + self.start
+        if self._prepared is None or self._prepared[0] != first:
+            self._prepared = first, *self._read(first)
+        _, tokens, targets = self._prepared
+        self._prepared = None
+        return tokens, targets
+
+    def prepare(self, step: int) -> None:
+        """Read a later step's batch while a device works at this one. On a CPU nothing would be won, and memory is counted."""
+        if self.device.type == "cuda":
+            first = self.position(step) + self.start
+            self._prepared = first, *self._read(first)
+
+    def _read(self, first: int) -> tuple[Tensor, Tensor]:
         rows = np.stack([self.source.sequence(i) for i in range(first, first + self.count)])
-        tokens, targets = (torch.from_numpy(rows[:, at]).to(self.device) for at in (self.at, self.at + 1))
+        # Row after row in memory: torch's stages compare the strides of what they get.
+        both = [torch.from_numpy(np.ascontiguousarray(rows[:, at])) for at in (self.at, self.at + 1)]
+        if self.device.type == "cuda":
+            both = [t.pin_memory() for t in both]
+        tokens, targets = (t.to(self.device, non_blocking=True) for t in both)
         return tokens, targets
 
 

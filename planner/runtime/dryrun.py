@@ -82,6 +82,9 @@ class _FakeBatches:
     def get(self, step: int) -> tuple[Tensor, Tensor]:
         return torch.zeros(self.shape, dtype=torch.int64), torch.zeros(self.shape, dtype=torch.int64)
 
+    def prepare(self, step: int) -> None:
+        """Nothing to read."""
+
 
 class _FakeTrainer(Trainer):
     """The real trainer; parts are parallelised on the meta device as ever, then given fake memory and no values."""
@@ -97,11 +100,11 @@ class _FakeTrainer(Trainer):
         with mode, meter, patch.object(model, "fill", lambda *_: None):
             super().allocate(part)
 
-    def optimizer_step(self, step: int) -> tuple[float, float]:
+    def update(self, step: int) -> tuple[Tensor, float]:
         meter = self._allocation[1]
         meter.optimizing = True
         try:
-            return super().optimizer_step(step)
+            return super().update(step)
         finally:
             meter.optimizing = False
 

@@ -39,4 +39,4 @@ class Evaluation:
             losses = [loss.plain(trainer.scaled_loss(part(own), wanted)) for own, wanted in pairs]
         else:
             losses = trainer.through(trainer.schedule.eval, tokens, targets)
-        return trainer.mean_loss(losses) / trainer.scale.value
+        return float(trainer.mean_loss(losses)) / trainer.scale.value

@@ -26,7 +26,7 @@ class AdamW(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], lr: float):
         super().__init__(groups, {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-8})
         self.clip: Tensor | None = None
-        """What gradients are multiplied by, a scalar; `clip_gradients` sets it for one step."""
+        """What gradients are multiplied by, a scalar; `clip_gradients` sets it for one step. NaN lets the step do nothing."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and their sums."""
@@ -131,8 +131,8 @@ def global_norm(params: list[nn.Parameter], world: World) -> Tensor:
 
 
 def clip_gradients(optimizer: AdamW, max_norm: float, norm: Tensor) -> None:
-    """Let the next step scale gradients of global norm `norm` to at most `max_norm`."""
-    optimizer.clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    """Let the next step scale gradients of global norm `norm` to at most `max_norm`; one that is not finite changes nothing."""
+    optimizer.clip = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), torch.nan)
 
 
 def full_gradients(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:

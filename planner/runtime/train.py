@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from planner.planfile import Plan
-from planner.runtime import experts, faults, loss, masters, optim, parallelize, pipeline, precision
+from planner.runtime import experts, faults, loss, masters, optim, parallelize, pipeline, precision, replicated
 from planner.runtime.data import Batches
 from planner.runtime.mesh import World, build_world
 from planner.runtime.model import Decoder, initialise
@@ -99,6 +99,10 @@ class Trainer:
 
     def forward_backward(self, step: int) -> float:
         """Gradients of one global batch; returns its mean loss, on every rank. Collective."""
+        return float(self.gradients(step))
+
+    def gradients(self, step: int) -> Tensor:
+        """The same, the loss still on the device: nothing here waits for it."""
         tokens, targets = self.batches.get(step)
         self.mark(step, 1)
         self.expect(targets)
@@ -151,7 +155,7 @@ class Trainer:
         )
         return [loss.plain(value) for value in losses]
 
-    def mean_loss(self, losses: list[Tensor]) -> float:
+    def mean_loss(self, losses: list[Tensor]) -> Tensor:
         """Mean over micro-batches, data and context parallel ranks, sent from the last stage to all."""
         total = torch.zeros((), device=self.world.device)
         if losses:
@@ -159,7 +163,7 @@ class Trainer:
         for mesh in (self.world.data, self.world.mesh["pp"]):
             if mesh.size() > 1:
                 dist.all_reduce(total, group=mesh.get_group())
-        return float(total)
+        return total
 
     def named_gradients(self) -> dict[str, Tensor]:
         """Whole fp32 gradients of this rank's layers, by name. Collective; raises when a parameter has none."""
@@ -168,32 +172,56 @@ class Trainer:
     def optimizer_step(self, step: int) -> tuple[float, float]:
         """Clip, update, clear gradients; returns (gradient norm, learning rate). Collective.
 
-        Gradients that overflowed make no step.
+        Gradients that overflowed make no step. Raises RunFailed when they did in a type without a loss scale.
         """
+        norm, lr = self.update(step)
+        value = float(norm)
+        if not self.scale.active:
+            faults.check_norm(self, step, value)
+        self.optimizer.zero_grad(set_to_none=True)
+        return value, lr
+
+    def update(self, step: int) -> tuple[Tensor, float]:
+        """Clip and update: (gradient norm, learning rate). Weights stay as they are where the norm is not finite, which the
+        device finds by itself: only fp16's loss scale waits for the norm here."""
         lr = optim.learning_rate(step, self.options)
         optim.set_learning_rate(self.optimizer, lr)
         norm = optim.global_norm(self.parameters(), self.world)
-        if self.scale.accepts(norm):
-            faults.check_norm(self, step, float(norm))
+        if not self.scale.active or self.scale.accepts(norm):
             optim.clip_gradients(self.optimizer, self.options.max_norm, norm)
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(norm), lr
+        return norm, lr
 
     def train_step(self, step: int) -> tuple[float, float, float]:
-        """One optimizer step: (loss, gradient norm, learning rate)."""
-        value = self.forward_backward(step)
+        """One optimizer step: (loss, gradient norm, learning rate). The host waits for the device once, at its end, with the next
+        batch at hand. Raises RunFailed when loss or norm are not finite; no weight has changed then."""
+        value = self.gradients(step)
         self.mark(step, 2)
-        faults.check_loss(self, step, value)
-        return (value, *self.optimizer_step(step))
+        norm, lr = self.update(step)
+        self.batches.prepare(step + 1)
+        loss_, norm_ = torch.stack((value, norm.to(value.device))).tolist()
+        faults.check_loss(self, step, loss_)
+        if not self.scale.active:
+            faults.check_norm(self, step, norm_)
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss_, norm_, lr
 
 
 def _settle_gradients(params: list[nn.Parameter]) -> None:
     """Give each gradient its parameter's placement; FSDP2 does this itself, bare tensor parallel parameters need it."""
+    parts: dict[torch.dtype, list[nn.Parameter]] = {}
     for param in params:
         grad = masters.gradient(param)
-        if isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != param.placements:
+        if not isinstance(grad, DTensor) or not isinstance(param, DTensor) or grad.placements == param.placements:
+            continue
+        if replicated.is_part(grad, param):
+            parts.setdefault(grad.dtype, []).append(param)
+        else:
             masters.set_gradient(param, grad.redistribute(placements=param.placements))
+    for several in parts.values():
+        sums = replicated.add_up([masters.gradient(param) for param in several])  # type: ignore[misc]
+        for param, value in zip(several, sums, strict=True):
+            masters.set_gradient(param, value)
 
 
 if __name__ == "__main__":  # the module that launch files name; the program is in `command`

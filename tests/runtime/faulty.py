@@ -40,14 +40,14 @@ def strike(trainer: Trainer) -> None:
 
 def installed() -> None:
     """Put the fault where it belongs."""
-    forward = Trainer.forward_backward
+    forward = Trainer.gradients
 
-    def forward_backward(self: Trainer, step: int) -> float:
+    def gradients(self: Trainer, step: int) -> torch.Tensor:
         if step == STEP and self.world.rank == RANK and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             strike(self)
         return forward(self, step)
 
-    Trainer.forward_backward = forward_backward  # type: ignore[method-assign]
+    Trainer.gradients = gradients  # type: ignore[method-assign]
     if FAULT == "kill-save":  # between writing and publishing
         digest = storage.digest_of
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import cases
+import numpy as np
 import plans
 import pytest
 import torch
@@ -34,7 +35,7 @@ def middle(recompute: str) -> Decoder:
         part = Decoder(model, range(2), first=False, last=False)
     part.to_empty(device=cpu)
     part.tie()
-    initialise(part, range(TOKENS), 0, cpu, torch.float32)
+    initialise(part, np.arange(TOKENS), 0, cpu, torch.float32)
     for block in part.blocks():
         block.recompute = recompute
     return part

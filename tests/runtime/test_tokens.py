@@ -96,7 +96,7 @@ def stream(plan: Any, data: tuple[str, ...], steps: range, origin: tuple[int, in
     for step in steps:
         rows: list[int] = []
         for rank in range(plan.layout.dp):
-            world: Any = SimpleNamespace(tokens=range, dp_rank=rank, device=torch.device("cpu"))
+            world: Any = SimpleNamespace(positions=np.arange, dp_rank=rank, device=torch.device("cpu"))
             batches = Batches(plan, world, 0, data)
             batches.seek(*origin)
             rows += batches.get(step)[0][:, 0].tolist()
