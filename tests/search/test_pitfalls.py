@@ -13,6 +13,7 @@ from machines import llama, profile, task
 from planner.cost import primitives
 from planner.cost.task import LayoutArray
 from planner.engines.registry import engine_named
+from planner.planning.request import LONGEST_STEP_DAYS
 from planner.search import bounds, incumbent, solve, stages
 from planner.search.bounds import BIG
 from planner.search.solve import search
@@ -236,6 +237,11 @@ def test_sentinels_stay_inside_64_bits():
     assert int(BIG) + int(bounds.INFINITE) * 16 < 2**63
     assert 2 * int(BIG) < 2**63
     assert int(bounds.INFINITE) * 64 <= int(BIG)
+
+
+def test_no_step_that_is_planned_reaches_the_infinite_target():
+    """Jobs of longer steps at the peak rate are refused; a plan may reach a twentieth of it."""
+    assert int(bounds.INFINITE) >= LONGEST_STEP_DAYS * 20 * 86400 * 10**9
 
 
 # ---- the model's holes -------------------------------------------------------------------------------------------------
