@@ -13,7 +13,7 @@ import numpy as np
 
 from planner.cost import step
 from planner.cost.primitives import Primitives, PrimitiveTable, distinct_keys, primitive_table
-from planner.cost.schedules import ends, flight_limits, layers_of, put_off
+from planner.cost.schedules import flight_limits, layers_of, put_off
 from planner.cost.step import StepCost
 from planner.cost.task import Ints, LayoutArray, StageArray, Task, even_runs, splits_backward, v_shaped
 
@@ -115,8 +115,7 @@ def _still(task: Task, table: PrimitiveTable, rows: Ints, mode: int) -> _Still:
 def _still_runs(q: Primitives, x: LayoutArray, runs: StageArray, mode: int) -> list[Ints]:
     """R of runs, and the fields of `_Still` by run; `q` and `x` have an entry for each of `runs`."""
     n, none = runs.layers, np.zeros(1, dtype=np.int64)
-    first, last = ends(x.schedule, x.pp, runs.index)
-    last = np.where(~v_shaped(x.schedule) & (runs.index + runs.count == x.pp), 1, last)
+    first, last = step.run_ends(x, runs)
     return [
         step.stage_time(q, first, last, n, runs.selective, runs.full),
         first, last, runs.index, runs.index + runs.count - 1, n,

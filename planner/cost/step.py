@@ -298,11 +298,17 @@ def held(layouts: LayoutArray, stages: StageArray) -> Held:
     return Held(flight, weight, weight1, weight2, waiting)
 
 
+def run_ends(layouts: LayoutArray, stages: StageArray) -> tuple[Ints, Ints]:
+    """(first, last): which entries of `stages` hold the embedding, and the head; `layouts` has an entry for each of them."""
+    x = layouts
+    first, last = ends(x.schedule, x.pp, stages.index)
+    return first, np.where(~v_shaped(x.schedule) & (stages.index + stages.count == x.pp), 1, last)
+
+
 def stage_cost(p: Primitives, layouts: LayoutArray, stages: StageArray, blended: Primitives | None = None) -> StageCost:
     """Time and memory of each rank; `p` and `layouts` are per layout, `stages` flattened, `blended` per rank (`blend`)."""
     q, x = p.take(stages.row) if blended is None else blended, layouts.take(stages.row)
-    first, last = ends(x.schedule, x.pp, stages.index)
-    last = np.where(~v_shaped(x.schedule) & (stages.index + stages.count == x.pp), 1, last)
+    first, last = run_ends(x, stages)
     n, n1, n2 = stages.layers, stages.selective, stages.full
     flight, weight, weight1, weight2, waiting = held(x, stages)
     saved = weight * q.act0 - weight1 * (q.act0 - q.act1) - weight2 * (q.act0 - q.act2) + waiting * q.deferred
