@@ -218,72 +218,81 @@ class PrimitiveTable:
     share: Ints
     """Combination of each layout."""
     columns: dict[str, Ints]
-    """Fields of `Primitives` by combination."""
+    """Fields of `Primitives` by combination: all but those of `own`."""
     window: Ints
     """ns of step-wise traffic that one layer's compute hides without chunks."""
-    boundary: Ints
     waiting: Ints
     output: Ints
     head_gradients: Ints
     """Gradients of the head that last from one micro-batch to the next."""
+    received: Ints
+    """Bytes of the tensor between two stages, 0 without a pipeline."""
     hops: tuple[Ints, ...]
     """ns of one neighbour's send by network tier."""
     times: dict[str, Floats]
 
     def of(self, rows: slice) -> Primitives:
         """The primitives of some layouts."""
-        a, d = self.task.accounting, self.task.hardware.device
-        x = LayoutArray(**{f.name: getattr(self.layouts, f.name)[rows] for f in fields(LayoutArray)})
-        share = self.share[rows]
-        boundary = self.boundary.take(share)
-        many = x.pp > 1
-        buffers = np.where(a.receive_all_microbatches, x.microbatches, a.receive_count)
-        held = d.context.base + d.communicator.base * memory.communicators(x) + a.outside_bytes
-        outside = ceil(self.task.constant("outside") * held)
+        return self.priced(self.layouts.between(rows), self.share[rows])
+
+    def priced(self, x: LayoutArray, share: Ints) -> Primitives:
+        """The primitives of layouts `x` with the combinations `share`."""
+        shared = {k: v.take(share) for k, v in self.columns.items()}
+        return Primitives(**shared, **self.own(x, share))
+
+    def quiet(self, share: Ints) -> Primitives:
+        """Primitives of combinations where nothing is passed on and nothing waits: without what layouts have of their `own`."""
+        none = np.zeros(1, dtype=np.int64)
+        own = dict.fromkeys(("p2p", "credit", "hide", "waiting", "receive"), none) | {"chunks": none + 1}
+        return Primitives(**{k: v.take(share) for k, v in self.columns.items()}, **own)
+
+    def own(self, x: LayoutArray, share: Ints) -> dict[str, Ints]:
+        """What depends on more than a combination: the fields of layouts `x` with the combinations `share`, by name."""
+        a, none = self.task.accounting, np.zeros(len(x), dtype=np.int64)
+        chunked, split = np.any(x.virtual_stages > 1), np.any(splits_backward(x.schedule))
+        late = np.any((x.schedule == GPIPE) | (x.schedule == INTERLEAVED_ZB))
+        window, output = self.window.take(share), self.output.take(share)
+        sends = p2p.exposed(self.task, x, [hop.take(share) for hop in self.hops])
+        buffers = x.microbatches if a.receive_all_microbatches else a.receive_count
+        kept = schedules.kept_messages(x.schedule) if split else 2
+        return {
+            "p2p": sends,
+            "credit": self._credit(x, share, sends) if split else none,
+            "hide": self._hide(x, window) if chunked else window,
+            "waiting": self._waiting(x, share) + output if late else output,
+            "receive": self.received.take(share) * buffers * kept // 2,
+            "chunks": x.virtual_stages,
+        }
+
+    def _waiting(self, x: LayoutArray, share: Ints) -> Ints:
+        """What losses keep that wait for their backward."""
         one = self.waiting.take(share)
         late = np.where(x.schedule == GPIPE, x.microbatches - 1, np.where(x.schedule == INTERLEAVED_ZB, x.pp - 1, 0))
         # At GPipe's first backward no gradient is there yet, at the second one micro-batch fewer waits: never both.
         spared = np.where((x.schedule == GPIPE) & (x.microbatches > 1), np.minimum(one, self.head_gradients.take(share)), 0)
-        waiting = late * one - spared
-        columns = {k: v.take(share) for k, v in self.columns.items()}
-        # Where backward is split a table's gradient comes with the weight gradients.
-        columns["between"] = np.where(splits_backward(x.schedule), 0, columns["between"])
-        sends = p2p.exposed(self.task, x, [hop.take(share) for hop in self.hops])
-        return Primitives(
-            **columns,
-            p2p=sends,
-            credit=self._credit(x, columns, sends),
-            hide=self._hide(x, share),
-            constant=np.full(len(x), int(a.step_seconds * self.task.growth * 1e9), dtype=np.int64),
-            waiting=waiting + np.where(many, self.output.take(share), 0),
-            boundary=np.where(many & a.keeps_stage_output, ceil(a.boundary_copies * boundary), 0),
-            receive=np.where(many, boundary * buffers * schedules.kept_messages(x.schedule) // 2, 0),
-            entering=np.where(many & a.receive_all_microbatches, boundary, 0),
-            chunks=x.virtual_stages,
-            capacity=capacity(self.task, outside),
-            outside=outside,
-        )
+        return late * one - spared
 
-    def _credit(self, x: LayoutArray, columns: dict[str, Ints], sends: Ints) -> Ints:
+    def _credit(self, x: LayoutArray, share: Ints, sends: Ints) -> Ints:
         """What a split backward saves: for each rank but one, its R less the bubble that it adds. Means over ranks.
 
         Of embedding, head and sends a third, a third and a half count as forward; a third of the head as weight gradients.
         """
         n = self.task.model.n_layers
-        total = n * (columns["forward"] + columns["backward"]) + columns["embedding"] + columns["head"] + x.pp * sends
-        forward = n * columns["forward"] + (columns["embedding"] + columns["head"]) // 3 + x.pp * sends // 2
-        weights = n * columns["weight"] + columns["head"] // 3
+        names = ("forward", "backward", "weight", "embedding", "head")
+        ahead, back, weight, embedding, head = (self.columns[name].take(share) for name in names)
+        total = n * (ahead + back) + embedding + head + x.pp * sends
+        forward = n * ahead + (embedding + head) // 3 + x.pp * sends // 2
+        weights = n * weight + head // 3
         added = schedules.bubble(x.schedule, forward, total - forward - weights, weights)
         saved = (x.pp - 1) * np.maximum(total - added, 0) // x.pp
         return np.where(splits_backward(x.schedule), saved, 0)
 
-    def _hide(self, x: LayoutArray, share: Ints) -> Ints:
-        """Step-wise traffic that one layer's compute hides.
+    def _hide(self, x: LayoutArray, window: Ints) -> Ints:
+        """Step-wise traffic that one layer's compute hides, from the share of one micro-batch's compute.
 
-        A share of one micro-batch's compute: gradients are reduced beside the last backward. With chunks a chunk's
-        gradients are ready while pp micro-batches still pass back through each of the others.
+        Gradients are reduced beside the last backward. With chunks a chunk's gradients are ready while pp micro-batches
+        still pass back through each of the others.
         """
-        window = self.window.take(share)
         v, others = x.virtual_stages, np.minimum(x.microbatches, x.pp)
         return np.where(v > 1, np.maximum(window, window * others * (v - 1) // v), window)
 
@@ -297,7 +306,8 @@ class PrimitiveTable:
 _BLOCK = ("tp", "cp", "ep", "etp", "micro_batch", "sequence_parallel", "context")
 """What a layer's operators depend on."""
 _OUTER = (*_BLOCK, "dp", "zero", "offload", "apart", "sharded")
-"""What everything but the pipeline's own terms depends on."""
+"""What everything but the pipeline's own terms depends on, with whether micro-batches accumulate, there is a pipeline, and its
+backward is split (`_combinations`)."""
 
 
 def capacity(task: Task, outside: Ints) -> Ints:
@@ -357,10 +367,32 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
     times = {k: v * task.growth for k, v in times.items()}
     boundary = acts.boundary[spread]
     hops = tuple(ns(seconds) for seconds in p2p.hop_seconds(task, p2p.sent_bytes(task, shared, boundary)))
+    columns |= _passed(task, shared, boundary) | _by_device(task, shared)
+    # Where backward is split a table's gradient comes with the weight gradients.
+    columns["between"] = np.where(splits_backward(shared.schedule), 0, columns["between"])
+    many = shared.pp > 1
     return PrimitiveTable(
-        task, layouts, share, columns, columns.pop("hide"), boundary, acts.waiting[spread], acts.output[spread],
-        columns.pop("head_gradients"), hops, times,
+        task, layouts, share, columns, columns.pop("hide"), acts.waiting[spread], np.where(many, acts.output[spread], 0),
+        columns.pop("head_gradients"), np.where(many, boundary, 0), hops, times,
     )  # fmt: skip
+
+
+def _passed(task: Task, layouts: LayoutArray, boundary: Ints) -> dict[str, Ints]:
+    """What a pipeline's ranks keep of the tensors of `boundary` bytes that they pass on."""
+    a, many = task.accounting, layouts.pp > 1
+    return {
+        "boundary": np.where(many & a.keeps_stage_output, ceil(a.boundary_copies * boundary), 0),
+        "entering": np.where(many & a.receive_all_microbatches, boundary, 0),
+    }
+
+
+def _by_device(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
+    """What a device may hold, what lies outside the allocator, and what a step takes besides."""
+    a, d = task.accounting, task.hardware.device
+    held = d.context.base + d.communicator.base * memory.communicators(layouts) + a.outside_bytes
+    outside = ceil(task.constant("outside") * held)
+    constant = np.full(len(layouts), int(a.step_seconds * task.growth * 1e9), dtype=np.int64)
+    return {"outside": outside, "capacity": capacity(task, outside), "constant": constant}
 
 
 def _add_modules(task: Task, columns: dict[str, Ints], projection: Ints) -> None:
@@ -383,8 +415,20 @@ def _combinations(layouts: LayoutArray, names: tuple[str, ...], accumulate: bool
     if accumulate:
         key = (key * 2 + (layouts.microbatches > 1)) * 2 + (layouts.pp == 1)
         key = key * 2 + splits_backward(layouts.schedule)
-    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-    return layouts.take(first), inverse.ravel()
+    first, kind = distinct_keys(key)
+    return layouts.take(first), kind
+
+
+def distinct_keys(key: Ints) -> tuple[Ints, Ints]:
+    """(the first row of each distinct key, which of them each row has), in the order of the keys, which are not negative."""
+    size = int(key.max(initial=-1)) + 1
+    if size > 8 * len(key):
+        _, first, kind = np.unique(key, return_index=True, return_inverse=True)
+        return first, kind.ravel()
+    place = np.full(size, -1)  # a table of all keys takes less than sorting those that there are
+    place[key[::-1]] = np.arange(len(key))[::-1]
+    there = place >= 0
+    return place[there], (np.cumsum(there) - 1)[key]
 
 
 def _layer_ns(

@@ -31,12 +31,19 @@ def in_flight(schedule: Ints, pp: Ints, virtual_stages: Ints, microbatches: Ints
     GPipe m; 1F1B min(m, pp - index) (Narayanan 2021, section 2.2); interleaved min(m v, (v - 1) pp + 2 (pp - 1 - index) + 1).
     Where the backward is split they are held until their weight gradients: v pp, ZB-V 2 pp, DualPipeV 2 pp + 1 on every rank.
     """
+    most, first, fewer = flight_limits(schedule, pp, virtual_stages, microbatches)
+    return np.minimum(most, first - fewer * index)
+
+
+def flight_limits(schedule: Ints, pp: Ints, virtual_stages: Ints, microbatches: Ints) -> tuple[Ints, Ints, Ints]:
+    """(most, first, fewer) so that rank `index` has min(most, first - fewer index) in flight: what ranks share of it."""
     m, v = microbatches, virtual_stages
-    interleaved = (v - 1) * pp + 2 * (pp - 1 - index) + 1
-    even = np.where(schedule == DUALPIPEV, 2 * pp + 1, v * pp)
-    chunked = np.minimum(m * v, np.where(schedule == INTERLEAVED, interleaved, even))
-    plain = np.where(schedule == GPIPE, m, np.minimum(m, pp - index))
-    return np.where((schedule == INTERLEAVED) | splits_backward(schedule), chunked, plain)
+    interleaved, split, gpipe = schedule == INTERLEAVED, splits_backward(schedule), schedule == GPIPE
+    most = np.where(interleaved | split, m * v, m)
+    first = np.where(gpipe, m, np.where(interleaved, (v + 1) * pp - 1, pp))
+    if np.any(split):
+        first = np.where(split, np.where(schedule == DUALPIPEV, 2 * pp + 1, v * pp), first)
+    return most, first, np.where(interleaved, 2, np.where(gpipe | split, 0, 1))
 
 
 def put_off(schedule: Ints, pp: Ints, index: Ints) -> Ints:
@@ -79,8 +86,13 @@ def in_flight_layers(schedule: Ints, pp: Ints, virtual_stages: Ints, microbatche
     Without virtual stages in_flight * layers. With them, chunks hold layers // v layers and the first r = layers % v
     chunks one more; the extra ones count as often as the first r chunks are in flight at the worst moment.
     """
+    flight = in_flight(schedule, pp, virtual_stages, microbatches, index)
+    return layers_of(flight, pp, virtual_stages, microbatches, layers)
+
+
+def layers_of(flight: Ints, pp: Ints, virtual_stages: Ints, microbatches: Ints, layers: Ints) -> Ints:
+    """The same of ranks with `flight` chunk-micro-batches in flight."""
     v = virtual_stages
-    flight = in_flight(schedule, pp, v, microbatches, index)
     if not np.any(v > 1):
         return flight * layers
     base, extra = layers // v, layers % v

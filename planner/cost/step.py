@@ -17,15 +17,15 @@ equal stages (Narayanan 2021, section 2.2) and not below it for unequal ones; te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from planner.cost.blending import Stack
-from planner.cost.primitives import Blend, Primitives, primitive_table
-from planner.cost.schedules import chunk_moments, ends, in_flight, in_flight_layers, put_off
-from planner.cost.task import Bools, Ints, LayoutArray, StageArray, Task, even_runs, v_shaped
+from planner.cost.primitives import Blend, Primitives
+from planner.cost.schedules import chunk_moments, ends, in_flight, layers_of, put_off
+from planner.cost.task import Bools, Ints, LayoutArray, StageArray, Task, v_shaped
 from planner.specs.layout import SCHEDULES, Layout
 
 
@@ -67,9 +67,13 @@ def end_time(p: Primitives, first: Ints, last: Ints) -> Ints:
 
 def stage_once(p: Primitives, first: Ints, last: Ints, layers: Ints) -> Ints:
     """d of ranks, ns: exposed step-wise traffic and the optimizer."""
+    return np.maximum(*stage_traffic(p, first, last, layers)) + stage_update(p, first, last, layers)
+
+
+def stage_traffic(p: Primitives, first: Ints, last: Ints, layers: Ints) -> tuple[Ints, Ints]:
+    """(step-wise traffic less what hides under compute, what of it stays exposed in any case), ns."""
     traffic = layers * (p.comm - p.hide) + first * p.comm_first + last * p.comm_last
-    floor = layers * p.floor + first * p.floor_first + last * p.floor_last
-    return np.maximum(traffic, floor) + stage_update(p, first, last, layers)
+    return traffic, layers * p.floor + first * p.floor_first + last * p.floor_last
 
 
 def stage_update(p: Primitives, first: Ints, last: Ints, layers: Ints) -> Ints:
@@ -80,11 +84,33 @@ def stage_update(p: Primitives, first: Ints, last: Ints, layers: Ints) -> Ints:
 def stage_base_bytes(p: Primitives, first: Ints, last: Ints, flight: Ints) -> Ints:
     """Bytes of a rank that do not depend on its layers, while micro-batches run."""
     extras = first * p.state_first + last * p.state_last
-    passed = flight * passed_bytes(p, first, last) + (1 - first) * p.entering + receive_bytes(p, first, last)
-    return extras + passed + p.fixed + last * p.waiting + (p.chunks - 1) * p.carried
+    return extras + (1 - first) * p.entering + p.fixed + passing_bytes(p, first, last, flight)
 
 
-def passed_bytes(p: Primitives, first: Ints, last: Ints) -> Ints:
+class Passing(Protocol):
+    """The fields of `Primitives` that say what ranks keep of what they pass on."""
+
+    @property
+    def boundary(self) -> Ints: ...
+    @property
+    def entering(self) -> Ints: ...
+    @property
+    def chunks(self) -> Ints: ...
+    @property
+    def waiting(self) -> Ints: ...
+    @property
+    def carried(self) -> Ints: ...
+    @property
+    def receive(self) -> Ints: ...
+
+
+def passing_bytes(p: Passing, first: Ints, last: Ints, flight: Ints) -> Ints:
+    """The part of these that depends on how many chunk-micro-batches are in flight, on chunks and on buffers."""
+    passed = flight * passed_bytes(p, first, last) + last * p.waiting
+    return passed + receive_bytes(p, first, last) + (p.chunks - 1) * p.carried
+
+
+def passed_bytes(p: Passing, first: Ints, last: Ints) -> Ints:
     """Bytes that each chunk-micro-batch in flight adds to what a rank passes on: its output, less its input (shared)."""
     sends = np.where(p.chunks > 1, 1, 1 - last)  # with chunks the last rank passes on all but its last one
     return np.asarray(sends * p.boundary - (1 - first) * p.entering)
@@ -96,7 +122,7 @@ def shared_inputs(p: Primitives, first: Ints, flight: Ints) -> Ints:
     return (1 - first) * (flight - 1) * p.entering
 
 
-def receive_bytes(p: Primitives, first: Ints, last: Ints) -> Ints:
+def receive_bytes(p: Passing, first: Ints, last: Ints) -> Ints:
     """Receive buffers of a rank: activations into all but the model's first stage, gradients into all but its last."""
     return (2 * p.chunks - first - last) * p.receive
 
@@ -177,9 +203,14 @@ def stage_update_bytes(p: Primitives, first: Ints, last: Ints, layers: Ints) -> 
 def between_base(p: Primitives, first: Ints, last: Ints, flight: Ints) -> Ints:
     """Bytes of the first rank that do not depend on its layers at the embedding's gradient between two micro-batches, with one
     fewer in flight; 0 on other ranks."""
-    extras = p.state_first + last * p.state_last + receive_bytes(p, first, last) + p.fixed
-    carried = (p.chunks - 1) * p.carried  # each chunk has a buffer of its own
-    return first * (extras + p.between + carried + (flight - 1) * passed_bytes(p, first, last))
+    extras = p.state_first + last * p.state_last + p.fixed
+    return first * (extras + p.between) + between_passing(p, first, last, flight)
+
+
+def between_passing(p: Passing, first: Ints, last: Ints, flight: Ints) -> Ints:
+    """The part of these that `passing_bytes` is of those of a backward; each chunk has a buffer of its own."""
+    carried = (p.chunks - 1) * p.carried
+    return first * (receive_bytes(p, first, last) + carried + (flight - 1) * passed_bytes(p, first, last))
 
 
 def saved_limit(p: Primitives, first: Ints, last: Ints, flight: Ints, layers: Ints, mode: int) -> Ints:
@@ -258,7 +289,8 @@ def held(layouts: LayoutArray, stages: StageArray) -> Held:
     """
     x, n1, n2 = layouts, stages.selective, stages.full
     place = (x.schedule, x.pp, x.virtual_stages, x.microbatches, stages.index)
-    flight, weight = in_flight(*place), in_flight_layers(*place, stages.layers)
+    flight = in_flight(*place)
+    weight = layers_of(flight, x.pp, x.virtual_stages, x.microbatches, stages.layers)
     whole = x.virtual_stages > 1
     weight1 = np.where(whole, np.where(n1 > 0, weight, 0), flight * n1)
     weight2 = np.where(whole, np.where(n2 > 0, weight, 0), flight * n2)
@@ -266,11 +298,17 @@ def held(layouts: LayoutArray, stages: StageArray) -> Held:
     return Held(flight, weight, weight1, weight2, waiting)
 
 
+def run_ends(layouts: LayoutArray, stages: StageArray) -> tuple[Ints, Ints]:
+    """(first, last): which entries of `stages` hold the embedding, and the head; `layouts` has an entry for each of them."""
+    x = layouts
+    first, last = ends(x.schedule, x.pp, stages.index)
+    return first, np.where(~v_shaped(x.schedule) & (stages.index + stages.count == x.pp), 1, last)
+
+
 def stage_cost(p: Primitives, layouts: LayoutArray, stages: StageArray, blended: Primitives | None = None) -> StageCost:
     """Time and memory of each rank; `p` and `layouts` are per layout, `stages` flattened, `blended` per rank (`blend`)."""
     q, x = p.take(stages.row) if blended is None else blended, layouts.take(stages.row)
-    first, last = ends(x.schedule, x.pp, stages.index)
-    last = np.where(~v_shaped(x.schedule) & (stages.index + stages.count == x.pp), 1, last)
+    first, last = run_ends(x, stages)
     n, n1, n2 = stages.layers, stages.selective, stages.full
     flight, weight, weight1, weight2, waiting = held(x, stages)
     saved = weight * q.act0 - weight1 * (q.act0 - q.act1) - weight2 * (q.act0 - q.act2) + waiting * q.deferred
@@ -322,7 +360,16 @@ def credited(p: Primitives, layouts: LayoutArray, time: Ints) -> int:
     return plain - int(pipeline_time(factor, np.int64(slowest), np.int64(time.sum()), p.credit)[0])
 
 
-def combine(p: Primitives, layouts: LayoutArray, slowest: Ints, total: Ints, once: Ints) -> Ints:
+class Whole(Protocol):
+    """The fields of `Primitives` that count once a step."""
+
+    @property
+    def credit(self) -> Ints: ...
+    @property
+    def constant(self) -> Ints: ...
+
+
+def combine(p: Whole, layouts: LayoutArray, slowest: Ints, total: Ints, once: Ints) -> Ints:
     """T from max R, sum R and max d, ns."""
     v = layouts.virtual_stages
     pipeline = pipeline_time(v * layouts.microbatches - 1, slowest, total, p.credit)
@@ -345,18 +392,3 @@ def step_cost(p: Primitives, layouts: LayoutArray, stages: StageArray, blended: 
     capacity = p.capacity.take(stages.row) if blended is None else blended.capacity
     step = combine(p, layouts, worst(cost.time), total, worst(cost.once))
     return StepCost(step, worst(cost.allocated), worst(cost.allocated - capacity))
-
-
-def even_step_cost(task: Task, layouts: LayoutArray, recompute: int) -> StepCost:
-    """Time and memory of layouts with an even split and one recompute mode (0 none, 1 selective, 2 full) for all layers.
-
-    Priced in pieces that stay inside the processor's caches.
-    """
-    table, piece = primitive_table(task, layouts), 4096
-    done = []
-    for start in range(0, len(layouts), piece):
-        rows = slice(start, min(start + piece, len(layouts)))
-        part = LayoutArray(**{f.name: getattr(layouts, f.name)[rows] for f in fields(LayoutArray)})
-        done.append(step_cost(table.of(rows), part, even_runs(part, task.model.n_layers, recompute)))
-    joined = [np.concatenate([getattr(d, f.name) for d in done]) for f in fields(StepCost)]
-    return StepCost(*joined)

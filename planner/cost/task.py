@@ -236,6 +236,10 @@ class LayoutArray:
         """The layouts at `rows`."""
         return LayoutArray(**picked({f.name: getattr(self, f.name) for f in fields(self)}, rows))
 
+    def between(self, rows: slice) -> LayoutArray:
+        """The layouts of a slice, as views."""
+        return LayoutArray(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
     @property
     def data(self) -> Ints:
         """Ranks that hold the same parameters: dp cp."""
@@ -325,6 +329,10 @@ class StageArray:
     layers: Ints
     selective: Ints
     full: Ints
+
+    def between(self, rows: slice) -> StageArray:
+        """The entries of a slice, as views."""
+        return StageArray(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     @classmethod
     def of(cls, layouts: Sequence[Layout]) -> StageArray:

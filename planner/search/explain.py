@@ -9,6 +9,7 @@ import numpy as np
 
 from planner import stopping
 from planner.cost import step
+from planner.cost.even import even_step_cost
 from planner.cost.task import MAX_DEVICES, Ints, LayoutArray, Task, splits_backward
 from planner.engines.base import Engine
 from planner.search import bounds, hetero, mixed
@@ -69,7 +70,7 @@ def any_fits(task: Task, engine: Engine, space: Space) -> bool:
 def _even_excess(task: Task, x: LayoutArray, mode: int) -> Ints:
     """Bytes beyond what each layout may hold when split evenly under one recompute mode."""
     if task.model.homogeneous and not task.types:
-        return step.even_step_cost(task, x, mode).excess
+        return even_step_cost(task, x, mode).excess
     p, stack = price(task, x)
     excess = np.full(len(x), np.iinfo(np.int64).max)
     for chunk in bounds.same_pipeline(x, np.arange(len(x)), task.model):

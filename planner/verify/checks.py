@@ -13,7 +13,7 @@ from planner import planfile
 from planner.cost import devicetypes
 from planner.cost.task import Bools, Ints
 from planner.engines.problems import layout_problems
-from planner.verify import rows, simulation, space, tables
+from planner.verify import memory, rows, simulation, space, tables
 from planner.verify.case import Case, key_of, name_of
 from planner.verify.layouts import Evaluated, evaluate
 from planner.verify.report import Check, Findings, Progress, Report
@@ -51,7 +51,7 @@ class State:
     @cached_property
     def fits(self) -> Bools:
         """Which of them fit."""
-        return rows.fitting(self.priced, self.case.modes, self.progress)
+        return memory.fitting(self.priced, self.case.modes, self.progress)
 
 
 def verify(case: Case, progress: Progress = lambda what, done, total: None) -> Report:

@@ -1,4 +1,4 @@
-"""Every outer row settled again: it fits or not, and no layout of it takes less than the plan says it could.
+"""Every outer row that fits settled again: no layout of it takes less than the plan says it could.
 
 Three steps, each exact or on the safe side: a bound without memory, one on the exact table of every rank and run, and the
 exact inner problem (`labels`) for the rows that those leave.
@@ -10,39 +10,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from planner.cost.task import Bools, Ints
+from planner.cost.task import Ints
 from planner.verify import chains, labels, tables
 from planner.verify.report import Progress
 from planner.verify.tables import NEVER, Priced, Ranks
-
-_ENTRIES = 400_000
-"""Entries of a table that are worked on at once."""
-
-
-# ---- memory --------------------------------------------------------------------------------------------------------
-
-
-def fitting(rows: Priced, modes: tuple[int, ...], progress: Progress) -> Bools:
-    """Which rows have any split and recompute that fits the memory. Exact."""
-    answer = np.zeros(len(rows), dtype=bool)
-    done = 0
-    for batch in tables.batches(rows.layouts, np.arange(len(rows))):
-        some, sort = tables.same_memory(rows, batch)
-        for piece in _pieces(rows, some, modes, rows.task.model.n_layers):
-            r = tables.ranks_of(rows.take(piece), modes, rows.task.model.n_layers)
-            answer[piece] = chains.exists(tables.fits(r), r.runs)
-            progress("memory of rows", done, len(rows))
-        answer[batch] = answer[some][sort]
-        done += len(batch)
-    return answer
-
-
-def _pieces(rows: Priced, batch: Ints, modes: tuple[int, ...], longest: int) -> list[Ints]:
-    """A batch in pieces whose tables stay small."""
-    _, pp, width = tables.ranks_of(rows.take(batch[:1]), modes, longest).shape()
-    size = max(1, _ENTRIES // (pp * width))
-    return [batch[i : i + size] for i in range(0, len(batch), size)]
-
 
 # ---- time ----------------------------------------------------------------------------------------------------------
 
@@ -73,7 +44,7 @@ def settle(rows: Priced, modes: tuple[int, ...], cutoff: Ints, progress: Progres
             # rows whose longest runs are alike share a table
             top = int(longest[start]) * 5 // 4 + 1
             same = order[start : int(np.searchsorted(longest, top, side="right"))]
-            piece = _pieces(rows, same, modes, top)[0]
+            piece = tables.pieces(rows, same, modes, top)[0]
             _piece(rows, piece, modes, cutoff[piece], int(longest[start + len(piece) - 1]), found)
             start += len(piece)
             done += len(piece)

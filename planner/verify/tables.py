@@ -80,12 +80,25 @@ def same_memory(rows: Priced, batch: Ints) -> tuple[Ints, Ints]:
     index = np.arange(int(x.pp[0]), dtype=np.int64)[None, :]
     flight = in_flight(x.schedule[:, None], x.pp[:, None], x.virtual_stages[:, None], x.microbatches[:, None], index)
     names = [f.name for f in fields(Primitives) if f.name not in _TIMES]
-    columns = [getattr(kind, name)[:, :, 0] for kind in _by_rank(part) for name in names]
+    columns = [getattr(kind, name)[:, :, 0] for kind in by_rank(part) for name in names]
     rounds = np.minimum(x.microbatches // x.pp, 3)[:, None]  # what the moments of chunks depend on
     table = np.ascontiguousarray(np.concatenate([*columns, flight, rounds], axis=1))
     sorts: dict[bytes, int] = {}
     sort = np.array([sorts.setdefault(row.tobytes(), len(sorts)) for row in table])
     return batch[np.unique(sort, return_index=True)[1]], sort
+
+
+_ENTRIES = 400_000
+"""Entries of a table that are worked on at once."""
+
+
+def pieces(rows: Priced, batch: Ints, modes: tuple[int, ...], longest: int) -> list[Ints]:
+    """A batch in pieces whose tables stay small; none without rows."""
+    if not len(batch):
+        return []
+    _, pp, width = ranks_of(rows.take(batch[:1]), modes, longest).shape()
+    size = max(1, _ENTRIES // (pp * width))
+    return [batch[i : i + size] for i in range(0, len(batch), size)]
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,10 @@ class Ranks:
 
     p: Primitives
     runs: Runs
+    layers: Ints
+    """Layers of each run."""
+    complete: Bools
+    """Runs of which every chunk holds a layer."""
     modes: tuple[int, ...]
     first: Ints
     last: Ints
@@ -112,18 +129,13 @@ class Ranks:
     """What splitting the backward takes off, v-ths of ns, shape (rows,)."""
 
     @property
-    def layers(self) -> Ints:
-        """Layers of each run."""
-        return self.runs.layers[None, None, :]
-
-    @property
     def pp(self) -> int:
         """Pipeline ranks."""
         return self.flight.shape[1]
 
     def shape(self) -> tuple[int, int, int]:
         """(rows, ranks, runs)."""
-        return len(self.m), self.pp, len(self.runs.counts)
+        return len(self.m), self.pp, self.layers.shape[2]
 
 
 def ranks_of(batch: Priced, modes: tuple[int, ...], longest: int) -> Ranks:
@@ -131,9 +143,15 @@ def ranks_of(batch: Priced, modes: tuple[int, ...], longest: int) -> Ranks:
     x, model = batch.layouts, batch.task.model
     pp, v = int(x.pp[0]), int(x.virtual_stages[0])
     w = runs(model.kind_of_layer, v, max(1, min(longest, -(-model.n_layers // v) - pp + 1)))
-    deep, moments = _by_rank(batch), chunk_moments(pp, v, x.microbatches)[:, :, None] if v > 1 else None
-    counts = w.counts if v > 1 else w.counts[:, 0]
-    p = deep[0] if len(deep) == 1 else blend(deep, counts[None, None], model.text_kind, moments)
+    return ranks_with(batch, modes, w, w.counts[None, None])
+
+
+def ranks_with(batch: Priced, modes: tuple[int, ...], w: Runs, held: Ints) -> Ranks:
+    """The same where ranks hold `held` layers in place of those of `w`, shape (rows or 1, ranks or 1, runs, chunks, kinds)."""
+    x, model = batch.layouts, batch.task.model
+    pp, v = int(x.pp[0]), int(x.virtual_stages[0])
+    deep, moments = by_rank(batch), chunk_moments(pp, v, x.microbatches)[:, :, None] if v > 1 else None
+    p = deep[0] if len(deep) == 1 else blend(deep, held if v > 1 else held[..., 0, :], model.text_kind, moments)
     index = np.arange(pp, dtype=np.int64)[None, :]
     flight = in_flight(x.schedule[:, None], x.pp[:, None], x.virtual_stages[:, None], x.microbatches[:, None], index)
     split, ends = bool(splits_backward(x.schedule[:1])[0]), (0, last_rank(SCHEDULES[int(x.schedule[0])], pp))
@@ -144,11 +162,13 @@ def ranks_of(batch: Priced, modes: tuple[int, ...], longest: int) -> Ranks:
     # What ranks share; two types run no split backward (a rule), so their credit is 0.
     constant, credit = (c.max(axis=1) if batch.task.types else c for c in (base.constant, base.credit))
     flight = flight[:, :, None]
-    pairs = _pairs(w, flight, moments)
-    return Ranks(p, w, modes, first, last, flight, v, pairs, x.microbatches, constant, waiting, credit)
+    each = held.sum(axis=4)
+    pairs = _pairs(w, flight, each, moments)
+    layers, complete = each.sum(axis=3), np.all(each > 0, axis=3)
+    return Ranks(p, w, layers, complete, modes, first, last, flight, v, pairs, x.microbatches, constant, waiting, credit)
 
 
-def _by_rank(batch: Priced) -> list[Primitives]:
+def by_rank(batch: Priced) -> list[Primitives]:
     """The integers of each kind of layers, shape (rows, ranks, 1), or with one rank for all."""
     if not batch.task.types:
         return [Primitives(**{f.name: getattr(k, f.name)[:, None, None] for f in fields(Primitives)}) for k in batch.kinds]
@@ -162,19 +182,18 @@ def least_layers(batch: Priced, modes: tuple[int, ...]) -> list[Ints]:
     return [k.min(axis=1) for k in each] if batch.task.types else each
 
 
-def _pairs(w: Runs, flight: Ints, moments: Ints | None) -> Ints:
-    """(Layer, micro-batch) pairs that ranks hold when they hold most."""
+def _pairs(w: Runs, flight: Ints, each: Ints, moments: Ints | None) -> Ints:
+    """(Layer, micro-batch) pairs that ranks hold when they hold most; `each` has the layers of every chunk on its last axis."""
     if moments is None or w.places * w.chunks == w.n_layers:  # equal chunks
-        return flight * (w.layers // w.chunks)
-    each = w.each.T
-    by_moment = (np.sum([moments[..., j, c] * each[c] for c in range(w.chunks)], axis=0) for j in range(moments.shape[-2]))
-    return np.maximum.reduce(list(by_moment))
+        return flight * (each.sum(axis=3) // w.chunks)
+    held = np.stack([(moments[..., j, :] * each).sum(axis=-1) for j in range(moments.shape[-2])])
+    return np.asarray(held.max(axis=0))
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
-def _rooms(r: Ranks, modes: tuple[int, ...]) -> list[Ints]:
+def room_by_mode(r: Ranks, modes: tuple[int, ...]) -> list[Ints]:
     """Bytes left for saved activations when each of `modes` is the strongest in use."""
     return [step.saved_limit(r.p, r.first, r.last, r.flight, r.layers, mode) for mode in modes]
 
@@ -190,14 +209,14 @@ def fits(r: Ranks) -> Bools:
     For each strongest mode, one layer at least is under it, and the others are under what saves most among the weaker ones.
     """
     found = np.zeros(r.shape(), dtype=bool)
-    for mode, room in zip(r.modes, _rooms(r, r.modes), strict=True):
+    for mode, room in zip(r.modes, room_by_mode(r, r.modes), strict=True):
         if r.chunks > 1:
             saved = r.pairs * r.p.saved(mode) + _late(r)
         else:
             weaker = np.minimum.reduce([r.p.saved(other) for other in r.modes if other <= mode])
             saved = r.flight * (r.p.saved(mode) + (r.layers - 1) * weaker)
         found |= saved <= room
-    return found & r.runs.complete & (step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity)
+    return found & r.complete & (step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity)
 
 
 # ---- time ----------------------------------------------------------------------------------------------------------
@@ -227,8 +246,8 @@ def recompute_time(r: Ranks) -> Ints:
     if np.any(r.p.recompute1 < 0) or np.any(r.p.recompute2 < 0):
         raise ArithmeticError("recompute takes negative time")
     best = np.full(r.shape(), NEVER)
-    beside = r.runs.complete & (step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity)
-    rooms = _rooms(r, (0, 1, 2))
+    beside = r.complete & (step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity)
+    rooms = room_by_mode(r, (0, 1, 2))
     if r.chunks > 1:
         for mode in r.modes:
             within = r.pairs * r.p.saved(mode) + _late(r) <= rooms[mode]

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from planner.cost.task import Bools, Ints
+from planner.cost.task import Ints
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,6 @@ class Runs:
     def layers(self) -> Ints:
         """Layers of each run."""
         return self.counts.sum(axis=(1, 2))
-
-    @property
-    def each(self) -> Ints:
-        """Layers of each chunk of each run, shape (runs, chunks)."""
-        return self.counts.sum(axis=2)
-
-    @property
-    def complete(self) -> Bools:
-        """Runs of which every chunk holds a layer."""
-        return np.asarray(np.all(self.each > 0, axis=1))
 
     @property
     def by_length(self) -> bool:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
 from machines import task
 
-from planner.cost import step
+from planner.cost import even
 from planner.cost.task import INTERLEAVED, NONE, ONE_F_ONE_B, LayoutArray
 from planner.engines.registry import engine_named
 from planner.search.solve import search
@@ -39,12 +40,29 @@ def layouts(n: int) -> LayoutArray:
     return LayoutArray(tp, one, pp, dp, one, one, rng.integers(0, 4, n), micro, schedule, v, sequence, m)
 
 
-def test_estimate_on_arrays(benchmark):
+def different_layouts(n: int) -> LayoutArray:
+    """`n` layouts of a thousand devices, no two of them equal: a grid of degrees, micro-batches, schedules and batches."""
+    powers = 2 ** np.arange(5)
+    axes = (powers[:4], powers, powers, powers, np.arange(4), np.arange(2), np.arange(2), np.arange(1, 25))
+    tp, pp, cp, micro, zero, sequence, chunked, rounds = (a.ravel() for a in np.meshgrid(*axes))
+    kept = (tp * pp * cp <= 1024) & ((sequence == 0) | (tp > 1)) & ((chunked == 0) | (pp > 1))
+    rows = np.sort(np.random.default_rng(0).permutation(np.nonzero(kept)[0])[:n])
+    tp, pp, cp, micro, zero, sequence, chunked, rounds = (a[rows] for a in (tp, pp, cp, micro, zero, sequence, chunked, rounds))
+    one = np.ones(n, dtype=np.int64)
+    schedule = np.where(pp == 1, NONE, np.where(chunked == 1, INTERLEAVED, ONE_F_ONE_B))
+    return LayoutArray(tp, cp, pp, 1024 // (tp * pp * cp), one, one, zero, micro, schedule, 1 + chunked, sequence, pp * rounds)
+
+
+@pytest.mark.parametrize("made", [layouts, different_layouts])
+def test_estimate_on_arrays(benchmark, made):
     t = task(files.load_model("llama3-70b")[0], 1024, 8192, 2048, hardware=files.load_hardware("h100-sxm")[0])
     n = 131072
-    many = layouts(n)
-    cost = benchmark(lambda: step.even_step_cost(t, many, 2))
+    many = made(n)
+    cost = benchmark(lambda: even.even_step_cost(t, many, 2))
     assert 0 < cost.fits.sum() < n
+    table = np.stack([getattr(many, f.name) for f in fields(many)])
+    benchmark.extra_info["different ones"] = np.unique(table, axis=1).shape[1]
+    assert made is layouts or benchmark.extra_info["different ones"] == n
     if benchmark.stats:
         benchmark.extra_info["layouts per second"] = round(n / benchmark.stats.stats.median)
 

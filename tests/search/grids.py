@@ -12,8 +12,7 @@ from machines import llama, mixed, mixture, profile, task
 from planner.cost.task import Ints, LayoutArray, Task
 from planner.engines.base import Engine
 from planner.engines.registry import engine_named
-from planner.search import bounds
-from planner.search import mixed as mixed_bounds
+from planner.search import bounds, solve
 from planner.search.solve import group_of, price, search
 from planner.search.space import Space, declared_space
 from search.brute import all_rows
@@ -71,21 +70,34 @@ def under(t: Task, limit: int) -> Task:
     return replace(t, max_memory_fraction=(limit + 0.5) / t.hardware.device.memory.base)
 
 
+@lru_cache(maxsize=8)
+def on_two_types(seed: int) -> Grid:
+    """A grid over two device types."""
+    from search.test_hetero import instance, values_of
+
+    t, engine, space = instance(seed)
+    x, values = values_of(t, engine, space)
+    return Grid(t, engine, space, x, np.array([-1 if v is None else v for v in values], dtype=np.int64))
+
+
 def violations(g: Grid) -> dict[str, int]:
-    """Rows on which the memory test is wrong or a bound exceeds the exact value, by what was tested."""
+    """Rows on which the memory test is wrong or a bound exceeds the exact value, by what was tested.
+
+    Targets are factors of the least value of a group, and one nanosecond above every value: there what a plan below the target
+    can have is least, and a limit derived from it is no larger than it must be.
+    """
     x = g.layouts
     p, stack = price(g.task, x)
     found = {"memory": 0, "simple": 0, "target": 0}
     for rows in bounds.same_pipeline(x, np.arange(len(x)), g.task.model):
         group, exact = group_of(g.task, g.space.modes, x, p, stack, rows), g.exact[rows]
-        fits = mixed_bounds.memory_feasible(g.task, group) if group.stack else bounds.memory_feasible(group)
-        simple = mixed_bounds.simple_bound(g.task, group) if group.stack else bounds.simple_bound(group)
+        fits, simple = solve.memory_feasible(g.task, group), solve._simple_bound(g.task, group)
         some = exact >= 0
         # The test of mixed models forgives a few bytes, and the search decides those rows: it may only be too lax.
-        found["memory"] += int(np.count_nonzero(~fits & some if stack else fits != some))
+        found["memory"] += int(np.count_nonzero(~fits & some if group.stack else fits != some))
         found["simple"] += int(np.count_nonzero(simple[some] > exact[some]))
-        for factor in FACTORS if some.any() else ():
-            target = int(exact[some].min() * factor)
-            bound = mixed_bounds.target_bound(g.task, group, target) if group.stack else bounds.target_bound(group, target)
+        least = int(exact[some].min()) if some.any() else 0
+        for target in [*(int(least * f) for f in FACTORS), *(np.unique(exact[some]) + 1).tolist()] if least else ():
+            bound = solve._target_bound(g.task, group, target)
             found["target"] += int(np.count_nonzero(bound[some] > np.minimum(exact[some], target)))
     return found

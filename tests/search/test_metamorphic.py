@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from machines import llama, profile_data, task
+from machines import llama, mixture, profile_data, task
 
 from planner.engines.registry import engine_named
 from planner.search.solve import search
@@ -49,16 +49,25 @@ def test_a_higher_fraction_is_never_slower(made, seed):
     assert times == sorted(times, reverse=True)
 
 
+@pytest.mark.parametrize("made", MAKERS)
+@pytest.mark.parametrize("seed", range(2))
+def test_faster_memory_is_never_slower(made, seed):
+    task, engine, space = made(seed + 30)
+    times = [best(faster_device(task, memory_bandwidth=factor), engine, space) for factor in (0.5, 0.9, 1.0, 1.5, 4.0)]
+    assert times == sorted(times, reverse=True)
+
+
+@pytest.mark.parametrize("model", [llama(), mixture(4, 1024, 8, 2, 1024)], ids=["dense", "experts"])
 @pytest.mark.parametrize("nic", ["5 GB/s", "50 GB/s"])
 @pytest.mark.parametrize("tier", [0, 1])
-def test_more_bandwidth_is_never_slower(nic, tier):
+def test_more_bandwidth_is_never_slower(nic, tier, model):
     engine = engine_named("megatron")
     times = []
     for factor in (1, 2, 5, 20):
         data = profile_data(memory="12 GiB", node_size=4, nic=nic)
         value, unit = data["network"][tier]["bandwidth"]["value"].split()
         data["network"][tier]["bandwidth"]["value"] = f"{float(value) * factor} {unit}"
-        t = task(llama(), 16, 2048, 32, "megatron", HardwareProfile.model_validate(data))
+        t = task(model, 16, 2048, 32, "megatron", HardwareProfile.model_validate(data))
         times.append(best(t, engine, declared_space(t, engine, {}, [])))
     assert times == sorted(times, reverse=True)
     assert times[-1] < float("inf")

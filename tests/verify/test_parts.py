@@ -18,7 +18,7 @@ from planner.cost import simulated, step
 from planner.errors import InputError
 from planner.planfile import Declared, Inputs
 from planner.specs.layout import RECOMPUTE_MODES, SCHEDULES, Layout, Stage
-from planner.verify import chains, labels, rows, simulation, space, tables
+from planner.verify import chains, labels, memory, rows, simulation, space, tables
 from planner.verify.layouts import evaluate
 from planner.verify.tables import NEVER
 from planner.verify.windows import runs
@@ -46,7 +46,7 @@ def test_rows_are_settled_as_brute_force_does(maker, seed):
     x = space.enumerate_space(t, engine, declared_of(declared)).layouts
     values = row_values(t, x, declared.modes)
     priced = tables.price(t, x)
-    fits = rows.fitting(priced, declared.modes, lambda *_: None)
+    fits = memory.fitting(priced, declared.modes, lambda *_: None)
     assert fits.tolist() == [v is not None for v in values]
     finite = np.array([v for v in values if v is not None], dtype=np.int64)
     kept = priced.take(np.nonzero(fits)[0])
