@@ -80,11 +80,14 @@ def main(names: list[str]) -> int:
     """Run the reference and the cases, print their errors; 1 if any is too large."""
     with tempfile.TemporaryDirectory() as folder:
         run(None, Path(folder))
-        found = {name: run(name, Path(folder)) for name in names or CASES}
-    for name, errors in found.items():
-        figures = "  ".join(f"{k} {v:.1e}" for k, v in errors.items())
-        print(f"{name:28} {'WRONG' if wrong(name, errors) else 'ok':6} {figures}")
-    return int(any(wrong(name, errors) for name, errors in found.items()))
+        return int(any([_shown(name, run(name, Path(folder))) for name in names or CASES]))
+
+
+def _shown(name: str, errors: dict[str, float]) -> bool:
+    """Print a case; whether it is wrong."""
+    figures, bad = "  ".join(f"{k} {v:.1e}" for k, v in errors.items()), bool(wrong(name, errors))
+    print(f"{name:28} {'WRONG' if bad else 'ok':6} {figures}", flush=True)
+    return bad
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def compare(processes: int, name: str, directory: Path) -> dict[str, Any]:
         scalars, gradients = two_steps(Trainer(plan, CPU, OPTIONS))
     # Some gradients are zero but for rounding (key biases): they count against a share of the whole norm.
     floor = 1e-3 * expected["norm"]
-    errors = {n: float((g - wanted[n]).norm() / wanted[n].norm().clamp_min(floor)) for n, g in gradients.items()}
+    errors = {n: float((g.cpu() - wanted[n]).norm() / wanted[n].norm().clamp_min(floor)) for n, g in gradients.items()}
     worst = max(errors, key=lambda n: errors[n])
     return {
         "names": sorted(gradients),
