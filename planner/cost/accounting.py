@@ -37,7 +37,7 @@ parallelism splits experts: once for each of its ranks), `routed_mlp` (expert wi
 each of the rows of `returned` and `routed`."""
 Split = Literal["sequence", "tensor", "none"]
 Part = Literal["params", "grads", "optimizer"]
-When = Literal["always", "accumulating", "single", "sharded", "copied"]
+When = Literal["always", "accumulating", "single", "single_sharded", "sharded", "copied"]
 
 
 ALONE = -1
@@ -97,6 +97,8 @@ class Held:
     when: When = "always"
     host: bool = False
     """Whether it lives in host memory with optimizer offload; optimizer states always do."""
+    pooled: bool = False
+    """Not allocated at a backward's peak, but kept by the allocator: memory of a stream of its own, which no other gets."""
 
 
 @dataclass(frozen=True)

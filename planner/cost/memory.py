@@ -196,6 +196,8 @@ class StateBytes:
     resident: Floats
     whole_gradients: Floats
     """The part of `backward` that is gradients and not divided by D."""
+    pooled: Floats
+    """What the allocator keeps beside `backward` (`Held.pooled`)."""
     carried: Floats
     unit: Floats
     unit_reduction: Floats
@@ -225,20 +227,21 @@ def state_bytes(task: Task, layouts: LayoutArray, shard: Ints) -> StateBytes:
         "always": np.ones(len(zero), dtype=bool),
         "accumulating": microbatches > 1,
         "single": microbatches <= 1,
+        "single_sharded": (microbatches <= 1) & (shard > 1),
         "sharded": shard > 1,
         "copied": (shard > 1) | (e < 4),
     }
 
     stages = set(np.unique(zero).tolist())
 
-    def total(field: str, part: str | None = None, whole: bool = False) -> Floats:
+    def total(field: str, part: str | None = None, whole: bool = False, pooled: bool = False) -> Floats:
         result = np.zeros(len(zero))
         for stage, rule in a.zero.items():
             if stage not in stages:
                 continue
             items: tuple[Held, ...] = getattr(rule, field)
             for item in items:
-                if (part is None or item.part == part) and not (whole and item.shard):
+                if part in (None, item.part) and not (whole and item.shard) and item.pooled == pooled:
                     size = a.size(item.size, e) / (shard if item.shard else 1.0)
                     kept = here if item.part == "optimizer" or item.host else True
                     result += np.where((zero == stage) & present[item.when] & kept, size, 0.0)
@@ -248,6 +251,7 @@ def state_bytes(task: Task, layouts: LayoutArray, shard: Ints) -> StateBytes:
         {part: total("backward", part) for part in PARTS},
         {part: total("update", part) for part in PARTS},
         whole_gradients=total("backward", "grads", whole=True),
+        pooled=total("backward", pooled=True),
         **{moment: total(moment) for moment in _MOMENTS},
     )
 

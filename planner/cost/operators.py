@@ -530,9 +530,8 @@ def loss_bytes(task: Task, s: Shapes) -> Floats:
 
 def _head(task: Task, s: Shapes, sequence: np.ndarray) -> tuple[Floats, Floats]:
     """(compute, tp traffic) of the final projection and the loss, forward and backward."""
-    model, a, device, e = task.model, task.accounting, task.hardware.device, task.job.compute_bytes
     gemms = sum((product_seconds(task, p) for p in head_products(task, s)), np.zeros_like(s.tp))
-    loss = streaming_seconds(loss_bytes(task, s), device) * task.constant("elementwise")
+    loss = streaming_seconds(loss_bytes(task, s), task.hardware.device) * task.constant("elementwise")
     n_bytes = hidden_bytes(task, s)
     one = np.ones_like(s.tp)
     gather = collective_seconds("all_gather", s.tp, one, n_bytes, task.hardware)

@@ -10,8 +10,8 @@ import numpy as np
 from planner.cost.task import Floats
 
 PIECE_BYTES = 2.0**31
-"""Most bytes of one piece's logits: 8,000 tokens of a vocabulary of 128k in bf16. Products of that many rows run at the full rate
-on any device, and each further piece adds a pass over the head's gradient in fp32."""
+"""Most bytes of one piece's logits: 8,000 tokens of a vocabulary of 128k in bf16. Products of that many rows run at the full
+rate on any device, and each further piece adds a pass over the head's gradient in fp32."""
 
 
 def piece_count(tokens: Floats | float, row_bytes: Floats | float) -> Floats:

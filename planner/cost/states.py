@@ -24,9 +24,10 @@ def held_bytes(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
     per = memory.state_bytes(task, layouts, layouts.shard)
     routed = memory.state_bytes(task, layouts, layouts.expert_shard)
     zeros = np.zeros(len(layouts))
-    backward, update = sum(per.backward.values(), zeros), sum(per.update.values(), zeros)
+    backward, update = sum(per.backward.values(), zeros) + per.pooled, sum(per.update.values(), zeros)
     place, experts = params_by_place(params), params["experts"]
-    more = {"state": sum(routed.backward.values(), zeros) * experts, "updating": sum(routed.update.values(), zeros) * experts}
+    routed_backward = sum(routed.backward.values(), zeros) + routed.pooled
+    more = {"state": routed_backward * experts, "updating": sum(routed.update.values(), zeros) * experts}
     result = {}
     for name, suffix in (("layer", ""), ("first", "_first"), ("last", "_last")):
         result[f"state{suffix}"] = ceil(backward * place[name] + (0 if suffix else more["state"]))
@@ -74,6 +75,23 @@ def _last_embedding(task: Task, layouts: LayoutArray, per: memory.StateBytes, ta
     whole = np.where(rest > 0, e * (rest + table), 0.0)
     bare = np.where(rest > 0, np.where(layouts.microbatches > 1, 4.0, e) * (rest + table), 0.0)
     return np.where(memory.alone(task, layouts), bare, np.maximum(per.last_unit * table, whole))
+
+
+def pooled_bytes(task: Task, ranks: LayoutArray, counts: Ints, first: Ints, last: Ints) -> Ints:
+    """Bytes that count in a rank's backward but are only kept by the allocator (`Held.pooled`).
+
+    `ranks` has each rank's layout, `counts` [ranks, kinds] its layers by kind; `first` and `last` are 1 for the ends.
+    """
+    kinds = [task] if task.model.homogeneous else [task.only(k) for k in range(len(task.model.kinds))]
+    total = np.zeros(len(ranks))
+    for i, kind in enumerate(kinds):
+        params = frozen.trained_params(kind, ranks)
+        per, routed = (memory.state_bytes(kind, ranks, shard).pooled for shard in (ranks.shard, ranks.expert_shard))
+        total = total + counts[:, i] * (per * params["layer"] + routed * params["experts"])
+        if i == task.model.text_kind:
+            place = params_by_place(params)
+            total = total + per * (first * place["first"] + last * place["last"])
+    return np.floor(total).astype(np.int64)
 
 
 def mask_bytes(task: Task) -> float:

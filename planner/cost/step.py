@@ -38,13 +38,13 @@ class StageCost:
     once: Ints
     """d, ns once a step."""
     backward_bytes: Ints
-    """Allocated while micro-batches run."""
+    """Held by the allocator while micro-batches run: allocated, and what its pools keep (`Held.pooled`)."""
     update_bytes: Ints
     """Allocated when a backward has passed the last layer, of a micro-batch or of the step, and while the optimizer runs."""
 
     @property
     def allocated(self) -> Ints:
-        """Peak allocated bytes."""
+        """Peak bytes that the allocator holds, before the reserved ratio; without pools they are allocated."""
         return np.maximum(self.backward_bytes, self.update_bytes)
 
 

@@ -21,7 +21,7 @@ from planner.cost.accounting import (
 )
 from planner.cost.task import splits_backward
 from planner.engines.base import Engine
-from planner.engines.fsdp2 import ZERO
+from planner.engines.fsdp2 import POOLING
 from planner.engines.predicates import exchange_divisible, kv_heads_divisible, microbatches_below_pp
 from planner.engines.rule import Rule
 from planner.specs.features import features
@@ -248,7 +248,7 @@ ACCOUNTING = Accounting(
     name="bundled",
     saved=SAVED,
     deferred=DEFERRED,
-    zero={**ZERO, ALONE: _LOWERED},
+    zero={**POOLING, ALONE: _LOWERED},
     tp_sequence=_TP,
     tp_plain=_TP,
     # Eager kernels: fused norms, residuals, and rotary positions in fp32, which pass over queries and keys many times.

@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from planner.cost import devicetypes, frozen, intervals, memory, primitives, risk, step
+from planner.cost import devicetypes, frozen, intervals, memory, primitives, risk, states, step
 from planner.cost.primitives import Primitives, TimeParts
-from planner.cost.schedules import in_flight
+from planner.cost.schedules import ends, in_flight
 from planner.cost.states import params_by_place
 from planner.cost.step import StageCost
 from planner.cost.task import Ints, LayoutArray, StageArray, Task
@@ -47,6 +47,9 @@ class _Priced:
     q: Primitives
     """Primitives of each rank."""
     cost: StageCost
+    """What is allocated."""
+    held: Ints
+    """Bytes of each rank that count against its memory: `cost.allocated` and what the allocator's pools keep beside."""
 
     def task_of(self, s: int) -> Task:
         """The task as rank s sees it: on its device type."""
@@ -72,7 +75,8 @@ def estimate_layout(task: Task, layout: Layout) -> Estimate:
     by_type = tuple(_kinds(t, x) for t in _tasks(task))
     found = devicetypes.layout_cost(task, layout)
     types, counts = devicetypes.stages_of(task, layout), step.layers_by_kind(task, layout)
-    priced = _Priced(task, layout, x, stages, types, by_type, counts, found.ranks, found.stages)
+    cost = replace(found.stages, backward_bytes=found.stages.backward_bytes - _pooled(task, x, stages, types, counts))
+    priced = _Priced(task, layout, x, stages, types, by_type, counts, found.ranks, cost, found.stages.allocated)
     seconds = int(found.total.step[0]) / 1e9
     rate = task.job.tokens_per_step / seconds
     used = utilisation(task, layout, rate / task.gpus)
@@ -92,6 +96,13 @@ def estimate_layout(task: Task, layout: Layout) -> Estimate:
         memory=_memory(priced),
         provenance=_provenance(task, layout),
     )
+
+
+def _pooled(task: Task, x: LayoutArray, stages: StageArray, types: tuple[int, ...], counts: Ints) -> Ints:
+    """What the allocator's pools keep on each rank, in its backward."""
+    ranks, (first, last) = x.take(stages.row), ends(x.schedule[stages.row], x.pp[stages.row], stages.index)
+    each = np.stack([states.pooled_bytes(t, ranks, counts, first, last) for t in _tasks(task)])
+    return np.asarray(each[list(types), np.arange(len(ranks))])
 
 
 def _tasks(task: Task) -> tuple[Task, ...]:
@@ -188,7 +199,7 @@ def _memory(c: _Priced) -> Memory:
     # The stage that comes nearest to its limit: with one device type the one that holds most.
     peak = max(stages, key=lambda m: m.total) if not c.task.types else min(stages, key=lambda m: m.headroom)
     limit, limit_by = _limit(c, peak.stage)
-    risks = [risk.out_of_memory_probability(c.task_of(s), a) for s, a in enumerate(c.cost.allocated[:, None].astype(float))]
+    risks = [risk.out_of_memory_probability(c.task_of(s), a) for s, a in enumerate(c.held[:, None].astype(float))]
     return Memory(
         limit_gib=limit,
         limit_by=limit_by,
@@ -200,7 +211,7 @@ def _memory(c: _Priced) -> Memory:
         peak_stage=peak.stage,
         peak_cause=peak.cause,
         host_gib=max(_hosted(c, s) for s in range(c.layout.pp)) / GIB if c.layout.offload == "optimizer" else 0.0,
-        fits=bool(np.all(c.cost.allocated <= c.q.capacity)),
+        fits=bool(np.all(c.held <= c.q.capacity)),
         stages=stages,
     )
 
@@ -210,7 +221,7 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
     ending = step.peak_ending(c.cost, c.q, c.x, c.stages, s)
     updating = ending == "update"
     allocated = int(c.cost.allocated[s])
-    states = _states(c, s, updating)
+    parts = _states(c, s, updating)
     first, last = int(s == 0), int(s == c.layout.last_rank)
     a = np.array
     q = c.q.take(a([s]))
@@ -222,18 +233,17 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
     shared = 0 if ending else int(step.shared_inputs(q, a([first]), a([flight]))[0])
     buffers = receive + outputs - shared + int(q.fixed[0])
     transient = int(getattr(q, ending)[0]) if ending in ("between", "closing") else _transient(c, s, updating)
-    activations = max(0, allocated - sum(states.values()) - buffers - transient) if flight else 0
-    transient = allocated - sum(states.values()) - buffers - activations
-    ratio = c.task_of(s).reserved_ratio
-    total = _held(c, s, allocated) / GIB
+    activations = max(0, allocated - sum(parts.values()) - buffers - transient) if flight else 0
+    transient = allocated - sum(parts.values()) - buffers - activations
+    total = _held(c, s, int(c.held[s])) / GIB
     return StageMemory(
         stage=s,
-        **{k: v / GIB for k, v in states.items()},
+        **{k: v / GIB for k, v in parts.items()},
         activations=activations / GIB,
         buffers=buffers / GIB,
         transient=transient / GIB,
         allocated=allocated / GIB,
-        reserved=allocated * ratio / GIB,
+        reserved=total - int(c.q.outside[s]) / GIB,
         outside=int(c.q.outside[s]) / GIB,
         total=total,
         headroom=limit - total,

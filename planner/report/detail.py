@@ -98,6 +98,8 @@ def _memory_lines(rank: Rank) -> Iterator[tuple[str, str, float, str, str]]:
         yield line.part, line.name, line.n_bytes, _inputs(line.inputs), _least(line.least_certain, line.provenance)
     yield "", f"allocated ({rank.moment})", rank.allocated, "", ""
     ratio = f"{rank.reserved_ratio:.4g} times allocated"
+    if rank.pooled:
+        ratio += f" and {rank.pooled / GIB:.3g} GiB of gradients, free but of another stream's pool"
     yield "reserved", "kept by the allocator beside it", rank.reserved - rank.allocated, ratio, ""
     for line in rank.outside:
         yield line.part, line.name, line.n_bytes, _inputs(line.inputs), _least(line.least_certain, line.provenance)

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from planner.runtime.meter import Meter, storages
 
 SMALL = 1 << 18
-"""Bytes up to which a collective is a scalar's, a norm weight's, or the loss's figures of each token: logged, and told apart."""
+"""Bytes up to which a collective is a scalar's, a norm weight's, or the loss's figures of each token: told apart in the log."""
 
 _OPERATIONS = {
     "all_gather": ("allgather", "all_gather"),

@@ -58,7 +58,13 @@ class _PiecewiseLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, factor: float, group: dist.ProcessGroup | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        factor: float,
+        group: dist.ProcessGroup | None,
     ) -> Tensor:
         pieces = _Pieces(x, _local(weight), _local(bias), targets, factor, group)
         loss, *gradients = pieces.loss_and_gradients()

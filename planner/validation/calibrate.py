@@ -181,7 +181,8 @@ def _fit_memory(prior: Calibration, entries: list[tuple[Batch, Entry]]) -> tuple
     rows = []
     for batch, entry in entries:
         f = figures(Batch(batch.task, [entry]))
-        allocated = float((f.allocated_first if entry.memory_rank == "first" else f.allocated)[0]) / GIB
+        worst, first = (f.allocated, f.allocated_first) if entry.memory_kind == "allocated" else (f.held, f.held_first)
+        allocated = float((first if entry.memory_rank == "first" else worst)[0]) / GIB
         own = batch.task.accounting.reserved_ratio
         outside = float(f.outside[0]) / GIB / old[1]
         rows.append((allocated, own, outside, entry.measured_memory or 0.0, entry.memory_kind))

@@ -8,9 +8,10 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.cost import intervals, risk, step
+from planner.cost import intervals, risk, states, step
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives, PrimitiveTable, TimeParts, primitive_table
+from planner.cost.schedules import ends
 from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
 from planner.engines.registry import accounting_named
 from planner.errors import InputError
@@ -228,10 +229,13 @@ class Figures:
     """What the cost model says of a batch; arrays over its rows."""
 
     seconds: Floats
+    held: Floats
+    """Bytes that the allocator of the worst rank holds, before the reserved ratio."""
+    held_first: Floats
+    """The same of the first rank."""
     allocated: Floats
-    """Bytes on the worst rank."""
+    """Those of the worst rank that are allocated."""
     allocated_first: Floats
-    """Bytes on the first rank."""
     outside: Floats
     terms: dict[str, Floats]
 
@@ -265,13 +269,26 @@ def figures(batch: Batch, task: Task | None = None) -> Figures:
     cost = step.stage_cost(p, x, stages, blended)
     done = step.step_cost(p, x, stages, blended)
     first = stages.index == 0
+    allocated = _allocated(batch, task or batch.task, cost)
+    order = np.argsort(stages.row, kind="stable")
+    starts = np.searchsorted(stages.row[order], np.arange(len(x)))
     return Figures(
         done.step / 1e9,
         done.allocated.astype(float),
         cost.allocated[first].astype(float),
+        np.maximum.reduceat(allocated[order], starts).astype(float),
+        allocated[first].astype(float),
         p.outside.astype(float),
         _terms(batch, blended or p.take(stages.row), [t.parts() for t in kinds], cost, done.step / 1e9),
     )
+
+
+def _allocated(batch: Batch, task: Task, cost: step.StageCost) -> Ints:
+    """What ranks allocate, of what their allocators hold."""
+    x, stages = batch.layouts, batch.stages
+    first, last = ends(x.schedule[stages.row], x.pp[stages.row], stages.index)
+    pooled = states.pooled_bytes(task, x.take(stages.row), batch.kind_counts, first, last)
+    return np.maximum(cost.backward_bytes - pooled, cost.update_bytes)
 
 
 def _terms(batch: Batch, q: Primitives, parts: list[TimeParts], cost: step.StageCost, seconds: Floats) -> dict[str, Floats]:
@@ -308,13 +325,14 @@ def _terms(batch: Batch, q: Primitives, parts: list[TimeParts], cost: step.Stage
 def _predictions(batch: Batch, f: Figures) -> list[Prediction]:
     task = batch.task
     ratio = task.reserved_ratio
-    probability = risk.out_of_memory_probability(task, f.allocated)
+    probability = risk.out_of_memory_probability(task, f.held)
     spread = intervals.time_spread(task).relative
     result = []
     for i, e in enumerate(batch.entries):
-        allocated = (f.allocated_first if e.memory_rank == "first" else f.allocated)[i]
+        first = e.memory_rank == "first"
+        held, allocated = (f.held_first, f.allocated_first) if first else (f.held, f.allocated)
         memory_gib = {
-            "allocated": allocated, "reserved": allocated * ratio, "device": allocated * ratio + f.outside[i]
+            "allocated": allocated[i], "reserved": held[i] * ratio, "device": held[i] * ratio + f.outside[i]
         }[e.memory_kind] / GIB  # fmt: skip
         seconds = float(f.seconds[i])
         row, run = e.row, e.run

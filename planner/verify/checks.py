@@ -167,14 +167,18 @@ def _memory(s: State, found: Findings) -> None:
         least = left if least is None else min(least, left)
     stated, plan = s.case.plan.estimate.memory, s.evaluated[0]
     fullest = int(np.argmax(plan.allocated))
-    if s.case.task.types:  # the stage that comes nearest to what its own type may hold
+    types = devicetypes.stages_of(s.case.task, plan.layout) if s.case.task.types else ()
+    if types:  # the stage that comes nearest to what its own type may hold
         fullest = stated.peak_stage
         least_headroom = min(m.headroom for m in stated.stages)
         found.equal("least headroom of the plan, GiB", stated.stages[fullest].headroom, least_headroom)
-        names = [s.case.task.types[i].hardware.name for i in devicetypes.stages_of(s.case.task, plan.layout)]
+        names = [s.case.task.types[i].hardware.name for i in types]
         found.equal("device type of each stage", [m.hardware for m in stated.stages], names)
     peak, capacity = int(plan.allocated[fullest]), int(plan.capacity[fullest])
-    found.equal("peak allocated of the plan, GiB", stated.peak_allocated_gib, peak / 2**30)
+    ratio = s.case.task.on(types[fullest]).reserved_ratio if types else s.case.task.reserved_ratio
+    found.equal(
+        "memory of the fullest rank, GiB", stated.stages[fullest].total, (peak * ratio + int(plan.outside[fullest])) / 2**30
+    )
     found.figures = {"least_bytes_left": least, "peak_bytes": peak, "capacity_bytes": capacity}
     found.text = f"every rank of every layout fits; the fullest leaves {least:,} bytes"
 

@@ -50,7 +50,10 @@ def _two() -> dict[str, tuple[str, dict[str, Any]]]:
     cases["cp2-compiled-selective"] = ("gpt", {"cp": 2, "zero": 3, "recompute": "selective", **compiled})
     cases["dp2-zero3-compiled-full"] = ("llama", {"dp": 2, "zero": 3, "recompute": "full", **compiled, "micro_batch": 2})
     cases["pp2-compiled"] = ("phi", {"pp": 2, "engine": "bundled+compile"})
-    cases["pp2-interleaved-compiled"] = ("deep", {"pp": 2, "schedule": "interleaved", "virtual_stages": 2, "engine": "bundled+compile"})
+    cases["pp2-interleaved-compiled"] = (
+        "deep",
+        {"pp": 2, "schedule": "interleaved", "virtual_stages": 2, "engine": "bundled+compile"},
+    )
     cases["tp2-compiled-tied"] = ("tied", {"tp": 2, "engine": "bundled+compile"})
     cases["dp2-zero2-compiled-bf16"] = ("llama", {"dp": 2, "zero": 2, "precision": "bf16", "engine": "bundled+compile"})
     cases["cp2-zero0"] = ("llama", {"cp": 2})

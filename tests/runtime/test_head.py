@@ -34,7 +34,9 @@ def _both(dtype: torch.dtype, bias: bool, factor: float, upstream: float) -> tup
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1000, 37, 10, 1])
-def test_pieces_give_the_loss_and_the_gradients_of_cross_entropy(rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_give_the_loss_and_the_gradients_of_cross_entropy(
+    rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pieces, "PIECE_BYTES", rows * V * 4.0)
     ours, theirs = _both(torch.float32, bias, 3.0, 0.25)
     for a, b in zip(ours, theirs, strict=True):

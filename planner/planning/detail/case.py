@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from planner.cost import frozen, operators, primitives, step
+from planner.cost import frozen, operators, primitives, states, step
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
+from planner.cost.schedules import ends
 from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
 from planner.cost.traffic import DpTraffic, dp_traffic, idle_seconds, layer_compute
 from planner.planfile import Plan
@@ -52,6 +53,9 @@ class Case:
     q: Primitives
     """Primitives of each rank."""
     cost: step.StageCost
+    """What is allocated."""
+    pooled: Ints
+    """Bytes of each rank that the allocator's pools keep beside in its backward."""
     held: step.Held
     book: Book
     rank: int | None = None
@@ -107,7 +111,10 @@ def case_of(task: Task, plan: Plan, rank: int | None = None) -> Case:
     blended = None if stack is None else step.blended_ranks(task, stack, [plan.layout], x.microbatches)
     cost = step.stage_cost(kinds[task.model.text_kind].p, x, stages, blended)
     held, book = step.held(x.take(stages.row), stages), Book(task, int(x.kept_zero[0]))
-    return Case(task, plan, x, stages, tuple(kinds), counts, blended or priced[0], cost, held, book, rank)
+    first, last = ends(x.schedule[stages.row], x.pp[stages.row], stages.index)
+    pooled = states.pooled_bytes(task, x.take(stages.row), counts, first, last)
+    allocated = replace(cost, backward_bytes=cost.backward_bytes - pooled)
+    return Case(task, plan, x, stages, tuple(kinds), counts, blended or priced[0], allocated, pooled, held, book, rank)
 
 
 def _kind(task: Task, x: LayoutArray, label: str) -> Kind:

@@ -39,10 +39,12 @@ def _rank(c: Case, s: int) -> Rank:
     _resident_lines(held)
     allocated, ratio = int(c.cost.allocated[s]), c.task.reserved_ratio
     held.add("rounding", "rounding", allocated - sum(b.n_bytes for b in held.found), {})
-    total, limit = allocated * ratio + int(c.q.outside[s]), c.plan.estimate.memory.limit_gib * GIB
+    pooled = int(max(c.cost.backward_bytes[s] + c.pooled[s] - allocated, 0))
+    reserved = (allocated + pooled) * ratio
+    total, limit = reserved + int(c.q.outside[s]), c.plan.estimate.memory.limit_gib * GIB
     return Rank(
-        str(s), "optimizer update" if held.updating else "backward", cause, tuple(held.found), allocated, ratio,
-        allocated * ratio, _outside(c), total, limit, limit - total,
+        str(s), "optimizer update" if held.updating else "backward", cause, tuple(held.found), allocated, pooled, ratio,
+        reserved, _outside(c), total, limit, limit - total,
     )  # fmt: skip
 
 

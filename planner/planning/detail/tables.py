@@ -73,6 +73,8 @@ class Rank:
     parts: tuple[Bytes, ...]
     """They add up to `allocated`."""
     allocated: int
+    pooled: int
+    """Beside it: gradients' memory, which a stream of their own keeps through the step."""
     reserved_ratio: float
     reserved: float
     outside: tuple[Bytes, ...]
