@@ -17,7 +17,7 @@ from planner.cost import devicetypes, step
 from planner.cost.actions import actions, one_by_one
 from planner.cost.devicetypes import LayoutCost
 from planner.cost.schedules import Linked, link, makespan
-from planner.cost.task import Ints, LayoutArray, Task
+from planner.cost.task import Ints, Task
 from planner.specs.layout import SPLIT_BACKWARD, Layout
 
 MOST_ACTIONS = 200_000
@@ -76,7 +76,7 @@ def _layers(task: Task, layout: Layout, found: LayoutCost) -> tuple[Ints, Ints]:
     if layout.virtual_stages == 1:
         ends = step.end_time(found.ranks, *_ends(layout))
         return (held[:, 0] * found.ranks.forward)[:, None], (found.stages.time - ends)[:, None]
-    kinds = devicetypes.kinds_by_rank(task, LayoutArray.of([layout], task.job))
+    kinds = found.kinds
     counts = step.chunks_by_kind(task, layout)
     counts = counts.sum(axis=2, keepdims=True) if len(kinds) == 1 else counts
     forward = np.zeros(counts.shape[:2], dtype=np.int64)
