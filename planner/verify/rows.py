@@ -29,10 +29,10 @@ class Settled:
     """Row -> step time (ns) that it reaches although it must not."""
 
 
-def settle(rows: Priced, modes: tuple[int, ...], cutoff: Ints, progress: Progress) -> Settled:
-    """Look in every row for a layout below its cutoff, ns."""
+def settle(rows: Priced, modes: tuple[int, ...], cutoff: Ints, progress: Progress, least: Ints | None = None) -> Settled:
+    """Look in every row for a layout below its cutoff, ns. `least`: `least_steps` of the rows, where they are known."""
     found = Settled()
-    left = _bounded(rows, modes, cutoff)
+    left = np.nonzero((least_steps(rows, modes) if least is None else least) < cutoff)[0]
     found.by_bound = len(rows) - len(left)
     done = found.by_bound
     for batch in tables.batches(rows.layouts, left):
@@ -74,15 +74,15 @@ def _least_work(rows: Priced, r: Ranks) -> tuple[Ints, Ints]:
     return total, np.maximum.reduce([-(-total // r.pp), fullest, alone])
 
 
-def _bounded(rows: Priced, modes: tuple[int, ...], cutoff: Ints) -> Ints:
-    """Rows that a bound without memory leaves: every layer is somewhere, and some rank holds its share of them."""
-    left = []
+def least_steps(rows: Priced, modes: tuple[int, ...]) -> Ints:
+    """Lower bound on the step of each row without memory, ns: every layer is somewhere, and some rank holds its share."""
+    least = np.zeros(len(rows), dtype=np.int64)
     for batch in tables.batches(rows.layouts, np.arange(len(rows))):
         part = rows.take(batch)
         r = tables.ranks_of(part, modes, 1)
         total, slowest = _least_work(part, r)
-        left.append(batch[_factor(r) * slowest + total - r.credit <= _limit(r, cutoff[batch])])
-    return np.concatenate([np.zeros(0, dtype=np.int64), *left])
+        least[batch] = -(-(_factor(r) * slowest + total - r.credit) // r.chunks) + r.constant
+    return least
 
 
 def _longest(rows: Priced, batch: Ints, modes: tuple[int, ...], cutoff: Ints) -> Ints:
