@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from planner.cost import step
 from planner.cost.task import Ints
 from planner.verify import chains, labels, tables
 from planner.verify.report import Progress
@@ -65,7 +66,7 @@ def _least_work(rows: Priced, r: Ranks) -> tuple[Ints, Ints]:
     """(least sum of R, least max R) over all splits, memory aside, shape (rows,)."""
     counts = [n for _, n in rows.task.model.kinds] if len(rows.kinds) > 1 else [rows.task.model.n_layers]
     each = tables.least_layers(rows, r.modes)
-    ends = (tables.work(r) - r.layers * (r.p.forward + r.p.backward))[:, :, 0]
+    ends = np.broadcast_to(step.end_time(r.p, r.first, r.last)[:, :, 0], (len(rows), r.pp))
     total = ends.sum(axis=1) + sum((n * t for n, t in zip(counts, each, strict=True)), np.zeros(len(rows), dtype=np.int64))
     cheapest = np.minimum.reduce(each)
     lacking = r.runs.places * r.chunks - r.runs.n_layers
@@ -79,7 +80,7 @@ def least_steps(rows: Priced, modes: tuple[int, ...]) -> Ints:
     least = np.zeros(len(rows), dtype=np.int64)
     for batch in tables.batches(rows.layouts, np.arange(len(rows))):
         part = rows.take(batch)
-        r = tables.ranks_of(part, modes, 1)
+        r = tables.ranks_alone(part, modes)
         total, slowest = _least_work(part, r)
         least[batch] = -(-(_factor(r) * slowest + total - r.credit) // r.chunks) + r.constant
     return least
@@ -88,7 +89,7 @@ def least_steps(rows: Priced, modes: tuple[int, ...]) -> Ints:
 def _longest(rows: Priced, batch: Ints, modes: tuple[int, ...], cutoff: Ints) -> Ints:
     """Places of the longest run that a rank of each row can hold in a step below its cutoff, at least 1."""
     part = rows.take(batch)
-    r = tables.ranks_of(part, modes, 1)
+    r = tables.ranks_alone(part, modes)
     total, _ = _least_work(part, r)
     slowest = (_limit(r, cutoff[batch]) - total + r.credit) // np.maximum(_factor(r), 1)
     layer = np.minimum.reduce(tables.least_layers(part, modes))

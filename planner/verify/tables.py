@@ -146,6 +146,12 @@ def ranks_of(batch: Priced, modes: tuple[int, ...], longest: int) -> Ranks:
     return ranks_with(batch, modes, w, w.counts[None, None])
 
 
+def ranks_alone(batch: Priced, modes: tuple[int, ...]) -> Ranks:
+    """The same with a single run, for what does not depend on the layers that ranks hold."""
+    w = runs(batch.task.model.kind_of_layer, int(batch.layouts.virtual_stages[0]), 1)
+    return ranks_with(batch, modes, w, w.counts[None, None, :1])
+
+
 def ranks_with(batch: Priced, modes: tuple[int, ...], w: Runs, held: Ints) -> Ranks:
     """The same where ranks hold `held` layers in place of those of `w`, shape (rows or 1, ranks or 1, runs, chunks, kinds)."""
     x, model = batch.layouts, batch.task.model
