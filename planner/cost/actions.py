@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from planner.specs.layout import SCHEDULES
 
 
-@dataclass(frozen=True)
-class Action:
+class Action(NamedTuple):
     """One micro-batch through one chunk. `kind`: "F" forward, "B" backward; "I" and "W" its halves, for inputs and weights."""
 
     kind: str

@@ -104,6 +104,8 @@ class LayoutCost:
     """Of the layout as a whole: only the fixed time of a step holds for every rank."""
     ranks: Primitives
     """Of each pipeline rank, shape (pp,)."""
+    kinds: tuple[Primitives, ...]
+    """The same of each kind of layers."""
     stages: step.StageCost
     total: step.StepCost
 
@@ -129,4 +131,4 @@ def cost_of(task: Task, layout: Layout, x: LayoutArray, held: StageArray, kinds:
     text = task.model.text_kind if len(kinds) > 1 else 0
     ranks = kinds[0] if len(kinds) == 1 else step.blended_ranks(task, Stack.of(kinds, text), [layout], x.microbatches)
     p = kinds[text].take(np.array([0]))
-    return LayoutCost(p, ranks, step.stage_cost(p, x, held, ranks), step.step_cost(p, x, held, ranks))
+    return LayoutCost(p, ranks, tuple(kinds), step.stage_cost(p, x, held, ranks), step.step_cost(p, x, held, ranks))

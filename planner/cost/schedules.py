@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,6 +16,9 @@ import numpy as np
 from planner.cost.actions import Action
 from planner.cost.task import DUALPIPEV, GPIPE, INTERLEAVED, INTERLEAVED_ZB, ZBV, Ints, splits_backward, v_shaped
 from planner.specs.layout import stage_of
+
+Times = Sequence[Sequence[float]]
+"""Of each chunk of each pipeline rank."""
 
 
 def ends(schedule: Ints, pp: Ints | int, index: Ints) -> tuple[Ints, Ints]:
@@ -160,81 +166,119 @@ def _moments(pp: int, v: int, rounds: int) -> Ints:
 
 
 @dataclass(frozen=True)
-class Event:
-    """One action with its time."""
-
-    rank: int
-    action: Action
-    start: float
-    end: float
-
-
-@dataclass(frozen=True)
 class Simulation:
-    """What happened: the events, the time of the last one, and the most layers in flight on each rank."""
+    """What happened: the time when the last action ended, and the most layers in flight on each rank."""
 
-    events: tuple[Event, ...]
     makespan: float
     peak_layers: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Linked:
+    """Action lists, the slots of all ranks in one row, with what waits for what: that does not depend on how long they take."""
+
+    begins: Ints
+    """The first slot of each rank, and the number of all."""
+    waits: Ints
+    """The two slots whose results a slot takes from other stages, shape (2, slots); the number of all slots for none."""
+    slot: Ints
+    """Of each action its slot, then its place among the times."""
+    kind: Ints
+    rank: Ints
+    chunk: Ints
+
+
+_KINDS = ("F", "B", "I", "W")
+"""Kinds of actions, by the codes of `Linked.kind`."""
+
+
 def simulate(
     order: list[list[Action]],
-    forward: list[list[float]],
-    backward: list[list[float]],
+    forward: Times,
+    backward: Times,
     layers: list[list[int]],
     p2p: float = 0.0,
-    weights: list[list[float]] | None = None,
+    weights: Times | None = None,
     schedule: str = "interleaved",
 ) -> Simulation:
     """Run the action lists; `forward[rank][chunk]`, `backward` and the part of it for `weights` in any unit of time.
 
-    A rank runs its slots in order, each as soon as its inputs have arrived (`p2p` after another rank finished); a slot of two
-    takes as long as both. `schedule` says where stages sit. Raises RuntimeError when the lists deadlock.
+    `schedule` says where stages sit. Raises RuntimeError when the lists deadlock.
     """
-    pp, v = len(order), len(forward[0])
-    stage = [[stage_of(schedule, pp, rank, chunk) for chunk in range(v)] for rank in range(pp)]
-    late = weights or [[0.0] * v for _ in range(pp)]
-    early = [[b - w for b, w in zip(*rows, strict=True)] for rows in zip(backward, late, strict=True)]
-    time = {"F": forward, "B": backward, "I": early, "W": late}
-    done: dict[tuple[str, int, int], tuple[float, int]] = {}
-    position, clock = [0] * pp, [0.0] * pp
-    held, peak = [0] * pp, [0] * pp
-    events: list[Event] = []
-    moving = True
+    span = makespan(link(order, len(forward[0]), schedule), forward, backward, p2p, weights)
+    return Simulation(span, tuple(_most_held(slots, held) for slots, held in zip(order, layers, strict=True)))
+
+
+def _most_held(slots: list[Action], layers: list[int]) -> int:
+    """The most layers whose activations a rank holds at once."""
+    held = (layers[a.chunk] * {"F": 1, "I": 0}.get(a.kind, -1) for slot in slots for a in slot.parts)
+    return max(itertools.accumulate(held), default=0)
+
+
+def link(order: list[list[Action]], v: int, schedule: str = "interleaved") -> Linked:
+    """The action lists of ranks with `v` chunks; `schedule` says where stages sit."""
+    pp, every = len(order), [slot for slots in order for slot in slots]
+    code = {kind: i for i, kind in enumerate(_KINDS)}
+    rows = [(code[a.kind], a.chunk, a.microbatch) for each in every for a in each.parts]
+    kind, chunk, microbatch = np.array(rows, dtype=np.int64).reshape(-1, 3).T.copy()
+    slot = np.repeat(np.arange(len(every)), [1 if each.beside is None else 2 for each in every])
+    rank = np.repeat(np.arange(pp), [len(slots) for slots in order])[slot]
+    stage = np.array([[stage_of(schedule, pp, r, c) for c in range(v)] for r in range(pp)])[rank, chunk]
+    begins = np.array([0, *itertools.accumulate(len(slots) for slots in order)])
+    return Linked(begins, _waits(begins, pp * v, slot, kind, stage, microbatch), slot, kind, rank, chunk)
+
+
+def _waits(begins: Ints, stages: int, slot: Ints, kind: Ints, stage: Ints, microbatch: Ints) -> Ints:
+    """`Linked.waits` from a column an action. A slot waits for itself when an input is made nowhere, or too late by its rank.
+
+    A forward takes the output of the stage before. A backward, or its half for inputs, takes the gradient from the stage after
+    and what its own forward kept; weight gradients take what their own half for inputs kept.
+    """
+    forward, weights, slots = kind == 0, kind == 3, int(begins[-1])
+    # The slot that made what is passed on, by forward or backward, stage from -1 to one after the last, and micro-batch.
+    made = np.full((2, stages + 2, int(microbatch.max(initial=0)) + 1), -1)
+    made[0, 0], made[1, -1] = slots, slots  # the model's ends wait for nobody
+    made[(~forward[~weights]).astype(np.int64), stage[~weights] + 1, microbatch[~weights]] = slot[~weights]
+    passed = np.where(weights, slots, np.where(forward, made[0, stage, microbatch], made[1, stage + 2, microbatch]))
+    own = np.where(forward, slots, made[weights.astype(np.int64), stage + 1, microbatch])
+    # A rank runs its slots in order: what it made in one of them before is there.
+    first = begins[np.searchsorted(begins, slot, side="right") - 1]
+    own, passed = (np.where((by >= first) & (by < slot), slots, by) for by in (own, passed))
+    waits, late = np.full((2, slots), slots), slot[own < slots]
+    waits[(np.diff(slot, prepend=-1) == 0).astype(np.int64), slot] = np.where(passed < 0, slot, passed)  # a pair's second apart
+    waits[0, late] = late
+    return waits
+
+
+def makespan(linked: Linked, forward: Times, backward: Times, p2p: float = 0.0, weights: Times | None = None) -> float:
+    """When the last action ends, by the times of `simulate`. Raises RuntimeError when the lists deadlock.
+
+    A rank runs its slots in order, each as soon as its inputs have arrived (`p2p` after another rank finished); a slot of two
+    takes as long as both.
+    """
+    whole = np.array(backward)
+    late = np.zeros_like(whole) if weights is None else np.array(weights)
+    time = np.stack([np.array(forward), whole, whole - late, late])
+    took = np.bincount(linked.slot, time[linked.kind, linked.rank, linked.chunk]).tolist()
+    begins, (first, second), never = linked.begins.tolist(), linked.waits.tolist(), -math.inf
+    arrived = [never] * begins[-1] + [0.0]  # the last one stands for no input
+    position, clock, moving = list(begins[:-1]), [0.0] * (len(begins) - 1), True
     while moving:
         moving = False
-        for rank in range(pp):
-            while position[rank] < len(order[rank]):
-                action = order[rank][position[rank]]
-                needs = [key for a in action.parts for key in _inputs(a, stage[rank][a.chunk], pp * v - 1)]
-                if any(key not in done for key in needs):
+        for rank, end in enumerate(begins[1:]):
+            start, now = position[rank], clock[rank]
+            for at in range(start, end):
+                one, other = arrived[first[at]], arrived[second[at]]
+                if one == never or other == never:
+                    end = at
                     break
-                arrival = max((end + (p2p if at != rank else 0.0) for end, at in (done[key] for key in needs)), default=0.0)
-                start = max(clock[rank], arrival)
-                clock[rank] = start + sum(time[a.kind][rank][a.chunk] for a in action.parts)
-                events.append(Event(rank, action, start, clock[rank]))
-                for a in action.parts:
-                    done[_output(a, stage[rank][a.chunk])] = clock[rank], rank
-                    held[rank] += layers[rank][a.chunk] * {"F": 1, "I": 0}.get(a.kind, -1)
-                    peak[rank] = max(peak[rank], held[rank])
-                position[rank] += 1
-                moving = True
-    if any(p < len(o) for p, o in zip(position, order, strict=True)):
+                if one > now:
+                    now = one
+                if other > now:
+                    now = other
+                now += took[at]
+                arrived[at] = now + p2p
+            position[rank], clock[rank], moving = end, now, moving or end > start
+    if any(at < end for at, end in zip(position, begins[1:], strict=True)):
         raise RuntimeError("the action lists deadlock")
-    return Simulation(tuple(events), max(clock), tuple(peak))
-
-
-def _output(action: Action, stage: int) -> tuple[str, int, int]:
-    """What an action makes, as (kind, stage, micro-batch): input gradients come from both kinds of backward."""
-    return ("B" if action.kind == "I" else action.kind, stage, action.microbatch)
-
-
-def _inputs(action: Action, stage: int, last: int) -> list[tuple[str, int, int]]:
-    """What an action waits for, in the form of `_output`."""
-    if action.kind == "F":
-        return [("F", stage - 1, action.microbatch)] if stage else []
-    if action.kind == "W":
-        return [("B", stage, action.microbatch)]
-    own = ("F", stage, action.microbatch)
-    return [own, ("B", stage + 1, action.microbatch)] if stage < last else [own]
+    return max(clock)

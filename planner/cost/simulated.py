@@ -9,14 +9,15 @@ size: one forward, two backward) and half of the sends with the forward.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from planner.cost import devicetypes, step
 from planner.cost.actions import actions, one_by_one
 from planner.cost.devicetypes import LayoutCost
-from planner.cost.schedules import simulate
-from planner.cost.task import Ints, LayoutArray, Task
+from planner.cost.schedules import Linked, link, makespan
+from planner.cost.task import Ints, Task
 from planner.specs.layout import SPLIT_BACKWARD, Layout
 
 MOST_ACTIONS = 200_000
@@ -75,7 +76,7 @@ def _layers(task: Task, layout: Layout, found: LayoutCost) -> tuple[Ints, Ints]:
     if layout.virtual_stages == 1:
         ends = step.end_time(found.ranks, *_ends(layout))
         return (held[:, 0] * found.ranks.forward)[:, None], (found.stages.time - ends)[:, None]
-    kinds = devicetypes.kinds_by_rank(task, LayoutArray.of([layout], task.job))
+    kinds = found.kinds
     counts = step.chunks_by_kind(task, layout)
     counts = counts.sum(axis=2, keepdims=True) if len(kinds) == 1 else counts
     forward = np.zeros(counts.shape[:2], dtype=np.int64)
@@ -117,12 +118,17 @@ def run(layout: Layout, m: int, forward: Table, backward: Table, weights: Table 
 
 def _makespan(layout: Layout, m: int, forward: Table, backward: Table, weights: Table | None) -> int:
     pp, v = layout.pp, layout.virtual_stages
-    # one rank accumulates gradients: 1F1B of a single stage is the same order of actions
-    order = one_by_one(actions("1f1b" if layout.schedule == "none" else layout.schedule, pp, m, v))
     late = weights or [[0] * v for _ in range(pp)]
     times = [[[float(t) for t in row] for row in table] for table in (forward, backward, late)]
-    done = simulate(order, times[0], times[1], [[1] * v] * pp, weights=times[2], schedule=layout.schedule)
-    return int(done.makespan)  # floats are exact below 2^53
+    return int(makespan(_linked(layout.schedule, pp, m, v), times[0], times[1], weights=times[2]))  # exact below 2^53
+
+
+@lru_cache(maxsize=8)
+def _linked(schedule: str, pp: int, m: int, v: int) -> Linked:
+    """The action lists of a schedule, which several layouts share: the points of a front, a layout with other times."""
+    # one rank accumulates gradients: 1F1B of a single stage is the same order of actions
+    order = one_by_one(actions("1f1b" if schedule == "none" else schedule, pp, m, v))
+    return link(order, v, schedule)
 
 
 def step_of_chunks(task: Task, layout: Layout) -> int | None:

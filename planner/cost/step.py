@@ -213,14 +213,30 @@ def between_passing(p: Passing, first: Ints, last: Ints, flight: Ints) -> Ints:
     return first * (receive_bytes(p, first, last) + carried + (flight - 1) * passed_bytes(p, first, last))
 
 
+NO_LIMIT = np.int64(1) << 62
+"""More bytes than any device has."""
+
+
 def saved_limit(p: Primitives, first: Ints, last: Ints, flight: Ints, layers: Ints, mode: int) -> Ints:
     """Bytes that a rank with `layers` layers may save for backward when its strongest recompute mode is `mode`; negative when
-    it does not fit at all. Between two micro-batches `(flight - 1) / flight` of them, rounded down, are there."""
-    left, others = p.capacity - layers * p.state, flight - 1
-    peak = left - stage_base_bytes(p, first, last, flight) - stage_transient(p, first, last, mode)
-    between = left - between_base(p, first, last, flight)
-    most = np.where(others > 0, ((between + 1) * flight - 1) // np.maximum(others, 1), np.where(between < 0, -1, peak))
-    return np.where(first == 1, np.minimum(peak, most), peak)
+    it does not fit at all."""
+    return saved_limits(p, first, last, flight, layers, (mode,))[0]
+
+
+def saved_limits(p: Primitives, first: Ints, last: Ints, flight: Ints, layers: Ints, modes: Sequence[int]) -> list[Ints]:
+    """The same under each of `modes`: they differ in their temporaries alone."""
+    left = p.capacity - layers * p.state
+    most, base = _between_limit(p, first, last, flight, left), left - stage_base_bytes(p, first, last, flight)
+    return [np.minimum(base - stage_transient(p, first, last, mode), most) for mode in modes]
+
+
+def _between_limit(p: Primitives, first: Ints, last: Ints, flight: Ints, left: Ints) -> Ints:
+    """The same for what the first rank holds between two micro-batches, of `left` bytes beside its layers' states: then
+    `(flight - 1) / flight` of the saved ones, rounded down, are there."""
+    between, others = left - between_base(p, first, last, flight), flight - 1
+    most = np.full(np.broadcast(between, others, first).shape, NO_LIMIT)
+    np.floor_divide((between + 1) * flight - 1, np.maximum(others, 1), out=most, where=(first == 1) & (others > 0))
+    return np.where((first == 1) & (others <= 0) & (between < 0), -1, most)
 
 
 def peak_ending(cost: StageCost, p: Primitives, layouts: LayoutArray, stages: StageArray, s: int) -> str | None:

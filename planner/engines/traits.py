@@ -180,7 +180,7 @@ def _compiled_blocks(a: Accounting) -> Accounting:
         logit_bytes_split=0.0,
         pipeline_logits=0.0,
         logits_wait=0.0,
-        loss_traffic=24.0,
+        loss_traffic=10.5,  # measured on H200 (torch 2.11): its two kernels take 2.57 ms for 8,192 x 128,256 logits
         kernels_forward=60,
         kernels_backward=80,
     )

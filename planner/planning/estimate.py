@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -62,6 +63,16 @@ class _Priced:
     def base(self, s: int) -> _Kind:
         """The kind that embedding, head and sends are priced with."""
         return self.kinds(s)[self.task.model.text_kind]
+
+    @cached_property
+    def state_bytes(self) -> tuple[tuple[tuple[memory.StateBytes, memory.StateBytes], ...], ...]:
+        """States a parameter of each source, on each device type: of what every rank holds, and of experts."""
+        x, text = self.x, self.task.model.text_kind
+        sources = [[task for task, _, _ in kinds[text].sources] for kinds in self.by_type]
+        return tuple(
+            tuple((memory.state_bytes(t, x, x.shard), memory.state_bytes(t, x, x.expert_shard)) for t in tasks)
+            for tasks in sources
+        )
 
     def mean(self, values: Sequence[float], rank: int) -> float:
         """Mean over the layers of a rank of what one layer of each kind takes."""
@@ -196,6 +207,7 @@ def _held(c: _Priced, s: int, allocated: int) -> float:
 
 def _memory(c: _Priced) -> Memory:
     stages = [_stage_memory(c, s, _limit(c, s)[0]) for s in range(c.layout.pp)]
+    whole = replace(c, x=replace(c.x, offload=np.zeros_like(c.x.offload)))
     # The stage that comes nearest to its limit: with one device type the one that holds most.
     peak = max(stages, key=lambda m: m.total) if not c.task.types else min(stages, key=lambda m: m.headroom)
     limit, limit_by = _limit(c, peak.stage)
@@ -210,7 +222,7 @@ def _memory(c: _Priced) -> Memory:
         peak_allocated_gib=peak.allocated if c.task.types else max(m.allocated for m in stages),
         peak_stage=peak.stage,
         peak_cause=peak.cause,
-        host_gib=max(_hosted(c, s) for s in range(c.layout.pp)) / GIB if c.layout.offload == "optimizer" else 0.0,
+        host_gib=max(_hosted(whole, s) for s in range(c.layout.pp)) / GIB if c.layout.offload == "optimizer" else 0.0,
         fits=bool(np.all(c.held <= c.q.capacity)),
         stages=stages,
     )
@@ -253,9 +265,8 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
     )
 
 
-def _hosted(c: _Priced, s: int) -> int:
-    """Bytes of optimizer states of one rank that live in host memory."""
-    whole = replace(c, x=replace(c.x, offload=np.zeros_like(c.x.offload)))
+def _hosted(whole: _Priced, s: int) -> int:
+    """Bytes of optimizer states of one rank that live in host memory; `whole` is the layout without offload."""
     return _states(whole, s, updating=True)["optimizer"]
 
 
@@ -267,9 +278,8 @@ def _states(c: _Priced, s: int, updating: bool) -> dict[str, int]:
 
 def _states_of(c: _Priced, source: int, s: int, updating: bool) -> dict[str, int]:
     """The same of the parameters under one rule: trained (0) or frozen (1)."""
-    x, (task, base, _) = c.x, c.base(s).sources[source]
-    places, each = params_by_place(base), [k.sources[source].counts for k in c.kinds(s)]
-    shared, routed = (memory.state_bytes(task, x, shard) for shard in (x.shard, x.expert_shard))
+    places, each = params_by_place(c.base(s).sources[source][1]), [k.sources[source].counts for k in c.kinds(s)]
+    shared, routed = c.state_bytes[c.types[s]][source]
     held, experts = (shared.update, routed.update) if updating else (shared.backward, routed.backward)
     layers = [int(n) for n in c.counts[s]]
     if s == c.layout.last_rank:

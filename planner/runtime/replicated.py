@@ -15,8 +15,8 @@ class Replicated(nn.Module):
 def whole(param: Tensor) -> Tensor:
     """The local value of a parameter that every tensor parallel rank holds whole.
 
-    Each rank uses it on its own tokens or heads, so its gradient is a part of a sum over the tp group. FSDP2 makes that sum as it
-    reduces the gradient, `add_up` where there is none.
+    Each rank uses it on its own tokens or heads, so its gradient is a part of a sum over the tp group. FSDP2 makes that sum as
+    it reduces the gradient, `add_up` where there is none.
     """
     return param.to_local(grad_placements=[Partial()]) if isinstance(param, DTensor) else param
 

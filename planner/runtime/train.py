@@ -193,8 +193,8 @@ class Trainer:
         return norm, lr
 
     def train_step(self, step: int) -> tuple[float, float, float]:
-        """One optimizer step: (loss, gradient norm, learning rate). The host waits for the device once, at its end, with the next
-        batch at hand. Raises RunFailed when loss or norm are not finite; no weight has changed then."""
+        """One optimizer step: (loss, gradient norm, learning rate). The host waits for the device once, at its end, with the
+        next batch at hand. Raises RunFailed when loss or norm are not finite; no weight has changed then."""
         value = self.gradients(step)
         self.mark(step, 2)
         norm, lr = self.update(step)

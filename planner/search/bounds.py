@@ -136,13 +136,14 @@ def most_layers(g: Group) -> Ints:
     """
     best, v = np.zeros((len(g.layouts), g.pp), dtype=np.int64), g.least
     place, zero = (g.first, g.last, g.flight), np.zeros((1, 1), dtype=np.int64)
-    between = g.p.capacity - step.between_base(g.p, *place)
+    between, base = (g.p.capacity - held(g.p, *place) for held in (step.between_base, step.stage_base_bytes))
     for mode in g.modes:
-        room = g.p.capacity - step.stage_base_bytes(g.p, *place) - step.stage_transient(g.p, g.first, g.last, mode)
-        kept = g.flight * g.act(mode)
-        most = room // (v * g.p.state + kept + g.waiting * g.p.deferred)
-        others = between // np.maximum(g.first * (v * g.p.state + kept - g.act(mode)), 1)
-        best = np.maximum(best, np.where((room < 0) | (between < 0), 0, np.where(g.first == 1, np.minimum(most, others), most)))
+        room, kept = base - step.stage_transient(g.p, g.first, g.last, mode), g.flight * g.act(mode)
+        one = v * g.p.state + kept
+        most = room // (one + g.waiting * g.p.deferred)
+        # Between two micro-batches one fewer is in flight, on the first rank.
+        others = np.floor_divide(between, np.maximum(one - g.act(mode), 1), out=most.copy(), where=g.first == 1)
+        best = np.maximum(best, np.where((room < 0) | (between < 0), 0, np.minimum(most, others)))
     for ending in step.endings(g.p, g.first, g.last).values():
         left = g.p.capacity - ending.of(zero)
         best = np.minimum(best, np.where(left < 0, 0, left // np.maximum(ending.state, 1) // v))

@@ -53,6 +53,20 @@ class State:
         """Which of them fit."""
         return memory.fitting(self.priced, self.case.modes, self.progress)
 
+    @cached_property
+    def kept(self) -> Priced:
+        """These rows."""
+        return self.priced.take(np.nonzero(self.fits)[0])
+
+    @cached_property
+    def least(self) -> Ints:
+        """What they take at least, ns."""
+        return rows.least_steps(self.kept, self.case.modes)
+
+    def settle(self, cutoff: Ints) -> rows.Settled:
+        """Each of them searched for a layout below its cutoff, ns."""
+        return rows.settle(self.kept, self.case.modes, cutoff, self.progress, self.least)
+
 
 def verify(case: Case, progress: Progress = lambda what, done, total: None) -> Report:
     """Check everything that a plan and its certificate say. A check whose ground failed is skipped."""
@@ -252,11 +266,10 @@ def _below(s: State, found: Findings) -> None:
     """No row under the proven bound; and none under the alternatives where the search proved them."""
     c = s.case.certificate
     bound = s.optimum.step_ns if c.status == "optimal" else round((c.bound or 0.0) * 1e9)
-    keep = np.nonzero(s.fits)[0]
-    settled = rows.settle(s.priced.take(keep), s.case.modes, np.full(len(keep), bound), s.progress)
-    _contradictions(s, found, keep, settled)
+    settled = s.settle(np.full(len(s.kept), bound))
+    _contradictions(s, found, settled)
     found.figures = _figures(settled) | {"bound_ns": bound}
-    found.text = f"none of {len(keep):,} rows is below {bound:,} ns: {_ways(settled)}"
+    found.text = f"none of {len(s.kept):,} rows is below {bound:,} ns: {_ways(settled)}"
 
 
 def _alternatives(s: State, found: Findings) -> None:
@@ -268,21 +281,18 @@ def _alternatives(s: State, found: Findings) -> None:
         found.text = "the search ended early: it proved nothing about the alternatives"
         return
     listed = {key_of(e.layout): e.step_ns for e in s.evaluated}
-    keep = np.nonzero(s.fits)[0]
-    x = s.priced.layouts.take(keep)
+    x = s.kept.layouts
     keys = zip(x.tp.tolist(), x.cp.tolist(), x.pp.tolist(), x.ep.tolist(), strict=True)
     cutoff = np.array([listed.get(key, max(times)) for key in keys], dtype=np.int64)
-    settled = rows.settle(s.priced.take(keep), s.case.modes, cutoff, s.progress)
-    _contradictions(s, found, keep, settled)
+    settled = s.settle(cutoff)
+    _contradictions(s, found, settled)
     found.figures = _figures(settled) | {"listed": len(listed)}
     found.text = f"each of {len(listed)} layouts is the best of its (tp, cp, pp, ep), no other one is better: {_ways(settled)}"
 
 
-def _contradictions(s: State, found: Findings, keep: Ints, settled: rows.Settled) -> None:
+def _contradictions(s: State, found: Findings, settled: rows.Settled) -> None:
     for row, value in sorted(settled.below.items(), key=lambda item: item[1])[:5]:
-        found.problems.append(
-            f"{name_of(s.priced.layouts, int(keep[row]))} takes {value:,} ns: faster than the plan says it can be"
-        )
+        found.problems.append(f"{name_of(s.kept.layouts, row)} takes {value:,} ns: faster than the plan says it can be")
 
 
 def _figures(settled: rows.Settled) -> dict[str, int]:

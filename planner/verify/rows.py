@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from planner.cost import step
 from planner.cost.task import Ints
 from planner.verify import chains, labels, tables
 from planner.verify.report import Progress
@@ -29,10 +30,10 @@ class Settled:
     """Row -> step time (ns) that it reaches although it must not."""
 
 
-def settle(rows: Priced, modes: tuple[int, ...], cutoff: Ints, progress: Progress) -> Settled:
-    """Look in every row for a layout below its cutoff, ns."""
+def settle(rows: Priced, modes: tuple[int, ...], cutoff: Ints, progress: Progress, least: Ints | None = None) -> Settled:
+    """Look in every row for a layout below its cutoff, ns. `least`: `least_steps` of the rows, where they are known."""
     found = Settled()
-    left = _bounded(rows, modes, cutoff)
+    left = np.nonzero((least_steps(rows, modes) if least is None else least) < cutoff)[0]
     found.by_bound = len(rows) - len(left)
     done = found.by_bound
     for batch in tables.batches(rows.layouts, left):
@@ -65,7 +66,7 @@ def _least_work(rows: Priced, r: Ranks) -> tuple[Ints, Ints]:
     """(least sum of R, least max R) over all splits, memory aside, shape (rows,)."""
     counts = [n for _, n in rows.task.model.kinds] if len(rows.kinds) > 1 else [rows.task.model.n_layers]
     each = tables.least_layers(rows, r.modes)
-    ends = (tables.work(r) - r.layers * (r.p.forward + r.p.backward))[:, :, 0]
+    ends = np.broadcast_to(step.end_time(r.p, r.first, r.last)[:, :, 0], (len(rows), r.pp))
     total = ends.sum(axis=1) + sum((n * t for n, t in zip(counts, each, strict=True)), np.zeros(len(rows), dtype=np.int64))
     cheapest = np.minimum.reduce(each)
     lacking = r.runs.places * r.chunks - r.runs.n_layers
@@ -74,21 +75,21 @@ def _least_work(rows: Priced, r: Ranks) -> tuple[Ints, Ints]:
     return total, np.maximum.reduce([-(-total // r.pp), fullest, alone])
 
 
-def _bounded(rows: Priced, modes: tuple[int, ...], cutoff: Ints) -> Ints:
-    """Rows that a bound without memory leaves: every layer is somewhere, and some rank holds its share of them."""
-    left = []
+def least_steps(rows: Priced, modes: tuple[int, ...]) -> Ints:
+    """Lower bound on the step of each row without memory, ns: every layer is somewhere, and some rank holds its share."""
+    least = np.zeros(len(rows), dtype=np.int64)
     for batch in tables.batches(rows.layouts, np.arange(len(rows))):
         part = rows.take(batch)
-        r = tables.ranks_of(part, modes, 1)
+        r = tables.ranks_alone(part, modes)
         total, slowest = _least_work(part, r)
-        left.append(batch[_factor(r) * slowest + total - r.credit <= _limit(r, cutoff[batch])])
-    return np.concatenate([np.zeros(0, dtype=np.int64), *left])
+        least[batch] = -(-(_factor(r) * slowest + total - r.credit) // r.chunks) + r.constant
+    return least
 
 
 def _longest(rows: Priced, batch: Ints, modes: tuple[int, ...], cutoff: Ints) -> Ints:
     """Places of the longest run that a rank of each row can hold in a step below its cutoff, at least 1."""
     part = rows.take(batch)
-    r = tables.ranks_of(part, modes, 1)
+    r = tables.ranks_alone(part, modes)
     total, _ = _least_work(part, r)
     slowest = (_limit(r, cutoff[batch]) - total + r.credit) // np.maximum(_factor(r), 1)
     layer = np.minimum.reduce(tables.least_layers(part, modes))

@@ -146,6 +146,12 @@ def ranks_of(batch: Priced, modes: tuple[int, ...], longest: int) -> Ranks:
     return ranks_with(batch, modes, w, w.counts[None, None])
 
 
+def ranks_alone(batch: Priced, modes: tuple[int, ...]) -> Ranks:
+    """The same with a single run, for what does not depend on the layers that ranks hold."""
+    w = runs(batch.task.model.kind_of_layer, int(batch.layouts.virtual_stages[0]), 1)
+    return ranks_with(batch, modes, w, w.counts[None, None, :1])
+
+
 def ranks_with(batch: Priced, modes: tuple[int, ...], w: Runs, held: Ints) -> Ranks:
     """The same where ranks hold `held` layers in place of those of `w`, shape (rows or 1, ranks or 1, runs, chunks, kinds)."""
     x, model = batch.layouts, batch.task.model
@@ -195,7 +201,7 @@ def _pairs(w: Runs, flight: Ints, each: Ints, moments: Ints | None) -> Ints:
 
 def room_by_mode(r: Ranks, modes: tuple[int, ...]) -> list[Ints]:
     """Bytes left for saved activations when each of `modes` is the strongest in use."""
-    return [step.saved_limit(r.p, r.first, r.last, r.flight, r.layers, mode) for mode in modes]
+    return step.saved_limits(r.p, r.first, r.last, r.flight, r.layers, modes)
 
 
 def _late(r: Ranks) -> Ints:

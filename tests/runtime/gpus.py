@@ -80,7 +80,7 @@ def main(names: list[str]) -> int:
     """Run the reference and the cases, print their errors; 1 if any is too large."""
     with tempfile.TemporaryDirectory() as folder:
         run(None, Path(folder))
-        return int(any([_shown(name, run(name, Path(folder))) for name in names or CASES]))
+        return int(sum(_shown(name, run(name, Path(folder))) for name in names or CASES) > 0)
 
 
 def _shown(name: str, errors: dict[str, float]) -> bool:

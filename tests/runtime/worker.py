@@ -12,6 +12,7 @@ from unittest.mock import patch
 import cases
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from planner.cost import pieces
 from planner.runtime import parallelize
@@ -70,7 +71,8 @@ def faults(processes: int, name: str, directory: Path) -> dict[str, Any]:
         if param.grad is None:
             found[0] += 1
         else:
-            found[1] += param.grad.to_local().double().pow(2).sum()  # type: ignore[operator]
+            local = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
+            found[1] += local.double().pow(2).sum().cpu()
     dist.all_reduce(found)
     return {"missing": int(found[0]), "norm": abs(float(found[1].sqrt()) / expected["norm"] - 1.0)}
 
