@@ -209,7 +209,7 @@ class Accounting:
     logits_wait: float
     """Bytes of the loss that each waiting micro-batch keeps for a token and vocabulary entry, at e = 2 (GPipe)."""
     loss_in_pieces: bool = field(default=False, kw_only=True)
-    """Head, loss and their gradients are made piece by piece of the tokens (`cost.pieces`): `logit_bytes` are of a piece."""
+    """Head, loss and their gradients are made piece by piece of the tokens (`specs.pieces`): `logit_bytes` are of a piece."""
     ends_exchanged: bool = field(default=False, kw_only=True)
     """The exchanges of the embedding over tp, and of embedding and head with every micro-batch (ZeRO 2 and 3), are charged.
     Engines whose published runs the model was compared with do without: there they are part of what was measured."""

@@ -19,6 +19,7 @@ from planner.cost.rounding import ceil
 from planner.cost.task import Bools, Floats, Ints, LayoutArray, Task, splits_backward
 from planner.specs.layers import Mlp
 from planner.specs.layout import RECOMPUTE_MODES
+from planner.specs.pieces import piece_tokens
 
 PARTS = ("params", "grads", "optimizer")
 
@@ -80,7 +81,7 @@ def head_bytes(task: Task, combos: LayoutArray) -> dict[str, Floats]:
     if not a.loss_in_pieces:
         return {"logits and loss": tokens * logit * vocabulary, "inputs": inputs}
     adding, result = pieces.gradient_bytes(tokens, e * vocabulary, e)
-    logits, weights = pieces.piece_tokens(tokens, e * vocabulary) * logit * vocabulary, vocabulary * model.hidden
+    logits, weights = piece_tokens(tokens, e * vocabulary) * logit * vocabulary, vocabulary * model.hidden
     # The last piece is gone when the sum is converted.
     return {
         "logits of a piece": np.maximum(logits, result * weights),

@@ -1,27 +1,11 @@
-"""How the loss of a micro-batch is cut into pieces, where an engine makes head, loss and their gradients piece by piece.
-
-The runtime cuts by this, and the memory model counts by it. It needs no torch.
-"""
+"""What a head costs that makes its loss and gradients piece by piece (`specs.pieces` cuts)."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from planner.cost.task import Floats
-
-PIECE_BYTES = 2.0**31
-"""Most bytes of one piece's logits: 8,000 tokens of a vocabulary of 128k in bf16. Products of that many rows run at the full
-rate on any device, and each further piece adds a pass over the head's gradient in fp32."""
-
-
-def piece_count(tokens: Floats | float, row_bytes: Floats | float) -> Floats:
-    """Pieces of `tokens` rows of logits, `row_bytes` each on one rank."""
-    return np.ceil(tokens * row_bytes / PIECE_BYTES)
-
-
-def piece_tokens(tokens: Floats | float, row_bytes: Floats | float) -> Floats:
-    """Rows of the largest piece: all pieces are as long, but for the last."""
-    return np.ceil(tokens / piece_count(tokens, row_bytes))
+from planner.specs.pieces import piece_count
 
 
 def gradient_bytes(tokens: Floats, row_bytes: Floats, compute_bytes: int) -> tuple[Floats, Floats]:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from planner.cost.pieces import piece_tokens
+from planner.specs.pieces import piece_tokens
 
 if TYPE_CHECKING:
     from planner.runtime.precision import LossScale

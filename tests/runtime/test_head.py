@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from planner.cost import pieces
 from planner.runtime.head import Head
 from planner.runtime.meter import Meter
+from planner.specs import pieces
 
 B, S, H, V = 2, 37, 24, 101
 

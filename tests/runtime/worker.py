@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from planner.cost import pieces
 from planner.runtime import parallelize
 from planner.runtime.train import Options, Trainer
+from planner.specs import pieces
 
 parallelize.COMPILER = "aot_eager"  # the traps are in tracing and autograd; generating C++ takes a minute a plan
 OPTIONS = Options(lr=1e-3, steps=10)

@@ -1,7 +1,8 @@
 """Our own runs on one and two H200 against what the planner says of them: `measured/h200.csv`.
 
-Measured on 2026-11-22: NVIDIA H200 (driver 580), PyTorch 2.11.0+cu130, expandable segments, six steps each, the median of the
-last four; `engine` and the columns of the layout as in a plan. Nothing in the planner is fitted to these rows.
+Measured on 2026-11-22 and 23: NVIDIA H200 (driver 580), PyTorch 2.11.0+cu130, expandable segments, four to nine steps each, the
+median of all but the first two; `engine` and the columns of the layout as in a plan. Nothing in the planner is fitted to them.
+Runs of older versions of the runtime that are no longer how it works (compiled loss in one piece, tp) have been left out.
 """
 
 from __future__ import annotations
@@ -73,21 +74,21 @@ def test_there_are_runs_of_every_kind() -> None:
 
 
 def test_allocated_memory() -> None:
-    """At the targets: 2 % on average, 4 % at worst."""
+    """Well inside the targets, 2 % on average and 4 % at worst."""
     found = np.abs(errors("allocated_gib"))
-    assert found.mean() < 0.02
-    assert found.max() < 0.04
+    assert found.mean() < 0.002
+    assert found.max() < 0.01
 
 
 def test_reserved_memory() -> None:
-    """On average at the target of 5 %; several runs shared a process, whose allocator keeps what earlier ones used."""
-    assert np.abs(errors("reserved_gib")).mean() < 0.05
+    """Inside the target of 5 % on average; several runs shared a process, whose allocator keeps what earlier ones used."""
+    assert np.abs(errors("reserved_gib")).mean() < 0.03
 
 
-@pytest.mark.parametrize(("kind", "most"), [("dense", 0.07), ("all", 0.12)])
+@pytest.mark.parametrize(("kind", "most"), [("dense", 0.05), ("all", 0.07)])
 def test_step_time(kind: str, most: float) -> None:
-    """What was found, not the target (5 %): tp under eager DTensor and experts are bound by the host, whose waits are not
-    priced (22 to 46 % too short), and the rest is 6 % off."""
+    """At the target (5 %) for dense models without tp, beyond it for all: tp under eager DTensor and experts are bound by the
+    host, whose waits are not priced (up to 12 and 33 % too short)."""
     found = [
         abs(estimate_of(row).step_time_s / float(row["step_time_s"]) - 1)
         for row in rows()
