@@ -17,7 +17,7 @@ equal stages (Narayanan 2021, section 2.2) and not below it for unequal ones; te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -39,13 +39,24 @@ class StageCost:
     """d, ns once a step."""
     backward_bytes: Ints
     """Held by the allocator while micro-batches run: allocated, and what its pools keep (`Held.pooled`)."""
+    ending_bytes: Ints
+    """The same when a backward has passed the last layer, between two micro-batches or beside whole gradients being reduced."""
     update_bytes: Ints
-    """Allocated when a backward has passed the last layer, of a micro-batch or of the step, and while the optimizer runs."""
+    """Allocated when the step's last backward has passed the last layer, and while the optimizer runs."""
+
+    def without(self, pooled: Ints) -> StageCost:
+        """What is allocated, where pools keep `pooled` bytes."""
+        return replace(self, backward_bytes=self.backward_bytes - pooled, ending_bytes=self.ending_bytes - pooled)
+
+    @property
+    def after_bytes(self) -> Ints:
+        """The larger of the two when a backward has passed the last layer."""
+        return np.maximum(self.ending_bytes, self.update_bytes)
 
     @property
     def allocated(self) -> Ints:
         """Peak bytes that the allocator holds, before the reserved ratio; without pools they are allocated."""
-        return np.maximum(self.backward_bytes, self.update_bytes)
+        return np.maximum(self.backward_bytes, self.after_bytes)
 
 
 def stage_time(p: Primitives, first: Ints, last: Ints, layers: Ints, selective: Ints, full: Ints) -> Ints:
@@ -239,16 +250,17 @@ def _between_limit(p: Primitives, first: Ints, last: Ints, flight: Ints, left: I
     return np.where((first == 1) & (others <= 0) & (between < 0), -1, most)
 
 
-def peak_ending(cost: StageCost, p: Primitives, layouts: LayoutArray, stages: StageArray, s: int) -> str | None:
+def peak_ending(cost: StageCost, p: Primitives, layouts: LayoutArray, stages: StageArray, s: int, pooled: int) -> str | None:
     """Which ending decides the peak of rank `s` of a layout: `between`, or one of `endings`; None where a backward does.
-    `p` by rank."""
-    if int(cost.update_bytes[s]) <= int(cost.backward_bytes[s]):
+    `p` by rank, `cost` without the rank's `pooled` bytes."""
+    if int(cost.after_bytes[s]) <= int(cost.backward_bytes[s]):
         return None
+    if int(cost.update_bytes[s]) >= int(cost.ending_bytes[s]):
+        return "update"
     row = np.array([s])
     first, last = ends(layouts.schedule[:1], layouts.pp[:1], stages.index[row])
-    found = {name: ending.of(stages.layers[row]) for name, ending in endings(p.take(row), first, last).items()}
-    name = max(found, key=lambda name: int(found[name][0]))
-    return name if int(found[name][0]) == int(cost.update_bytes[s]) else "between"
+    closing = int(endings(p.take(row), first, last)["closing"].of(stages.layers[row])[0]) - pooled
+    return "closing" if closing == int(cost.ending_bytes[s]) else "between"
 
 
 def layers_by_kind(task: Task, layout: Layout) -> Ints:
@@ -334,11 +346,13 @@ def stage_cost(p: Primitives, layouts: LayoutArray, stages: StageArray, blended:
         if np.any(there := strongest == mode):
             transient = np.where(there, stage_transient(q, first, last, mode), transient)
     between = first * (n * q.state + saved * (flight - 1) // flight) + between_base(q, first, last, flight)
+    found = endings(q, first, last)
     return StageCost(
         stage_time(q, first, last, n, n1, n2),
         stage_once(q, first, last, n),
         n * q.state + stage_base_bytes(q, first, last, flight) + saved + transient,
-        np.maximum(stage_update_bytes(q, first, last, n), between),
+        np.maximum(found["closing"].of(n), between),
+        found["update"].of(n),
     )
 
 

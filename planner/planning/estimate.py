@@ -49,8 +49,13 @@ class _Priced:
     """Primitives of each rank."""
     cost: StageCost
     """What is allocated."""
-    held: Ints
-    """Bytes of each rank that count against its memory: `cost.allocated` and what the allocator's pools keep beside."""
+    pooled: Ints
+    """Bytes of each rank that the allocator's pools keep beside, until its update."""
+
+    @cached_property
+    def held(self) -> Ints:
+        """Bytes of each rank that count against its memory."""
+        return self.cost.without(-self.pooled).allocated
 
     def task_of(self, s: int) -> Task:
         """The task as rank s sees it: on its device type."""
@@ -86,8 +91,9 @@ def estimate_layout(task: Task, layout: Layout) -> Estimate:
     by_type = tuple(_kinds(t, x) for t in _tasks(task))
     found = devicetypes.layout_cost(task, layout)
     types, counts = devicetypes.stages_of(task, layout), step.layers_by_kind(task, layout)
-    cost = replace(found.stages, backward_bytes=found.stages.backward_bytes - _pooled(task, x, stages, types, counts))
-    priced = _Priced(task, layout, x, stages, types, by_type, counts, found.ranks, cost, found.stages.allocated)
+    pooled = _pooled(task, x, stages, types, counts)
+    cost = found.stages.without(pooled)
+    priced = _Priced(task, layout, x, stages, types, by_type, counts, found.ranks, cost, pooled)
     seconds = int(found.total.step[0]) / 1e9
     rate = task.job.tokens_per_step / seconds
     used = utilisation(task, layout, rate / task.gpus)
@@ -230,7 +236,7 @@ def _memory(c: _Priced) -> Memory:
 
 def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
     """One rank's memory by part at its peak moment; rounding goes to `transient`."""
-    ending = step.peak_ending(c.cost, c.q, c.x, c.stages, s)
+    ending = step.peak_ending(c.cost, c.q, c.x, c.stages, s, int(c.pooled[s]))
     updating = ending == "update"
     allocated = int(c.cost.allocated[s])
     parts = _states(c, s, updating)

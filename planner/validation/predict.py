@@ -288,7 +288,7 @@ def _allocated(batch: Batch, task: Task, cost: step.StageCost) -> Ints:
     x, stages = batch.layouts, batch.stages
     first, last = ends(x.schedule[stages.row], x.pp[stages.row], stages.index)
     pooled = states.pooled_bytes(task, x.take(stages.row), batch.kind_counts, first, last)
-    return np.maximum(cost.backward_bytes - pooled, cost.update_bytes)
+    return cost.without(pooled).allocated
 
 
 def _terms(batch: Batch, q: Primitives, parts: list[TimeParts], cost: step.StageCost, seconds: Floats) -> dict[str, Floats]:

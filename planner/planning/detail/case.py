@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -113,8 +113,9 @@ def case_of(task: Task, plan: Plan, rank: int | None = None) -> Case:
     held, book = step.held(x.take(stages.row), stages), Book(task, int(x.kept_zero[0]))
     first, last = ends(x.schedule[stages.row], x.pp[stages.row], stages.index)
     pooled = states.pooled_bytes(task, x.take(stages.row), counts, first, last)
-    allocated = replace(cost, backward_bytes=cost.backward_bytes - pooled)
-    return Case(task, plan, x, stages, tuple(kinds), counts, blended or priced[0], allocated, pooled, held, book, rank)
+    return Case(
+        task, plan, x, stages, tuple(kinds), counts, blended or priced[0], cost.without(pooled), pooled, held, book, rank
+    )
 
 
 def _kind(task: Task, x: LayoutArray, label: str) -> Kind:

@@ -26,7 +26,7 @@ class Held:
     @cached_property
     def ending(self) -> str | None:
         """The end of a backward that is the rank's peak (`step.endings`), None where its middle is."""
-        return step.peak_ending(self.c.cost, self.c.q, self.c.x, self.c.stages, self.rank)
+        return step.peak_ending(self.c.cost, self.c.q, self.c.x, self.c.stages, self.rank, int(self.c.pooled[self.rank]))
 
     @property
     def updating(self) -> bool:

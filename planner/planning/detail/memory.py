@@ -39,7 +39,8 @@ def _rank(c: Case, s: int) -> Rank:
     _resident_lines(held)
     allocated, ratio = int(c.cost.allocated[s]), c.task.reserved_ratio
     held.add("rounding", "rounding", allocated - sum(b.n_bytes for b in held.found), {})
-    pooled = int(max(c.cost.backward_bytes[s] + c.pooled[s] - allocated, 0))
+    kept = max(int(c.cost.backward_bytes[s]), int(c.cost.ending_bytes[s])) + int(c.pooled[s])
+    pooled = max(kept - allocated, 0)
     reserved = (allocated + pooled) * ratio
     total, limit = reserved + int(c.q.outside[s]), c.plan.estimate.memory.limit_gib * GIB
     return Rank(

@@ -96,7 +96,7 @@ class _Row:
             counts = self.windows.counts[[self.windows.at[start, -(-layers // self.chunks)]]]
             p = mixed.blend_rank(Stack.of(kinds, self.task.model.text_kind), self.x, s, counts)
         c = step.stage_cost(p, self.x, held, p)
-        return _Cost(int(c.time[0]), int(c.backward_bytes[0]), int(c.update_bytes[0]))
+        return _Cost(int(c.time[0]), int(c.backward_bytes[0]), int(c.after_bytes[0]))
 
     def over(self, s: int, bytes_needed: int) -> float:
         """GiB of rank s beyond its device's limit; the allocator keeps more than is allocated."""
