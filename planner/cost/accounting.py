@@ -97,8 +97,6 @@ class Held:
     when: When = "always"
     host: bool = False
     """Whether it lives in host memory with optimizer offload; optimizer states always do."""
-    pooled: bool = False
-    """Not allocated at a backward's peak, but kept by the allocator: memory of a stream of its own, which no other gets."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +121,8 @@ class ZeroRule:
     update: tuple[Held, ...]
     """While the optimizer runs."""
     traffic: tuple[Traffic, ...]
+    pooled: tuple[Held, ...] = ()
+    """Beside `backward`, not allocated but kept by the allocator: memory of a stream of its own, which no other gets."""
     resident: tuple[Held, ...] = ()
     """A parameter of one layer, and of the head on its rank: buffers that exist once, for as long as the process."""
     unit: tuple[Held, ...] = ()
@@ -268,8 +268,8 @@ class Accounting:
     """Whether a ring is priced send by send: gradients also go the last step home, full recompute repeats forward's sends.
     Otherwise backward sends twice what forward does, and recompute nothing."""
     ring_merge: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 0.0), (0.0, 0.0))
-    """Whether a ring is priced send by send: gradients also go the last step home, full recompute repeats what forward sends.
-    is sent forward; adding up gradients backward."""
+    """Bytes moved for each block but a rank's own, a token, at e = 2: (an element of its queries, of its keys and values) for
+    merging outputs forward, and for adding up gradients backward."""
     kernels_ring: tuple[float, float] = (0.0, 0.0)
     """More kernels for each block but a rank's own, forward and backward."""
     attention: Literal["fused", "unfused"] = "fused"

@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from planner.cost import primitives, step
+from planner.cost import primitives, states, step
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.task import Bools, Ints, LayoutArray, StageArray, Task
@@ -132,3 +132,13 @@ def cost_of(task: Task, layout: Layout, x: LayoutArray, held: StageArray, kinds:
     ranks = kinds[0] if len(kinds) == 1 else step.blended_ranks(task, Stack.of(kinds, text), [layout], x.microbatches)
     p = kinds[text].take(np.array([0]))
     return LayoutCost(p, ranks, tuple(kinds), step.stage_cost(p, x, held, ranks), step.step_cost(p, x, held, ranks))
+
+
+def pooled_bytes(task: Task, layout: Layout) -> Ints:
+    """What the allocator's pools keep on each pipeline rank until its update (`states.pooled_bytes`), shape (pp,)."""
+    x, stages, counts = LayoutArray.of([layout], task.job), StageArray.of([layout]), step.layers_by_kind(task, layout)
+    ranks = x.take(stages.row)
+    if not task.types:
+        return states.pooled_bytes(task, ranks, stages.index, counts)
+    each = [states.pooled_bytes(task.on(i), ranks, stages.index, counts) for i in range(len(task.types))]
+    return np.asarray(np.stack(each)[list(stages_of(task, layout)), stages.index])

@@ -198,7 +198,7 @@ class StateBytes:
     whole_gradients: Floats
     """The part of `backward` that is gradients and not divided by D."""
     pooled: Floats
-    """What the allocator keeps beside `backward` (`Held.pooled`)."""
+    """What the allocator keeps beside `backward`."""
     carried: Floats
     unit: Floats
     unit_reduction: Floats
@@ -214,7 +214,7 @@ class StateBytes:
 
 
 _MOMENTS = (
-    "resident", "carried", "unit", "unit_reduction", "head", "head_reduction", "last_reduction", "last_unit",
+    "pooled", "resident", "carried", "unit", "unit_reduction", "head", "head_reduction", "last_reduction", "last_unit",
     "own", "finish", "released", "ahead", "again",
 )  # fmt: skip
 
@@ -235,14 +235,14 @@ def state_bytes(task: Task, layouts: LayoutArray, shard: Ints) -> StateBytes:
 
     stages = set(np.unique(zero).tolist())
 
-    def total(field: str, part: str | None = None, whole: bool = False, pooled: bool = False) -> Floats:
+    def total(field: str, part: str | None = None, whole: bool = False) -> Floats:
         result = np.zeros(len(zero))
         for stage, rule in a.zero.items():
             if stage not in stages:
                 continue
             items: tuple[Held, ...] = getattr(rule, field)
             for item in items:
-                if part in (None, item.part) and not (whole and item.shard) and item.pooled == pooled:
+                if (part is None or item.part == part) and not (whole and item.shard):
                     size = a.size(item.size, e) / (shard if item.shard else 1.0)
                     kept = here if item.part == "optimizer" or item.host else True
                     result += np.where((zero == stage) & present[item.when] & kept, size, 0.0)
@@ -252,7 +252,6 @@ def state_bytes(task: Task, layouts: LayoutArray, shard: Ints) -> StateBytes:
         {part: total("backward", part) for part in PARTS},
         {part: total("update", part) for part in PARTS},
         whole_gradients=total("backward", "grads", whole=True),
-        pooled=total("backward", pooled=True),
         **{moment: total(moment) for moment in _MOMENTS},
     )
 

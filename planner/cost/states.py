@@ -6,6 +6,7 @@ import numpy as np
 
 from planner.cost import adapters, frozen, memory
 from planner.cost.rounding import ceil
+from planner.cost.schedules import ends
 from planner.cost.task import Floats, Ints, LayoutArray, Task
 
 
@@ -71,17 +72,16 @@ def _last_embedding(task: Task, layouts: LayoutArray, per: memory.StateBytes, ta
 
     Bare parameters keep it whole, summed in fp32 over several micro-batches, while their share is copied out of it.
     """
-    e = task.job.compute_bytes
-    whole = np.where(rest > 0, e * (rest + table), 0.0)
-    bare = np.where(rest > 0, np.where(layouts.microbatches > 1, 4.0, e) * (rest + table), 0.0)
-    return np.where(memory.alone(task, layouts), bare, np.maximum(per.last_unit * table, whole))
+    each = np.where(memory.alone(task, layouts) & (layouts.microbatches > 1), 4.0, task.job.compute_bytes)
+    return np.maximum(per.last_unit * table, np.where(rest > 0, each * (rest + table), 0.0))
 
 
-def pooled_bytes(task: Task, ranks: LayoutArray, counts: Ints, first: Ints, last: Ints) -> Ints:
-    """Bytes that count in a rank's backward but are only kept by the allocator (`Held.pooled`).
+def pooled_bytes(task: Task, ranks: LayoutArray, index: Ints, counts: Ints) -> Ints:
+    """Bytes that count in a rank's backward but are only kept by the allocator (`ZeroRule.pooled`).
 
-    `ranks` has each rank's layout, `counts` [ranks, kinds] its layers by kind; `first` and `last` are 1 for the ends.
+    `ranks` has each rank's layout, `index` its place in the pipeline, `counts` [ranks, kinds] its layers by kind.
     """
+    first, last = ends(ranks.schedule, ranks.pp, index)
     kinds = [task] if task.model.homogeneous else [task.only(k) for k in range(len(task.model.kinds))]
     total = np.zeros(len(ranks))
     for i, kind in enumerate(kinds):

@@ -38,7 +38,7 @@ class StageCost:
     once: Ints
     """d, ns once a step."""
     backward_bytes: Ints
-    """Held by the allocator while micro-batches run: allocated, and what its pools keep (`Held.pooled`)."""
+    """Held by the allocator while micro-batches run: allocated, and what its pools keep (`ZeroRule.pooled`)."""
     ending_bytes: Ints
     """The same when a backward has passed the last layer, between two micro-batches or beside whole gradients being reduced."""
     update_bytes: Ints

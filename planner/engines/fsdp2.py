@@ -92,10 +92,8 @@ ZERO = {
     ),
 }  # fmt: skip
 
-_POOLED = {
-    k: Held("grads", 4, shard=k > 0, when="sharded" if k < 2 else "single_sharded", host=True, pooled=True) for k in ZERO
-}
-POOLING = {k: replace(rule, backward=(*rule.backward, _POOLED[k])) for k, rule in ZERO.items()}
+_POOLED = {k: Held("grads", 4, shard=k > 0, when="sharded" if k < 2 else "single_sharded", host=True) for k in ZERO}
+POOLING = {k: replace(rule, pooled=(_POOLED[k],)) for k, rule in ZERO.items()}
 """The same with what the allocator keeps. Reduced gradients are memory of the stream that reduces them: nothing else in a step
 can have it. They are no part of a backward's peak, unless several micro-batches add up in them (2 and 3). Measured on two H200
 (torch 2.11): reserved beyond allocated memory is this, 1 to 2 GiB for the gathered ends of the model, and some percent."""

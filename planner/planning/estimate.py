@@ -9,9 +9,9 @@ from typing import Literal
 
 import numpy as np
 
-from planner.cost import devicetypes, frozen, intervals, memory, primitives, risk, states, step
+from planner.cost import devicetypes, frozen, intervals, memory, primitives, risk, step
 from planner.cost.primitives import Primitives, TimeParts
-from planner.cost.schedules import ends, in_flight
+from planner.cost.schedules import in_flight
 from planner.cost.states import params_by_place
 from planner.cost.step import StageCost
 from planner.cost.task import Ints, LayoutArray, StageArray, Task
@@ -91,7 +91,7 @@ def estimate_layout(task: Task, layout: Layout) -> Estimate:
     by_type = tuple(_kinds(t, x) for t in _tasks(task))
     found = devicetypes.layout_cost(task, layout)
     types, counts = devicetypes.stages_of(task, layout), step.layers_by_kind(task, layout)
-    pooled = _pooled(task, x, stages, types, counts)
+    pooled = devicetypes.pooled_bytes(task, layout)
     cost = found.stages.without(pooled)
     priced = _Priced(task, layout, x, stages, types, by_type, counts, found.ranks, cost, pooled)
     seconds = int(found.total.step[0]) / 1e9
@@ -113,13 +113,6 @@ def estimate_layout(task: Task, layout: Layout) -> Estimate:
         memory=_memory(priced),
         provenance=_provenance(task, layout),
     )
-
-
-def _pooled(task: Task, x: LayoutArray, stages: StageArray, types: tuple[int, ...], counts: Ints) -> Ints:
-    """What the allocator's pools keep on each rank, in its backward."""
-    ranks, (first, last) = x.take(stages.row), ends(x.schedule[stages.row], x.pp[stages.row], stages.index)
-    each = np.stack([states.pooled_bytes(t, ranks, counts, first, last) for t in _tasks(task)])
-    return np.asarray(each[list(types), np.arange(len(ranks))])
 
 
 def _tasks(task: Task) -> tuple[Task, ...]:

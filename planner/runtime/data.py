@@ -82,11 +82,8 @@ class Batches:
     def get(self, step: int) -> tuple[Tensor, Tensor]:
         """(tokens, targets) of this rank, both [global_batch / dp, s / cp] int64; targets are one ahead."""
         first = self.position(step) + self.start
-        if self._prepared is None or self._prepared[0] != first:
-            self._prepared = first, *self._read(first)
-        _, tokens, targets = self._prepared
-        self._prepared = None
-        return tokens, targets
+        ready, self._prepared = self._prepared, None
+        return ready[1:] if ready is not None and ready[0] == first else self._read(first)
 
     def prepare(self, step: int) -> None:
         """Read a later step's batch while a device works at this one. On a CPU nothing would be won, and memory is counted."""

@@ -176,10 +176,14 @@ class Trainer:
         """
         norm, lr = self.update(step)
         value = float(norm)
-        if not self.scale.active:
-            faults.check_norm(self, step, value)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear(step, value)
         return value, lr
+
+    def _clear(self, step: int, norm: float) -> None:
+        """Clear gradients; RunFailed where they overflowed in a type without a loss scale."""
+        if not self.scale.active:
+            faults.check_norm(self, step, norm)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def update(self, step: int) -> tuple[Tensor, float]:
         """Clip and update: (gradient norm, learning rate). Weights stay as they are where the norm is not finite, which the
@@ -201,9 +205,7 @@ class Trainer:
         self.batches.prepare(step + 1)
         loss_, norm_ = torch.stack((value, norm.to(value.device))).tolist()
         faults.check_loss(self, step, loss_)
-        if not self.scale.active:
-            faults.check_norm(self, step, norm_)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear(step, norm_)
         return loss_, norm_, lr
 
 

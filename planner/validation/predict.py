@@ -11,7 +11,6 @@ import numpy as np
 from planner.cost import intervals, risk, states, step
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives, PrimitiveTable, TimeParts, primitive_table
-from planner.cost.schedules import ends
 from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
 from planner.engines.registry import accounting_named
 from planner.errors import InputError
@@ -286,8 +285,7 @@ def figures(batch: Batch, task: Task | None = None) -> Figures:
 def _allocated(batch: Batch, task: Task, cost: step.StageCost) -> Ints:
     """What ranks allocate, of what their allocators hold."""
     x, stages = batch.layouts, batch.stages
-    first, last = ends(x.schedule[stages.row], x.pp[stages.row], stages.index)
-    pooled = states.pooled_bytes(task, x.take(stages.row), batch.kind_counts, first, last)
+    pooled = states.pooled_bytes(task, x.take(stages.row), stages.index, batch.kind_counts)
     return cost.without(pooled).allocated
 
 

@@ -174,13 +174,13 @@ def _value(s: State, found: Findings) -> None:
 def _memory(s: State, found: Findings) -> None:
     least = None
     for i, e in enumerate(s.evaluated):
-        left = int((e.capacity - e.allocated).min())
-        fullest = int(np.argmin(e.capacity - e.allocated))
+        left = int((e.capacity - e.held).min())
+        fullest = int(np.argmin(e.capacity - e.held))
         where = f"alternative {i}" if i else "the plan"
         found.expect(left >= 0, f"{where}: rank {fullest} needs {-left:,} bytes more than it may have")
         least = left if least is None else min(least, left)
     stated, plan = s.case.plan.estimate.memory, s.evaluated[0]
-    fullest = int(np.argmax(plan.allocated))
+    fullest = int(np.argmax(plan.held))
     types = devicetypes.stages_of(s.case.task, plan.layout) if s.case.task.types else ()
     if types:  # the stage that comes nearest to what its own type may hold
         fullest = stated.peak_stage
@@ -188,7 +188,9 @@ def _memory(s: State, found: Findings) -> None:
         found.equal("least headroom of the plan, GiB", stated.stages[fullest].headroom, least_headroom)
         names = [s.case.task.types[i].hardware.name for i in types]
         found.equal("device type of each stage", [m.hardware for m in stated.stages], names)
-    peak, capacity = int(plan.allocated[fullest]), int(plan.capacity[fullest])
+    peak, capacity = int(plan.held[fullest]), int(plan.capacity[fullest])
+    most = plan.allocated[fullest] if types else plan.allocated.max()
+    found.equal("peak allocated of the plan, GiB", stated.peak_allocated_gib, int(most) / 2**30)
     ratio = s.case.task.on(types[fullest]).reserved_ratio if types else s.case.task.reserved_ratio
     found.equal(
         "memory of the fullest rank, GiB", stated.stages[fullest].total, (peak * ratio + int(plan.outside[fullest])) / 2**30

@@ -25,8 +25,9 @@ class Evaluated:
     once_ns: int
     """max D, ns."""
     constant_ns: int
+    held: Ints
+    """Peak bytes of the allocator: allocated ones and what its pools keep."""
     allocated: Ints
-    """Peak bytes."""
     capacity: Ints
     """Bytes that each rank may allocate."""
     outside: Ints
@@ -47,6 +48,7 @@ def evaluate(task: Task, layout: Layout) -> Evaluated:
         int(cost.once.max()),
         int(found.p.constant[0]),
         cost.allocated,
+        cost.without(devicetypes.pooled_bytes(task, layout)).allocated,
         ranks.capacity,
         ranks.outside,
         layout.microbatches(task.job),

@@ -7,10 +7,9 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.cost import frozen, operators, primitives, states, step
+from planner.cost import devicetypes, frozen, operators, primitives, step
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
-from planner.cost.schedules import ends
 from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
 from planner.cost.traffic import DpTraffic, dp_traffic, idle_seconds, layer_compute
 from planner.planfile import Plan
@@ -111,8 +110,7 @@ def case_of(task: Task, plan: Plan, rank: int | None = None) -> Case:
     blended = None if stack is None else step.blended_ranks(task, stack, [plan.layout], x.microbatches)
     cost = step.stage_cost(kinds[task.model.text_kind].p, x, stages, blended)
     held, book = step.held(x.take(stages.row), stages), Book(task, int(x.kept_zero[0]))
-    first, last = ends(x.schedule[stages.row], x.pp[stages.row], stages.index)
-    pooled = states.pooled_bytes(task, x.take(stages.row), counts, first, last)
+    pooled = devicetypes.pooled_bytes(task, plan.layout)
     return Case(
         task, plan, x, stages, tuple(kinds), counts, blended or priced[0], cost.without(pooled), pooled, held, book, rank
     )
