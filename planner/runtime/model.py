@@ -8,7 +8,6 @@ of a micro-batch, s tokens of one, h hidden, V vocabulary; under tensor parallel
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -19,15 +18,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from planner.runtime import masters
 from planner.runtime.activations import activate, activation_of
-from planner.runtime.attention import SAVED_BY_SELECTIVE, Attention, locality_mask
+from planner.runtime.attention import Attention, locality_mask
 from planner.runtime.head import Head
 from planner.runtime.mla import LatentAttention
 from planner.runtime.moe import Moe
 from planner.runtime.norms import norm_of
+from planner.runtime.recompute import KEEP_ATTENTION
 from planner.runtime.rotary import rotary_tables
 from planner.specs.model import LayerGroup, Model
 
@@ -60,32 +60,6 @@ def _mlp(model: Model, group: LayerGroup) -> Mlp | Moe:
     if not group.mlp.routed:
         return Mlp(model, group)
     return Moe(model.hidden, group.mlp, Mlp(model, group) if group.mlp.shared_width else None)
-
-
-KEEP_ATTENTION = functools.partial(create_selective_checkpoint_contexts, list(SAVED_BY_SELECTIVE))
-"""A partial, because the compiler takes no other kind of context function."""
-
-
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-_KEPT_PRODUCTS = (0, 1, 2, 4)
-"""Of a layer's products in order (queries, keys, values, output, the MLP's): those that are cheap to keep for their work. The
-fifth is the MLP's first; its last is needed by nothing."""
-
-
-def keep_products() -> Any:
-    """Contexts of selective recompute that keep some products as well (engine trait `selective-products`)."""
-    seen: dict[bool, int] = {False: 0, True: 0}
-
-    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op in SAVED_BY_SELECTIVE:
-            return CheckpointPolicy.MUST_SAVE
-        if op not in _PRODUCTS:
-            return CheckpointPolicy.PREFER_RECOMPUTE
-        at = seen[ctx.is_recompute]
-        seen[ctx.is_recompute] += 1
-        return CheckpointPolicy.MUST_SAVE if at in _KEPT_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
 
 
 class Block(nn.Module):

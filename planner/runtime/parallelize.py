@@ -23,13 +23,14 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from planner.runtime import experts
+from planner.runtime import experts, gather
 from planner.runtime.attention import Attention
 from planner.runtime.context import Ulysses
 from planner.runtime.mla import LatentAttention
-from planner.runtime.model import KEEP_ATTENTION, Block, Decoder, Mlp, keep_products
+from planner.runtime.model import Block, Decoder, Mlp
 from planner.runtime.moe import Moe
 from planner.runtime.precision import DTYPES
+from planner.runtime.recompute import KEEP_ATTENTION, keep_attention_beside_experts, keep_products
 from planner.runtime.replicated import Replicated
 from planner.runtime.ring import Ring, keep_outputs, template
 from planner.specs.job import Job
@@ -123,7 +124,8 @@ def apply_recompute(parts: list[Decoder], stage: Stage, keeps_products: bool = F
     selective, full = stage.counts
     for i, block in enumerate(block for part in parts for block in part.blocks()):
         block.recompute = "full" if i < full else "selective" if i < full + selective else "none"
-        block.kept = keep_products if keeps_products else KEEP_ATTENTION
+        mixture = keep_attention_beside_experts if experts.mixtures(block) else KEEP_ATTENTION
+        block.kept = keep_products if keeps_products else mixture
 
 
 def needs_wrapper(layout: Layout, job: Job, lowered: bool) -> bool:
@@ -184,6 +186,7 @@ def apply_zero(
         units = [unit for block in part.blocks() for unit in (*(moe.experts for moe in experts.mixtures(block)), block)]
         _gather_ahead([embeddings[0] if embeddings and not tied else None, *units, heads[-1] if heads else part])
     experts.gather_early(part.blocks())
+    gather.use(part.blocks(), layout, mesh)
 
 
 def _free_gather_buffer(root: Any) -> None:

@@ -150,7 +150,7 @@ QUICK = {
         "tp2-selective", "tp2-tied", "tp2-bf16", "cp2-zero3-learned", "cp2-ring-zero3-learned",
         "pp2-gpipe-full", "pp2-gpt-mixed", "pp2-compiled", "tp2-compiled-tied", "pp2-interleaved-none",
         *(f"pp2-{schedule}" for schedule in SPLIT_BACKWARD),
-        "moe-dp2-zero3", "ep2-zero2", "ep2-padded", "ep2-zero3-bf16", "tp2-ep2", "tp2-etp2", "mla-ep2", "moe-pp2",
+        "moe-dp2-zero3", "ep2-zero2", "ep2-padded", "ep2-zero3-bf16-selective", "tp2-ep2", "tp2-etp2", "mla-ep2", "moe-pp2",
     ),
     4: (
         "tp2-pp2-full", "tp2-dp2-tied-zero3", "dp4-shard2-zero3", "cp2-dp2-gemma-zero2", "cp4-ring-none",

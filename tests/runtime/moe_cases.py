@@ -52,6 +52,11 @@ def _two() -> dict[str, Case]:
     cases["ep2-full"] = ("shared", {"dp": 2, "ep": 2, "zero": 2, "recompute": "full"})
     cases["ep2-padded"] = ("padded", {"dp": 2, "ep": 2, "zero": 1})
     cases["ep2-zero3-bf16"] = ("all", {"dp": 2, "ep": 2, "zero": 3, "precision": "bf16", "recompute": "full"})
+    cases["ep2-zero1-bf16-selective"] = (
+        "all",
+        {"dp": 2, "ep": 2, "zero": 1, "precision": "bf16", "recompute": "selective", "micro_batch": 1},
+    )
+    cases["ep2-zero3-bf16-selective"] = ("all", {"dp": 2, "ep": 2, "zero": 3, "precision": "bf16", "recompute": "selective"})
     cases["moe-tp2"] = ("shared", {"tp": 2})
     cases["tp2-ep2"] = ("moe", {"tp": 2, "ep": 2, "recompute": "full"})
     cases["tp2-etp2"] = ("moe", {"tp": 2, "etp": 2, "recompute": "selective"})

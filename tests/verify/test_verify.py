@@ -195,8 +195,9 @@ def worse_alternative(data: dict[str, Any]) -> None:
 
 CHANGES = [
     (objective, "value"), (split, "value"), (missing_layer, "layouts"), (all_recompute, "value"), (no_recompute, "memory"),
-    (allocated_peak, "memory"), (total_memory, "memory"), (rule_count, "space"), (enumerated, "space"), (memory_count, "fits"), (partition, "space"), (bound, "certificate"),
-    (alternative, "value"), (hardware, "file"), (smaller_space, "axes"), (worse_alternative, "alternatives"),
+    (allocated_peak, "memory"), (total_memory, "memory"), (rule_count, "space"), (enumerated, "space"), (memory_count, "fits"),
+    (partition, "space"), (bound, "certificate"), (alternative, "value"), (hardware, "file"), (smaller_space, "axes"),
+    (worse_alternative, "alternatives"),
 ]  # fmt: skip
 
 
