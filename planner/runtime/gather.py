@@ -29,7 +29,7 @@ _TRIAL = 256
 
 def prepare(layout: Layout) -> None:
     """Ask NCCL for the policy, before any communicator is made, where the layout can use it."""
-    if suits(layout) and torch.cuda.nccl.version() >= _LEAST_NCCL:
+    if suits(layout) and torch.cuda.nccl.version() >= _LEAST_NCCL:  # type: ignore[no-untyped-call]
         os.environ.setdefault(POLICY, NO_BLOCKS)
 
 
@@ -54,7 +54,7 @@ def use(blocks: Iterable[nn.Module], layout: Layout, mesh: DeviceMesh) -> bool:
         return False
     for block in blocks:
         if isinstance(block, FSDPModule):
-            block.set_custom_all_gather(gather)
+            block.set_custom_all_gather(gather)  # type: ignore[arg-type]  # it asks for these two methods only
     return True
 
 
@@ -86,7 +86,8 @@ def _works(gather: EngineGather, group: dist.ProcessGroup) -> bool:
     dist.all_reduce(ok, group=group)  # makes the communicator, which the window belongs to
     try:
         symmetric.set_backend("NCCL")
-        with torch.cuda.stream(torch.cuda.Stream()):  # engines refuse the default stream; FSDP2 gathers on one of its own
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(side):  # engines refuse the default stream; FSDP2 gathers on one of its own
             own = gather.allocate((group.size() * _TRIAL,), dtype=torch.float32, device=device)
             gather(own, own[group.rank() * _TRIAL :][:_TRIAL].fill_(1.0), group)
             found = bool((own == 1.0).all())

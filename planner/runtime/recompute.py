@@ -38,7 +38,7 @@ def keep_products() -> Any:
     return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
 
 
-class _Again(_CachedTorchDispatchMode):  # type: ignore[misc]
+class _Again(_CachedTorchDispatchMode):  # type: ignore[no-untyped-call]
     """Backward's mode, in which what is not kept may run more often than it did in forward.
 
     FSDP2 gathers the experts of a layer ahead of its forward, and within it when it runs again: to torch 2.13 that is an error.
@@ -47,7 +47,7 @@ class _Again(_CachedTorchDispatchMode):  # type: ignore[misc]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in SAVED_BY_SELECTIVE:
             return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
 
 def keep_attention_beside_experts() -> Any:
