@@ -244,6 +244,8 @@ class Accounting:
     """Share of one micro-batch's stage time under which step-wise traffic hides."""
     dp_floor: float
     """Share of dp traffic that is exposed even when it would fit."""
+    step_floor: float = field(default=0.0, kw_only=True)
+    """The same of step-wise traffic where that is more: what its kernels take from compute beside them."""
     kernels_forward: float
     """Kernels that the host launches for one layer forward: the floor under small layers."""
     kernels_backward: float
@@ -276,6 +278,8 @@ class Accounting:
     """Whether attention keeps its scores on chip (FlashAttention) or writes them."""
     attention_rate: float = 1.0
     """Rate of its attention kernels over those of the device's profile."""
+    ring_rate: tuple[float, float] | None = None
+    """Most FLOP/s of a compute unit of its attention around a ring, forward and backward, where that has kernels of its own."""
     windows: bool = True
     """Whether attention kernels skip the keys outside a sliding window."""
     mask_elements: float = 0.0
@@ -286,6 +290,21 @@ class Accounting:
     """Temporary bytes of each score in the backward of unfused attention."""
     wgrad: float = 1.05
     """Time of a weight gradient's product over that of an input gradient's of the same size: it also accumulates."""
+    product_times: float = 1.0
+    """Time of products on a GPU over what they take back to back: between kernels that wait for memory clocks are higher."""
+    gather_copies: tuple[float, float] = (0.0, 0.0)
+    """Bytes moved around each gather of parameters: for each that the rank owns, and for each of the whole."""
+    reduce_copies: tuple[float, float] = (0.0, 0.0)
+    """Bytes moved for each gradient around a reduction; and for each of the rank's share where several are added up."""
+    whole_sums: float = 0.0
+    """Bytes moved for each gradient of a micro-batch where they are added up before they are reduced."""
+    tp_copies: tuple[float, float] = (0.0, 0.0)
+    """Bytes moved for each element of the hidden states beside an all-gather and a reduce-scatter over tp, which put sequences
+    together and apart."""
+    loss_traffic_split: float = 0.0
+    """Bytes that the loss moves more for each element of logits that are split over tp."""
+    kernels_narrow: tuple[float, float] = (0.0, 0.0)
+    """More launches of a layer, or the host's work as so many, where products are in a narrow type, forward and backward."""
     pp_split: bool = False
     """Boundary tensors are split over tp on the wire even without sequence parallelism (scatter-gather)."""
     pp_slot: float = 0.0

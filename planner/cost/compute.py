@@ -59,21 +59,27 @@ class AttentionWork:
     head_dim: float
     """Mean width of the two products: of a query or key head, and of a value head."""
 
+    def flops(self) -> tuple[Floats, Floats]:
+        """(forward, backward) FLOPs of fused causal attention.
+
+        0.5 * 4 * b * queries * keys * heads * head_dim forward, 2.5 times as many backward (Dao 2023, arXiv 2307.08691).
+        """
+        forward = 0.5 * 4.0 * self.sequences * self.queries * self.visible * self.heads * self.head_dim
+        return forward, 2.5 * forward
+
 
 def fused_attention_seconds(w: AttentionWork, device: Device, peak: float) -> tuple[Floats, Floats]:
     """(forward, backward) time of fused causal attention.
 
-    Forward is 0.5 * 4 * b * queries * keys * heads * head_dim FLOPs, backward 2.5 times as many (Dao 2023,
-    arXiv 2307.08691). The reached share of the peak grows with length and falls when there is too little work to
-    fill the device.
+    The reached share of the peak grows with length and falls when there is too little work to fill the device.
     """
     a = device.attention
-    flops = 0.5 * 4.0 * w.sequences * w.queries * w.visible * w.heads * w.head_dim
+    forward, backward = w.flops()
     tiles = w.sequences * w.heads * np.ceil(w.queries / 128.0)
     occupied = np.minimum(1.0, np.sqrt(tiles / (2.0 * device.compute_units)))
     share = w.visible / (w.visible + a.half_length) * occupied * (1.0 if w.head_dim >= 128 else 0.8)
     rate = peak * np.maximum(share, 1e-4)
-    return flops / (rate * a.forward), 2.5 * flops / (rate * a.backward)
+    return forward / (rate * a.forward), backward / (rate * a.backward)
 
 
 UNFUSED_RATE = 0.55

@@ -188,6 +188,8 @@ def _host(task: Task, s: Shapes, direction: int, half: int | None = None) -> Flo
     if mlp.routed:
         each = a.kernels_expert[direction] * (1.0 if task.job.linears == "same" else a.kernels_padded)
         kernels = kernels + a.kernels_routed[direction] + each * np.maximum(mlp.experts / s.ep, 1.0)
+    if task.job.linears != "same":
+        kernels = kernels + a.kernels_narrow[direction]
     if any(a.kernels_ring):
         kernels = kernels + _other_blocks(s) * a.kernels_ring[direction]
     kernels = kernels + adapters.launches(task, direction)
@@ -339,7 +341,8 @@ def product_seconds(task: Task, p: Product) -> Floats:
     size, peak = float(task.job.compute_bytes), task.peak
     if p.narrow:
         size, peak = {"same": size, "fp8": 1.0, "fp4": 0.5}[task.job.linears], task.linear_peak
-    seconds = p.times * gemm_seconds(p.m, p.n, p.k, task.hardware.device, peak, size, p.groups)
+    beside = 1.0 if task.hardware.device.kind == "cpu" else task.accounting.product_times
+    seconds = beside * p.times * gemm_seconds(p.m, p.n, p.k, task.hardware.device, peak, size, p.groups)
     return np.maximum(seconds, unaligned_head_seconds(task, p)) if p.part == "head" else seconds
 
 
@@ -364,8 +367,12 @@ def _attention(task: Task, s: Shapes) -> tuple[Floats, Floats]:
     work = AttentionWork(s.micro_batch, length / s.cp, length, visible, model.heads / s.tp, width)
     a, device = task.accounting, task.hardware.device
     if a.attention == "fused" or attention.kind == "linear":
-        forward, backward = fused_attention_seconds(work, device, task.peak)
-        return forward / a.attention_rate, backward / a.attention_rate
+        forward, backward = (t / a.attention_rate for t in fused_attention_seconds(work, device, task.peak))
+        if a.ring_rate is None or not np.any(s.ring):
+            return forward, backward
+        slow = (flops / (device.compute_units * rate) for flops, rate in zip(work.flops(), a.ring_rate, strict=True))
+        there, back = (np.where(s.ring, np.maximum(t, own), t) for t, own in zip((forward, backward), slow, strict=True))
+        return there, back
     return unfused_attention_seconds(work, device, task.peak, a.score_bytes)
 
 
@@ -438,14 +445,20 @@ def ring_gradient_bytes(task: Task, s: Shapes) -> Floats:
     return key_value_bytes(task, s) * task.accounting.size(task.accounting.ring_gradients, e) / e
 
 
+def tp_beside(task: Task, s: Shapes, op: str) -> Floats:
+    """Seconds of a tp collective of hidden states besides its transfer: the call, and the copies around it."""
+    a, places = task.accounting, {"all_gather": 0, "reduce_scatter": 1}
+    moved = (a.tp_copies[places[op]] if op in places else 0.0) * hidden_bytes(task, s) / 2.0
+    return np.where(s.tp > 1, a.tp_call + streaming_seconds(moved, task.hardware.device), 0.0)
+
+
 def _tp_traffic(task: Task, s: Shapes, sequence: np.ndarray) -> tuple[Floats, Floats, tuple[Floats, Floats]]:
     """Exposed time of one layer's tensor-parallel collectives: forward, backward, (selective, full) recompute."""
     a = task.accounting
     n_bytes = hidden_bytes(task, s)
     share = (1.0 - a.tp_overlap) * task.constant("tp") * tp_share(task)
     cost = {
-        op: share
-        * (collective_seconds(op, s.tp, np.ones_like(s.tp), n_bytes, task.hardware) + np.where(s.tp > 1, a.tp_call, 0.0))
+        op: share * (collective_seconds(op, s.tp, np.ones_like(s.tp), n_bytes, task.hardware) + tp_beside(task, s, op))
         for op in ("all_reduce", "all_gather", "reduce_scatter")
     }
 
@@ -525,7 +538,8 @@ def loss_bytes(task: Task, s: Shapes) -> Floats:
     model, a, e = task.model, task.accounting, task.job.compute_bytes
     wide = model.vocab / s.tp if a.logits_split else np.full_like(s.tp, float(model.vocab))
     more = pieces.more_traffic(s.tokens, e * wide, e) * wide * model.hidden if a.loss_in_pieces else 0.0
-    return a.loss_traffic * s.tokens * wide * e / 2.0 + more
+    each = a.loss_traffic + np.where(s.tp > 1, a.loss_traffic_split, 0.0)
+    return each * s.tokens * wide * e / 2.0 + more
 
 
 def _head(task: Task, s: Shapes, sequence: np.ndarray) -> tuple[Floats, Floats]:

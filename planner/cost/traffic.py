@@ -113,13 +113,55 @@ def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats],
 
     update = {place: optimizer(count, layouts.shard) for place, count in params_by_place(params).items()}
     update["layer"] = update["layer"] + optimizer(params["experts"], layouts.expert_shard)
+    copies = copy_seconds(task, layouts)
+    update = {place: seconds + copies[place] for place, seconds in update.items()}
     suffix = {"layer": "", "first": "_first", "last": "_last"}
     grow = task.growth
     ns = {f"comm{suffix[p]}": nanoseconds(grow * (step[p] + bare[p])) for p in step}
-    ns |= {f"floor{suffix[p]}": nanoseconds(grow * (a.dp_floor * step[p] + bare[p])) for p in step}
+    floor = max(a.dp_floor, a.step_floor)
+    ns |= {f"floor{suffix[p]}": nanoseconds(grow * (floor * step[p] + bare[p])) for p in step}
     ns |= {f"update{suffix[p]}": nanoseconds(grow * update[p]) for p in step}
     ns["hide"] = np.floor(grow * a.dp_window * (forward + backward) * 1e9).astype(np.int64)
     return DpTraffic(exposed[0], exposed[1], each["backward"], idle[1], ends, ns)
+
+
+def copy_seconds(task: Task, layouts: LayoutArray) -> dict[str, Floats]:
+    """Seconds of a step's copies between parameters as they are kept and the buffers that collectives send, by place.
+
+    They take memory bandwidth from the products that they run beside, so that nothing hides them.
+    """
+    a, device = task.accounting, task.hardware.device
+    moved = {place: np.zeros(len(layouts)) for place in ("layer", "first", "last")}
+    if any(a.gather_copies) or any(a.reduce_copies):
+        managed = (task.job.compute_bytes < 4) & ~memory.alone(task, layouts)
+        for source in frozen.sources(task, layouts):
+            places = params_by_place(source.counts)
+            for place in moved:
+                moved[place] += _copied_bytes(source.task, layouts, layouts.shard, managed, place) * places[place]
+            experts = _copied_bytes(source.task, layouts, layouts.expert_shard, managed, "layer")
+            moved["layer"] += experts * source.counts["experts"]
+    return {place: task.constant("elementwise") * streaming_seconds(n, device) for place, n in moved.items()}
+
+
+def _copied_bytes(task: Task, layouts: LayoutArray, shard: Ints, managed: np.ndarray, place: str) -> Floats:
+    """Bytes copied in a step for each parameter of a place that `shard` ranks share; `managed`: whether one rank copies too."""
+    a, m, result = task.accounting, layouts.microbatches.astype(float), np.zeros(len(layouts))
+    for zero, rule in a.zero.items():
+        items = [t for t in rule.traffic if t.over == "shard" and (place == "layer" or exchanged_at_ends(t))]
+        gathers, reductions = (
+            sum((np.where(t.per == "step", 1.0, m) for t in items if (t.op == "all_gather") == wanted), np.zeros(len(m)))
+            for wanted in (True, False)
+        )
+        if not any(t.op == "all_gather" for t in rule.traffic):
+            gathers = gathers + 1.0  # every rank has all parameters, and copies them once in the compute type
+        own, whole = a.gather_copies
+        moved = gathers * (own / np.where(zero > 0, shard, 1) + np.where(shard > 1, whole, 0.0) * (zero > 0))
+        if reductions.any():
+            several, late = m > 1, np.all([t.per == "step" for t in items if t.op != "all_gather"])
+            moved = moved + reductions * (a.reduce_copies[0] + np.where(several & ~late, a.reduce_copies[1] / shard, 0.0))
+            moved = moved + np.where(several & late, a.whole_sums * m, 0.0)
+        result += np.where((layouts.kept_zero == zero) & ((shard > 1) | managed), moved, 0.0)
+    return result + np.where((shard == 1) & ~managed & (m > 1), a.whole_sums * m, 0.0)
 
 
 def end_share(a: Accounting, item: Traffic, place: str) -> float:

@@ -36,6 +36,9 @@ class Head(nn.Linear):
         self.scale: LossScale | None = None
         self.group: dist.ProcessGroup | None = None
         """The ranks that the vocabulary is split over."""
+        self.given: Tensor | None = None
+        """A scalar: the gradient that losses will get in backward, where it is known. Gradients have it in them from the start;
+        backward, when it gets this very tensor, has nothing to do. Any other is one more pass over the weight's gradient."""
 
     def expect(self, targets: Sequence[Tensor]) -> None:
         """Give the next forwards their targets, one a micro-batch."""
@@ -47,8 +50,8 @@ class Head(nn.Linear):
             return super().forward(x)
         targets, factor = self.expected.popleft(), self.scale.value if self.scale else 1.0
         if torch.is_grad_enabled():
-            given = x, self.weight, self.bias, targets, factor, self.group
-            loss: Tensor = _PiecewiseLoss.apply(*given)  # type: ignore[no-untyped-call]
+            inputs = x, self.weight, self.bias, targets, factor, self.group, self.given
+            loss: Tensor = _PiecewiseLoss.apply(*inputs)  # type: ignore[no-untyped-call]
             return loss
         return _Pieces(x, _local(self.weight), _local(self.bias), targets, factor, self.group).loss()
 
@@ -65,17 +68,21 @@ class _PiecewiseLoss(torch.autograd.Function):
         targets: Tensor,
         factor: float,
         group: dist.ProcessGroup | None,
+        given: Tensor | None,
     ) -> Tensor:
-        pieces = _Pieces(x, _local(weight), _local(bias), targets, factor, group)
+        pieces = _Pieces(x, _local(weight), _local(bias), targets, factor, group, given)
         loss, *gradients = pieces.loss_and_gradients()
         ctx.save_for_backward(*gradients)
-        ctx.given = None, weight, bias
+        ctx.parameters, ctx.given = (None, weight, bias), given
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        gradients = [None if t is None else t.mul_(grad) for t in ctx.saved_tensors]
-        return *(_like(t, given) for t, given in zip(gradients, ctx.given, strict=True)), None, None, None
+        gradients = ctx.saved_tensors
+        if grad is not ctx.given:
+            more = grad if ctx.given is None else grad / ctx.given
+            gradients = [None if t is None else t.mul_(more) for t in gradients]
+        return *(_like(t, own) for t, own in zip(gradients, ctx.parameters, strict=True)), None, None, None, None
 
 
 def _local(param: Any) -> Any:
@@ -94,7 +101,14 @@ class _Pieces:
     """The tokens of one micro-batch, all of them on every rank of a split vocabulary, in equal pieces."""
 
     def __init__(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, factor: float, group: dist.ProcessGroup | None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        factor: float,
+        group: dist.ProcessGroup | None,
+        given: Tensor | None = None,
     ):
         self.weight, self.bias, self.group, self.shape = weight, bias, group, x.shape
         self.rows, self.targets = x.reshape(-1, x.shape[-1]), targets.flatten()
@@ -105,6 +119,7 @@ class _Pieces:
         n = self.rows.shape[0]
         self.size = int(piece_tokens(n, weight.shape[0] * weight.element_size()))
         self.factor = torch.full((), factor / n, device=x.device)
+        self.slope = self.factor if given is None else self.factor * given
 
     def loss(self) -> Tensor:
         """The mean loss times the factor, fp32."""
@@ -122,7 +137,7 @@ class _Pieces:
             logits = nn.functional.linear(rows, self.weight, self.bias)
             value, logsumexp = self._of_piece(logits, targets)
             total += value
-            _kernel(gradient_in_place, logits.is_cuda)(logits, targets, logsumexp, self.first, self.factor)
+            _kernel(gradient_in_place, logits.is_cuda)(logits, targets, logsumexp, self.first, self.slope)
             torch.mm(logits, self.weight, out=out)
             to_weight.add(logits, rows)
             if to_bias is not None:

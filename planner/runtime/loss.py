@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -27,3 +29,23 @@ def plain(value: Tensor) -> Tensor:
     """A detached plain scalar from a loss that may be a DTensor."""
     value = value.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+class _Root(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, given: Tensor) -> Tensor:
+        ctx.given = given
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.given, None
+
+
+def root(value: Tensor, given: Tensor) -> Tensor:
+    """A loss where backward starts, with a gradient of 1: what made it gets `given`, a scalar 1 that it knows (`Head.given`).
+
+    torch's pipeline starts backward from what its loss function returns, and makes the 1 itself.
+    """
+    out: Tensor = _Root.apply(value, given)  # type: ignore[no-untyped-call]
+    return out

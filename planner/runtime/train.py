@@ -41,6 +41,9 @@ class Trainer:
         self.zero = parallelize.effective_zero(plan.layout)
         self.world: World = build_world(plan, device)
         self.scale = LossScale(plan.job.precision)
+        share = 1.0 if self.world.pp > 1 else 1.0 / self.microbatches  # a pipeline's schedule divides gradients itself
+        self.given = torch.full((), share, device=device)
+        """The gradient of each micro-batch's loss."""
         self.parts = self._build_parts()
         self.schedule = None
         if self.world.pp > 1:
@@ -64,6 +67,7 @@ class Trainer:
             part.tie()
             if part.head is not None:
                 part.head.scale = self.scale
+                part.head.given = self.given if self.in_pieces else None
             if self.plan.job.linears == "fp8":
                 precision.apply_fp8(part)
             if layout.tp > 1:
@@ -115,7 +119,9 @@ class Trainer:
 
     def scaled_loss(self, output: Tensor, targets: Tensor) -> Tensor:
         """Loss of a micro-batch, times the loss scale, of what the last stage puts out."""
-        return output if self.in_pieces else loss.token_loss(output, targets) * self.scale.value
+        if not self.in_pieces:
+            return loss.token_loss(output, targets) * self.scale.value
+        return output if self.schedule is None else loss.root(output, self.given)
 
     def expect(self, targets: Tensor) -> None:
         """Tell a head that makes the loss what to compare the next batch with."""
@@ -130,7 +136,10 @@ class Trainer:
         for i, (own, wanted) in enumerate(self.micro_batches(tokens, targets)):
             parallelize.prepare_accumulation(part, self.zero, last=i == self.microbatches - 1)
             value = self.scaled_loss(part(own), wanted)
-            (value / self.microbatches).backward()  # type: ignore[no-untyped-call]
+            if self.in_pieces:
+                torch.autograd.backward(value, self.given)
+            else:
+                (value / self.microbatches).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.plain(value))
         return losses
 

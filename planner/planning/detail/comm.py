@@ -135,7 +135,8 @@ def _tensor_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) 
     counts = {"forward": traffic.forward, "backward": traffic.backward}.get(where, traffic.recompute.get(where, {}))
     n_bytes = float(operators.hidden_bytes(task, kind.shapes)[0])
     tp, factor, layers = float(c.layout.tp), task.constant("tp"), times * operators.tp_share(task)
-    calls = [_Call("tp", op, tp, 1.0, n_bytes, count * layers, factor, fixed=a.tp_call) for op, count in counts.items()]
+    fixed = {op: float(operators.tp_beside(task, kind.shapes, op)[0]) for op in counts}
+    calls = [_Call("tp", op, tp, 1.0, n_bytes, count * layers, factor, fixed=fixed[op]) for op, count in counts.items()]
     hides = _HIDE.format(a.tp_overlap)
     figures = ("engine.tp_overlap", "constant.tp")
     return _priced(c, "tp_comm", f"{kind.label}layers, {_place(where)}", calls, exposed, hides, figures)

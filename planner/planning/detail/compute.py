@@ -51,7 +51,7 @@ def _product(task: Task, p: Product) -> tuple[float, Inputs, tuple[str, ...]]:
 def _product_figures(task: Task, narrow: bool) -> tuple[str, ...]:
     """The figures behind products; the head's and the adapters' are never in a narrow type."""
     peak = f"device.peak.{task.job.precision}"
-    base = ("device.gemm", "device.sustained", peak, "device.memory_bandwidth", "constant.compute")
+    base = ("device.gemm", "device.sustained", peak, "device.memory_bandwidth", "constant.compute", "engine.product_times")
     if not narrow or task.job.linears == "same":
         return base
     return (*base, f"device.peak.{task.job.linears}", "code.NARROW_SHARE", "constant.narrow")

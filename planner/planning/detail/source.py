@@ -107,7 +107,7 @@ def _engine_figures(accounting: Accounting, zero: int) -> dict[str, Source]:
 _SAME_ORIGIN = {
     "elementwise_backward": "elementwise_forward", "kernels_backward": "kernels_forward", "kernels_tp": "kernels_forward",
     "kernels_gather": "kernels_forward", "logit_bytes_split": "logit_bytes", "logit_bytes_fp32": "logit_bytes",
-    "kernels_padded": "kernels_expert", "optimizer_whole_bytes": "optimizer_bytes",
+    "kernels_padded": "kernels_expert", "optimizer_whole_bytes": "optimizer_bytes", "whole_sums": "reduce_copies",
 }  # fmt: skip
 """Fields whose origin another one's text covers."""
 
