@@ -317,10 +317,10 @@ ACCOUNTING = Accounting(
         "kernels_split": "measured beside an H200 (torch 2.11), 4 layers of 1B and 8B and of width 256; with tp assumed",
         "split_bytes": "measured: 8B layers on an H200 (torch 2.11), halves against the whole backward",
         "zero": "measured: storage meter and collective counts on the runtime, gloo, torch 2.13, fp32 and bf16",
-        "elementwise_forward": "counted from the eager graph; times what kernels take on H200 beyond the profile's constant, "
+        "elementwise_forward": "counted from the eager graph; times what kernels take on H200 beyond its constant, "
         "in profiled steps of models 2,560 and 5,120 wide and of experts (torch 2.11)",
-        "product_times": "fitted to steps of five models that are in no table of runs, on one H200 (torch 2.11); their profiles "
-        "have 0.81 to 0.89",
+        "product_times": "fitted to steps of five models that are in no table of runs, on one H200 (torch 2.11); in their "
+        "profiles it is 0.81 to 0.89",
         "gather_copies": "measured: FSDP2's casts and copies on H200 (torch 2.11): 2.6, 2.3 and 3.8 TB/s beside products",
         "reduce_copies": "measured: FSDP2's copies into reductions on H200 (torch 2.11), 2.0 TB/s; sums counted",
         "whole_sums": "counted: bf16 gradients added to fp32",
