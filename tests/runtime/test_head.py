@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from planner.runtime import loss
 from planner.runtime.head import Head
 from planner.runtime.meter import Meter
 from planner.specs import pieces
@@ -41,6 +43,42 @@ def test_pieces_give_the_loss_and_the_gradients_of_cross_entropy(
     ours, theirs = _both(torch.float32, bias, 3.0, 0.25)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_gradient_known_before_is_in_the_gradients_once(told: bool) -> None:
+    """Told: backward gets the very tensor that the head was given, and changes nothing. Else it gets another."""
+    torch.manual_seed(1)
+    head, given = Head(H, V, False), torch.tensor(0.25)
+    head.given = given
+    x, targets = torch.randn(B, S, H, requires_grad=True), torch.randint(0, V, (B, S))
+    head.expect([targets])
+    with _Multiplied() as multiplied:
+        torch.autograd.backward(head(x), given if told else torch.tensor(0.5))
+    leaves = [t.detach().requires_grad_() for t in (x, head.weight)]
+    theirs = F.cross_entropy(F.linear(*leaves).flatten(0, 1), targets.flatten())
+    (theirs * (0.25 if told else 0.5)).backward()
+    for a, b in zip((x.grad, head.weight.grad), (t.grad for t in leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert multiplied.in_place == (0 if told else 2)
+
+
+def test_the_root_of_a_pipeline_gives_what_is_known() -> None:
+    given, value = torch.ones(()), torch.tensor(3.0, requires_grad=True)
+    seen = []
+    value.register_hook(seen.append)
+    loss.root(value, given).backward()  # type: ignore[no-untyped-call]
+    assert seen[0] is given
+
+
+class _Multiplied(TorchDispatchMode):
+    """Counts products in place."""
+
+    in_place = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.in_place += func in (torch.ops.aten.mul_.Tensor, torch.ops.aten.mul_.Scalar)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 1.0), (torch.float16, 2.0**12)])

@@ -2,7 +2,8 @@
 
 Measured on 2026-11-22 and 23: NVIDIA H200 (driver 580), PyTorch 2.11.0+cu130, expandable segments, four to nine steps each, the
 median of all but the first two; `engine` and the columns of the layout as in a plan. Nothing in the planner is fitted to them.
-Runs of older versions of the runtime that are no longer how it works (compiled loss in one piece, tp) have been left out.
+Runs of older versions of the runtime that are no longer how it works (compiled loss in one piece, tp) have been left out. The
+last 33 gathered layers by copy engines where ZeRO gathers, the others did not: 2 % of a step.
 """
 
 from __future__ import annotations
@@ -85,10 +86,10 @@ def test_reserved_memory() -> None:
     assert np.abs(errors("reserved_gib")).mean() < 0.03
 
 
-@pytest.mark.parametrize(("kind", "most"), [("dense", 0.05), ("all", 0.07)])
+@pytest.mark.parametrize(("kind", "most"), [("dense", 0.035), ("all", 0.04)])
 def test_step_time(kind: str, most: float) -> None:
-    """At the target (5 %) for dense models without tp, beyond it for all: tp under eager DTensor and experts are bound by the
-    host, whose waits are not priced (up to 12 and 33 % too short)."""
+    """Inside the target, 5 %. Furthest off: experts (23 % too short at worst), one of seven runs with tp (18 %), interleaved
+    schedules (9 %)."""
     found = [
         abs(estimate_of(row).step_time_s / float(row["step_time_s"]) - 1)
         for row in rows()
