@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from planner.runtime.collectives import all_gather
 from planner.runtime.moe import Moe, sizes_of
 from planner.specs.layout import Layout
 
@@ -158,7 +159,7 @@ class Exchange:
             dist.all_to_all_single(received, by_rank.contiguous(), group=self.ep_group)
         if self.etp > 1:
             everyone = received.new_empty(self.etp * received.numel())
-            dist.all_gather_into_tensor(everyone, received.flatten(), group=self.etp_group)
+            all_gather(everyone, received.flatten(), group=self.etp_group)
             received = everyone
         return by_rank.sum(1), received.view(self.etp, self.ep, -1)
 

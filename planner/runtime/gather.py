@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
+from planner.runtime.collectives import all_gather
 from planner.specs.layout import Layout
 
 POLICY, NO_BLOCKS = "NCCL_CTA_POLICY", "2"
@@ -73,8 +74,7 @@ class EngineGather:
         from torch.distributed import _symmetric_memory as symmetric
 
         symmetric.rendezvous(output_tensor, group=group.group_name)
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name since torch 2.13
-        return gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        return all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 def _works(gather: EngineGather, group: dist.ProcessGroup) -> bool:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from planner.runtime.collectives import all_gather, reduce_scatter
 from planner.specs.pieces import piece_tokens
 
 if TYPE_CHECKING:
@@ -224,11 +225,11 @@ def _by_rank(targets: Tensor, ranks: int) -> Tensor:
 
 def _gathered(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     whole = rows.new_empty(group.size() * rows.shape[0], rows.shape[1])
-    dist.all_gather_into_tensor(whole, rows.contiguous(), group=group)
+    all_gather(whole, rows.contiguous(), group=group)
     return whole
 
 
 def _scattered(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     own = rows.new_empty(rows.shape[0] // group.size(), rows.shape[1])
-    dist.reduce_scatter_tensor(own, rows, group=group)
+    reduce_scatter(own, rows, group=group)
     return own
