@@ -177,6 +177,9 @@ class TpTraffic:
     backward: dict[str, int]
     recompute: dict[str, dict[str, int]]
     """Repeated ones by recompute mode."""
+    stops_early: bool = False
+    """Recompute stops at the last tensor that backward reads: `recompute` is without a layer's last sum, and where backward
+    reads that too all of `forward` is repeated (`operators.repeated`)."""
 
 
 @dataclass(frozen=True)
