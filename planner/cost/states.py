@@ -132,7 +132,10 @@ def _finishing(
     done, done_routed = (np.where(later & (x.carried == 0), x.own, x.finish - x.released) for x in (per, routed))
     # When experts by themselves are reduced, their layer's attention is still to come.
     attention = memory.attention_bytes(task, layouts) if task.accounting.experts_join else 0.0
-    own = np.where((beside < experts) & (done_routed > 0), done_routed * experts + attention, 0.0)
+    # Of an expert's two or three matrices one gradient is left when the reduced ones are made.
+    share = 1.0 - 1.0 / (3 if task.model.layer.mlp.kind == "gated" else 2)
+    done_alone = done_routed - np.minimum(routed.reduced, share * routed.own)
+    own = np.where((beside < experts) & (done_routed > 0), done_alone * experts + attention, 0.0)
     loss = memory.logit_gradient_bytes(task, layouts)
     # What the micro-batch before left to be reduced lives until the head's own reduction.
     left = per.carried * np.where(layouts.pp == 1, table, params["layer"])
