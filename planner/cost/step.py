@@ -212,8 +212,8 @@ def stage_update_bytes(p: Primitives, first: Ints, last: Ints, layers: Ints) -> 
 
 
 def between_base(p: Primitives, first: Ints, last: Ints, flight: Ints) -> Ints:
-    """Bytes of the first rank that do not depend on its layers at the embedding's gradient between two micro-batches: activations
-    are of one fewer than `flight`; 0 on other ranks."""
+    """Bytes of the first rank that do not depend on its layers at the embedding's gradient between two micro-batches, when
+    activations are of one fewer than `flight`; 0 on other ranks."""
     extras = p.state_first + last * p.state_last + p.fixed
     return first * (extras + p.between) + between_passing(p, first, last, flight)
 

@@ -163,8 +163,8 @@ def _report(plan: Plan, rank: int, found: _Measured, run: int) -> RankReport:
 
 
 def _is_small(call: Collective) -> bool:
-    """Whether a call is none of those that the planner prices: by its size, or as an all-reduce over tp. Hidden states are never
-    reduced so, as they are split over the sequence: it is the loss's figures of each token, or the gradients of all norms."""
+    """Whether a call is none of those that the planner prices: by its size, or as an all-reduce over tp. Hidden states, split
+    over the sequence, are never reduced so: it is the loss's figures of each token, or the gradients of all norms."""
     return call.n_bytes <= SMALL or (call.group, call.op) == ("tp", "all_reduce")
 
 
