@@ -144,6 +144,8 @@ class ZeroRule:
     temporaries, the product before the MLP's last matrix, only that one's exists."""
     finish: tuple[Held, ...] = ()
     """A parameter of the unit whose backward ends: its gradient and reduction, its activations gone."""
+    reduced: tuple[Held, ...] = ()
+    """The part of `finish` that is made when the unit's own gradient is gone, but for one that its last operation still has."""
     released: tuple[Held, ...] = ()
     """A parameter of a unit in reduction: what `backward` counts of it and is freed by then."""
     ahead: tuple[Held, ...] = ()
@@ -177,6 +179,9 @@ class TpTraffic:
     backward: dict[str, int]
     recompute: dict[str, dict[str, int]]
     """Repeated ones by recompute mode."""
+    stops_early: bool = False
+    """Recompute stops at the last tensor that backward reads: `recompute` is without a layer's last sum, and where backward
+    reads that too all of `forward` is repeated (`operators.repeated`)."""
 
 
 @dataclass(frozen=True)

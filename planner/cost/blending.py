@@ -28,7 +28,7 @@ HELD = ("state", "updating", "deferred", *_SAVED)
 _MEANS = (*_TIMES, *HELD)
 _PEAKS = (
     "fixed", "transient", "reduction", "head_transient", "head_reduction", "head_finish", "last_reduction", "last_layer",
-    "carried", "finish",
+    "carried", "finish0", "finish1", "finish2",
 )  # fmt: skip
 _MODES = range(3)
 _SHARED = ("boundary", "receive", "entering", "p2p")
@@ -63,7 +63,7 @@ class Stack:
             columns = [getattr(p, name) for name in names]
             return np.stack(np.broadcast_arrays(*columns, *more))
 
-        by_mode = [[each(m) for each in (p.remade, p.reduction_rest, p.finish_rest) for m in _MODES] for p in kinds]
+        by_mode = [[each(m) for each in (p.remade, p.reduction_rest) for m in _MODES] for p in kinds]
         largest = [np.maximum.reduce([getattr(p, name) for p in kinds]) for name in _SHARED]
         return cls(
             np.stack([stacked(p, _MEANS) for p in kinds]),
@@ -158,7 +158,7 @@ class Stack:
         values = dict(zip(_MEANS, means, strict=True)) | dict(zip(_PEAKS, peaks, strict=False))
         values |= dict(zip((*_ENDS, *_SHARED), self.ends, strict=True))
         modes = peaks[len(_PEAKS) :]
-        return Blend(**values, remade_by_mode=tuple(modes[:3]), rest_by_mode=tuple(modes[3:6]), finish_by_mode=tuple(modes[6:]))
+        return Blend(**values, remade_by_mode=tuple(modes[:3]), rest_by_mode=tuple(modes[3:]))
 
     def _by_chunk(self, counts: Ints, moments: Ints) -> dict[str, Ints]:
         """The fields that depend on how the layers of a rank are spread over its chunks."""

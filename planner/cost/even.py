@@ -121,7 +121,7 @@ def _still_runs(q: Primitives, x: LayoutArray, runs: StageArray, mode: int) -> l
         first, last, runs.index, runs.index + runs.count - 1, n,
         *step.stage_traffic(q, first, last, n), step.stage_update(q, first, last, n),
         n * q.state + step.stage_base_bytes(q, first, last, none) + step.stage_transient(q, first, last, mode),
-        first * n * q.state + step.between_base(q, first, last, none + 1),
+        first * n * q.state + step.between_base(q, first, last, none),
         step.stage_update_bytes(q, first, last, n),
         q.saved(mode), q.deferred, q.boundary, q.entering, q.carried,
     ]  # fmt: skip

@@ -208,6 +208,7 @@ class StateBytes:
     last_unit: Floats
     own: Floats
     finish: Floats
+    reduced: Floats
     released: Floats
     ahead: Floats
     again: Floats
@@ -215,7 +216,7 @@ class StateBytes:
 
 _MOMENTS = (
     "pooled", "resident", "carried", "unit", "unit_reduction", "head", "head_reduction", "last_reduction", "last_unit",
-    "own", "finish", "released", "ahead", "again",
+    "own", "finish", "reduced", "released", "ahead", "again",
 )  # fmt: skip
 
 

@@ -429,6 +429,17 @@ def tp_share(task: Task) -> float:
     return 1.0 if layer.mlp.dense_width and not layer.parallel else 0.5
 
 
+def repeated(task: Task, traffic: TpTraffic, mode: str) -> dict[str, int]:
+    """Tp collectives of one layer that a recompute mode repeats, where both rounds are there (`tp_share`).
+
+    A layer's last sum is read by a norm after the MLP and by a gate of shared experts; and where nothing but routed experts
+    follows attention by the norm before them.
+    """
+    counts, layer = traffic.recompute.get(mode, {}), task.model.layer
+    read = layer.norms in ("post", "both") or layer.mlp.shared_gate or not layer.mlp.dense_width
+    return traffic.forward if counts and traffic.stops_early and read else counts
+
+
 def routed_bytes(task: Task, s: Shapes) -> Floats:
     """Rows that a rank sends to their experts."""
     return s.routed / s.etp * task.model.hidden * task.job.compute_bytes
@@ -466,7 +477,7 @@ def _tp_traffic(task: Task, s: Shapes, sequence: np.ndarray) -> tuple[Floats, Fl
         return sum((k * cost[op] for op, k in counts.items()), np.zeros_like(s.tp))
 
     def both(pick: TpTraffic, mode: str | None, backward: bool) -> Floats:
-        return total(pick.recompute.get(mode, {}) if mode else pick.backward if backward else pick.forward)
+        return total(repeated(task, pick, mode) if mode else pick.backward if backward else pick.forward)
 
     with_sp, plain = a.tp_sequence, a.tp_plain
     values = [

@@ -85,8 +85,13 @@ class Primitives:
     """Temporaries of one layer's backward, gathered copies included."""
     reduction: Ints
     """Reduction buffers beside them, once the layer's own activations are gone."""
-    finish: Ints
-    """The end of a layer's backward: its gradients and their reduction, its own activations gone."""
+    finish0: Ints
+    """The end of a layer's backward: its gradients and their reduction beyond its activations, which are gone, without
+    recompute."""
+    finish1: Ints
+    """... with selective recompute."""
+    finish2: Ints
+    """... with full recompute."""
     head_transient: Ints
     head_reduction: Ints
     """Reduction buffers of the head's unit, beside the last layer's backward."""
@@ -140,7 +145,7 @@ class Primitives:
 
     def finish_rest(self, mode: int) -> Ints:
         """The end of a layer's backward beyond the saved activations that it has freed."""
-        return np.maximum(self.finish - self.saved(mode), 0)
+        return (self.finish0, self.finish1, self.finish2)[mode]
 
 
 NAMES = tuple(f.name for f in fields(Primitives))
@@ -153,12 +158,11 @@ class Blend(Primitives):
 
     remade_by_mode: tuple[Ints, Ints, Ints]
     rest_by_mode: tuple[Ints, Ints, Ints]
-    finish_by_mode: tuple[Ints, Ints, Ints]
 
     def take(self, rows: Ints | Bools) -> Blend:
         """The primitives at `rows`."""
         whole = picked({name: getattr(self, name) for name in NAMES}, rows)
-        names = ("remade_by_mode", "rest_by_mode", "finish_by_mode")
+        names = ("remade_by_mode", "rest_by_mode")
         modes = {name: tuple(a.take(rows, axis=0) for a in getattr(self, name)) for name in names}
         return Blend(**whole, **modes)  # type: ignore[arg-type]
 
@@ -169,10 +173,6 @@ class Blend(Primitives):
     def reduction_rest(self, mode: int) -> Ints:
         """The same rest of the largest kind."""
         return self.rest_by_mode[mode]
-
-    def finish_rest(self, mode: int) -> Ints:
-        """The same of the end of a layer's backward."""
-        return self.finish_by_mode[mode]
 
 
 @dataclass(frozen=True)
@@ -306,8 +306,8 @@ class PrimitiveTable:
 _BLOCK = ("tp", "cp", "ep", "etp", "micro_batch", "sequence_parallel", "context")
 """What a layer's operators depend on."""
 _OUTER = (*_BLOCK, "dp", "zero", "offload", "apart", "sharded")
-"""What everything but the pipeline's own terms depends on, with whether micro-batches accumulate, there is a pipeline, and its
-backward is split (`_combinations`)."""
+"""What everything but the pipeline's own terms depends on, with whether there are one, two or more micro-batches, there is a
+pipeline, and its backward is split (`_combinations`)."""
 
 
 def capacity(task: Task, outside: Ints) -> Ints:
@@ -346,6 +346,7 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
     columns = repeated | {k: v[spread] for k, v in blocks.items()} | layer | traffic.ns | held
     columns["embedding"] = ns((seconds.embedding + seconds.embedding_tp)[spread] + traffic.ends["first"])
     columns["head"] = ns((seconds.head + seconds.head_tp)[spread] + traffic.ends["last"])
+    columns |= _finishes(task, columns)
     columns["transient"] = acts.backward[spread] + columns.pop("unit")
     columns["head_transient"] = acts.head[spread] + columns.pop("head_unit")
     _add_modules(task, columns, ns(operators.module_seconds(task, operators.shapes_of(task, block).tokens))[spread])
@@ -395,6 +396,20 @@ def _by_device(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
     return {"outside": outside, "capacity": capacity(task, outside), "constant": constant}
 
 
+def _finishes(task: Task, columns: dict[str, Ints]) -> dict[str, Ints]:
+    """The end of a layer's backward beyond its activations, by recompute mode, of what `states` says of it.
+
+    Of two micro-batches the first layer of a backward is spared most, the last one has no activations of others beside it.
+    """
+    finish, spared, late = (columns.pop(name) for name in ("finish", "spared", "spared_late"))
+    found = {}
+    for mode in range(3):
+        saved = columns[f"act{mode}"]
+        less = np.minimum(spared, late + (task.model.n_layers - 1) * saved)
+        found[f"finish{mode}"] = np.maximum(finish - saved - less, 0)
+    return found
+
+
 def _add_modules(task: Task, columns: dict[str, Ints], projection: Ints) -> None:
     """Multi-token prediction modules on the last rank: a layer and the head once more for each, logits kept together."""
     n = task.model.mtp
@@ -413,7 +428,7 @@ def _combinations(layouts: LayoutArray, names: tuple[str, ...], accumulate: bool
         column = getattr(layouts, name)
         key = key * (int(column.max(initial=0)) + 1) + column
     if accumulate:
-        key = (key * 2 + (layouts.microbatches > 1)) * 2 + (layouts.pp == 1)
+        key = (key * 3 + np.minimum(layouts.microbatches, 3) - 1) * 2 + (layouts.pp == 1)
         key = key * 2 + splits_backward(layouts.schedule)
     first, kind = distinct_keys(key)
     return layouts.take(first), kind

@@ -132,7 +132,16 @@ def _finishing(
     done, done_routed = (np.where(later & (x.carried == 0), x.own, x.finish - x.released) for x in (per, routed))
     # When experts by themselves are reduced, their layer's attention is still to come.
     attention = memory.attention_bytes(task, layouts) if task.accounting.experts_join else 0.0
-    own = np.where((beside < experts) & (done_routed > 0), done_routed * experts + attention, 0.0)
+    # Backward still has the gradient of an expert's last matrix when the reduced ones are made, and beside copies of them all
+    # where they are put in another order: FSDP2 splits widths when its ranks do not divide the experts.
+    mlp = task.model.layer.mlp
+    last = routed.own / (3.0 if mlp.kind == "gated" else 2.0)
+    ordered = (mlp.experts or 0) % (layouts.ep * layouts.expert_shard) == 0
+    less = np.where(ordered, np.minimum(routed.reduced, routed.own - last), np.minimum(routed.reduced, routed.own) - last)
+    done_alone = done_routed - np.where(routed.reduced > 0, less, 0.0)
+    own = np.where((beside < experts) & (done_routed > 0), done_alone * experts + attention, 0.0)
+    joint = np.maximum(done * params["layer"] + done_routed * beside, 0)
+    spared = np.minimum(_spared(task, layouts, (per, routed), (params["layer"], experts)), np.maximum(own - joint, 0))
     loss = memory.logit_gradient_bytes(task, layouts)
     # What the micro-batch before left to be reduced lives until the head's own reduction.
     left = per.carried * np.where(layouts.pp == 1, table, params["layer"])
@@ -142,11 +151,28 @@ def _finishing(
     between = np.where(per.carried > 0, each, per.own * table + whole)
     closing = np.where(per.carried > 0, 0.0, (per.finish - per.released) * table)
     return {
-        "finish": ceil(np.maximum(np.maximum(done * params["layer"] + done_routed * beside, own), 0) + ahead),
+        "finish": ceil(np.maximum(joint, own) + ahead),
+        "spared": np.floor(spared[0]).astype(np.int64),
+        "spared_late": np.floor(spared[1]).astype(np.int64),
         "head_finish": ceil(np.maximum(np.where(per.finish > 0, done * head, 0.0) + ahead, made)),
         "between": ceil(np.where(several, between, 0.0)),
         "closing": ceil(np.where(several, np.maximum(closing, 0.0), 0.0)),
     }
+
+
+def _spared(
+    task: Task, layouts: LayoutArray, per: tuple[memory.StateBytes, memory.StateBytes], params: tuple[Floats, Floats]
+) -> Floats:
+    """What is never there together at the end of a backward of experts, of two micro-batches without a pipeline: the first
+    one has no reduced gradients of layers to come, the last one frees the experts' copies. Shape (2, layouts): at the first
+    layer of a backward and at the last one, which lacks its own alone but has no activations of others beside it.
+    """
+    _, routed = per
+    twice = (layouts.microbatches == 2) & (layouts.pp == 1) & (not task.one_of_several)
+    held = sum((x.backward["grads"] * n for x, n in zip(per, params, strict=True)), np.zeros(len(layouts)))
+    kept = (routed.backward["params"] - routed.update["params"]) * params[1]  # a copy that stays between micro-batches
+    copy = np.where(twice & (routed.carried > 0), kept, 0.0)
+    return np.stack([np.minimum(copy, task.model.n_layers * held), np.minimum(copy, held)])
 
 
 def _frozen_states(source: frozen.Source, layouts: LayoutArray) -> dict[str, Ints]:

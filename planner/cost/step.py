@@ -212,16 +212,19 @@ def stage_update_bytes(p: Primitives, first: Ints, last: Ints, layers: Ints) -> 
 
 
 def between_base(p: Primitives, first: Ints, last: Ints, flight: Ints) -> Ints:
-    """Bytes of the first rank that do not depend on its layers at the embedding's gradient between two micro-batches, with one
-    fewer in flight; 0 on other ranks."""
+    """Bytes of the first rank that do not depend on its layers at the embedding's gradient between two micro-batches, when
+    activations are of one fewer than `flight`; 0 on other ranks."""
     extras = p.state_first + last * p.state_last + p.fixed
     return first * (extras + p.between) + between_passing(p, first, last, flight)
 
 
 def between_passing(p: Passing, first: Ints, last: Ints, flight: Ints) -> Ints:
-    """The part of these that `passing_bytes` is of those of a backward; each chunk has a buffer of its own."""
+    """The part of these that `passing_bytes` is of those of a backward; each chunk has a buffer of its own.
+
+    The output of the micro-batch whose backward ends is still there: the stage frees it when that returns.
+    """
     carried = (p.chunks - 1) * p.carried
-    return first * (receive_bytes(p, first, last) + carried + (flight - 1) * passed_bytes(p, first, last))
+    return first * (receive_bytes(p, first, last) + carried + flight * passed_bytes(p, first, last))
 
 
 NO_LIMIT = np.int64(1) << 62

@@ -83,6 +83,8 @@ class Task:
     """Front ends whose patch embeddings and projectors the first rank holds beside the token embedding (see `only`)."""
     types: tuple[DeviceType, ...] = ()
     """The device types of a cluster of several (see `devicetypes`), empty for one; `hardware` is then the first one's."""
+    one_of_several: bool = False
+    """Whether the model's layers stand for one kind among others (see `only`)."""
 
     def on(self, number: int) -> Task:
         """The task as one of its device types sees it: all devices of the cluster, as if they were of that type."""
@@ -154,7 +156,8 @@ class Task:
         layers."""
         front = self.model.kinds[kind][0].front
         job = self.job.model_copy(update={"seq_len": front.tokens}) if front else self.job
-        return replace(self, model=self.model.only(kind), job=job, fronts=() if front else self.model.fronts)
+        fronts = () if front else self.model.fronts
+        return replace(self, model=self.model.only(kind), job=job, fronts=fronts, one_of_several=len(self.model.kinds) > 1)
 
     @property
     def limit(self) -> int:

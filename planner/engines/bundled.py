@@ -242,6 +242,7 @@ _TP = TpTraffic(
     forward={"all_gather": 2, "reduce_scatter": 2},
     backward={"all_gather": 2, "reduce_scatter": 2},
     recompute={"selective": {"all_gather": 2, "reduce_scatter": 1}, "full": {"all_gather": 2, "reduce_scatter": 1}},
+    stops_early=True,
 )
 
 ACCOUNTING = Accounting(

@@ -66,6 +66,7 @@ ZERO = {
         last_unit=(_OWN_GRADIENT, _REDUCE_INPUT),
         own=(_OWN_GRADIENT,),
         finish=(_OWN_GRADIENT, _REDUCE_INPUT, _REDUCE_OUTPUT),
+        reduced=(_REDUCE_OUTPUT,),
         released=(_ONCE_COPY,),
     ),
     3: ZeroRule(
@@ -86,6 +87,7 @@ ZERO = {
         last_unit=(_OWN_GRADIENT, _REDUCE_INPUT),
         own=(_OWN_GRADIENT,),
         finish=(_OWN_GRADIENT, _REDUCE_INPUT, _REDUCE_OUTPUT),
+        reduced=(_REDUCE_OUTPUT,),
         ahead=(_AHEAD,),
         # The gathered buffer, the table copied out of it, and the reduction that the last backward left.
         again=(_AHEAD, _AHEAD, _CARRIED),

@@ -53,7 +53,7 @@ class Calls:
     count: int
     bytes_per_call: int
     small: bool
-    """A scalar's or a norm weight's."""
+    """Of scalars, of figures of each token, or of gradients of what every tensor parallel rank holds whole (`_is_small`)."""
 
 
 @dataclass
@@ -155,11 +155,17 @@ def _report(plan: Plan, rank: int, found: _Measured, run: int) -> RankReport:
         categories_gib={name: n / GIB for name, n in found.categories.most_common()},
         cause=_cause(found),
         collectives=[
-            Calls(rank, c.group, c.op, c.ranks, count, c.n_bytes, c.n_bytes <= SMALL)
+            Calls(rank, c.group, c.op, c.ranks, count, c.n_bytes, _is_small(c))
             for c, count in sorted(found.calls.items(), key=lambda item: (item[0].group, item[0].op, -item[0].n_bytes))
         ],
         microbatches_run=run,
     )
+
+
+def _is_small(call: Collective) -> bool:
+    """Whether a call is none of those that the planner prices: by its size, or as an all-reduce over tp. Hidden states, split
+    over the sequence, are never reduced so: it is the loss's figures of each token, or the gradients of all norms."""
+    return call.n_bytes <= SMALL or (call.group, call.op) == ("tp", "all_reduce")
 
 
 def ranks_of(plan: Plan, which: str) -> list[int]:

@@ -32,7 +32,7 @@ class Places:
     left: Ints
     """Bytes under each recompute mode with nothing in flight, shape (modes, rows, places, patterns)."""
     between: Ints
-    """The same on the first rank between two micro-batches with one in flight, shape (rows, patterns)."""
+    """The same on the first rank between two micro-batches, shape (rows, patterns)."""
     beside: Ints
     """Bytes beside the optimizer, shape (rows, places, patterns)."""
     closing: Ints
@@ -83,7 +83,7 @@ class Ranks:
         first = np.nonzero(ranks == 0)[0]
         if len(first):
             row, one, others = rows[first], pattern[first], flight[first] - 1
-            between = at.between[row, one] - others * passed[first] - state[first]
+            between = at.between[row, one] - flight[first] * passed[first] - state[first]
             fits[:, first] &= saved[:, first] * others // flight[first] <= between
             fits[:, first] &= state[first] <= at.closing[row, one]
         return np.asarray(fits.any(axis=0) & (update <= at.beside.ravel()[there]))
@@ -125,9 +125,9 @@ def _places(stack: Stack, pp: int, patterns: Bools, modes: tuple[int, ...]) -> P
     def each(values: Ints) -> Ints:
         return np.ascontiguousarray(np.broadcast_to(values, shape))
 
-    zero, one = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
+    zero = np.zeros(1, dtype=np.int64)
     base, ending = p.capacity - step.stage_base_bytes(p, first, last, zero), step.endings(p, first, last)
     left = np.stack([each(base - step.stage_transient(p, first, last, mode)) for mode in modes])
-    between = each(p.capacity - step.between_base(p, first, last, one))[:, 0]
+    between = each(p.capacity - step.between_base(p, first, last, zero))[:, 0]
     beside, closing = (each(p.capacity - ending[name].of(zero)) for name in ("update", "closing"))
     return Places(of_rank, left, between, beside, closing[:, 0], each(step.passed_bytes(p, first, last))[:, :, 0].copy())

@@ -132,7 +132,7 @@ def _tensor_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) 
     """Collectives of the layers over the tp group."""
     a, task = kind.task.accounting, kind.task
     traffic = a.tp_sequence if c.layout.sequence_parallel else a.tp_plain
-    counts = {"forward": traffic.forward, "backward": traffic.backward}.get(where, traffic.recompute.get(where, {}))
+    counts = {"forward": traffic.forward, "backward": traffic.backward}.get(where) or operators.repeated(task, traffic, where)
     n_bytes = float(operators.hidden_bytes(task, kind.shapes)[0])
     tp, factor, layers = float(c.layout.tp), task.constant("tp"), times * operators.tp_share(task)
     fixed = {op: float(operators.tp_beside(task, kind.shapes, op)[0]) for op in counts}

@@ -161,7 +161,8 @@ def _boundary_lines(held: Held) -> None:
     held.add("buffers", "receive buffers", received, inputs, "engine.receive_all_microbatches", "engine.receive_count")
     if held.updating:
         return
-    flight, sends = held.flight, int(p.chunks[0] > 1 or not last[0] or held.ending is not None)
+    sends = int(p.chunks[0] > 1 or not last[0] or held.ending is not None)
+    flight = held.flight + (held.ending == "between")  # the output goes after its backward
     inputs = {"in flight": flight, "bytes each": int(p.boundary[0])}
     held.add("buffers", "stage outputs in flight", sends * flight * int(p.boundary[0]), inputs, "engine.keeps_stage_output")
     carried, chunks = int(p.carried[0]), int(p.chunks[0])
