@@ -94,7 +94,8 @@ def layer_seconds(task: Task, combos: LayoutArray) -> LayerSeconds:
     ep_f, ep_b = _ep_traffic(task, s)
     cp_f, cp_b, cp_r = _cp_traffic(task, s, parts_f["attention"], parts_b["attention"])
     host_f, host_b = _host(task, s, 0), _host(task, s, 1)
-    again = [_recompute(task, parts_f, mode, host_f, tp) for mode, tp in zip(("selective", "full"), tp_r, strict=True)]
+    modes = zip(("selective", "full"), tp_r, strict=True)
+    again = [_recompute(task, repeated_parts(task, s, mode, parts_f), mode, host_f, tp) for mode, tp in modes]
     ep_r = [ep_f * task.accounting.recomputed[mode].get("experts", 0.0) for mode in ("selective", "full")]
     moved = 3.0 * s.tokens * task.model.hidden * task.job.compute_bytes / s.split
     lookup = streaming_seconds(moved, task.hardware.device) + _front_seconds(task, s)
@@ -205,6 +206,15 @@ def shapes_of(task: Task, combos: LayoutArray) -> Shapes:
     routed = tokens / split * etp * mlp.top_k * slots(mlp, combos.ep)
     return Shapes(tokens, tp, cp, ep, etp, micro, split, routed, routed * task.accounting.expert_slots,
                   around_a_ring(task, combos.context))  # fmt: skip
+
+
+def repeated_parts(task: Task, s: Shapes, mode: str, forward: dict[str, Floats]) -> dict[str, Floats]:
+    """Device time of forward by kind of operator, as a recompute mode may repeat it: selective keeps what a ring has merged."""
+    if mode != "selective" or not any(map(any, task.accounting.ring_merge)):
+        return forward
+    moved = _merged_bytes(task, s, forward=True) * task.job.compute_bytes / 2.0
+    merging = task.constant("elementwise") * streaming_seconds(moved, task.hardware.device)
+    return forward | {"elementwise": forward["elementwise"] - merging}
 
 
 def _recompute(task: Task, parts: dict[str, Floats], mode: str, host: Floats, tp: Floats) -> Floats:
@@ -390,16 +400,20 @@ def _elementwise(task: Task, s: Shapes, forward: bool) -> Floats:
     e = (a.elementwise_forward if forward else a.elementwise_backward)[mlp.kind]
     split = e.mlp * mlp.dense_width + e.q * model.q_width + e.kv * model.kv_width
     moved = s.tokens * ((e.hidden + e.norm + norms) * model.hidden / s.split + split / s.tp)
-    if any(map(any, a.ring_merge)):
-        query, key_value = a.ring_merge[0 if forward else 1]
-        merged = query * model.q_width + key_value * 2.0 * model.kv_width
-        moved = moved + _other_blocks(s) * s.tokens * merged / s.tp
+    moved = moved + _merged_bytes(task, s, forward)
     if mlp.routed:
         padding = 0.0 if task.job.linears == "same" else a.padding_bytes
         moved = moved + s.slots * ((e.routed + padding) * model.hidden + e.experts * e.mlp * mlp.width / s.etp)
     moved = moved * task.job.compute_bytes / 2.0 + adapters.added_bytes(task, s, 0 if forward else 1)
     seconds = streaming_seconds(moved, task.hardware.device)
     return seconds + _casts(task, s, e.experts) * (1.0 if forward else 2.0)
+
+
+def _merged_bytes(task: Task, s: Shapes, forward: bool) -> Floats:
+    """Bytes that merging what attention makes of the blocks around a ring moves."""
+    query, key_value = task.accounting.ring_merge[0 if forward else 1]
+    merged = query * task.model.q_width + key_value * 2.0 * task.model.kv_width
+    return _other_blocks(s) * s.tokens * merged / s.tp
 
 
 def _other_blocks(s: Shapes) -> Floats:

@@ -138,7 +138,7 @@ def _tensor_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) 
     fixed = {op: float(operators.tp_beside(task, kind.shapes, op)[0]) for op in counts}
     calls = [_Call("tp", op, tp, 1.0, n_bytes, count * layers, factor, fixed=fixed[op]) for op, count in counts.items()]
     hides = _HIDE.format(a.tp_overlap)
-    figures = ("engine.tp_overlap", "constant.tp")
+    figures = ("engine.tp_overlap", *(("engine.tp_copies",) if any(a.tp_copies) else ()), "constant.tp")
     return _priced(c, "tp_comm", f"{kind.label}layers, {_place(where)}", calls, exposed, hides, figures)
 
 
@@ -234,7 +234,8 @@ def _step_rows(c: Case) -> list[Collective]:
     hides = f"{hidden:.4g} s hide under backward, all but the engine's floor"
     if any(t.under == "nothing" for kind in c.kinds for s in kind.sources for t in _traffic(c, s, "step")):
         hides += "; gathers after the optimizer's step hide under nothing"
-    figures = ("engine.dp_window", "engine.dp_floor", "engine.zero", "constant.dp")
+    floor = "engine.step_floor" if c.task.accounting.step_floor else "engine.dp_floor"
+    figures = ("engine.dp_window", floor, "engine.zero", "constant.dp")
     exposed = int(c.cost.once[d]) - int(step.stage_update(*at, c.stages.layers[d : d + 1])[0])
     return _joined(_priced(c, "dp_comm", f"once a step, rank {d}", calls, exposed / 1e9, hides, figures))
 

@@ -87,6 +87,9 @@ def _attention_inputs(task: Task, s: Shapes) -> tuple[tuple[str, ...], Inputs]:
     if a.attention == "unfused":
         figures += ["code.UNFUSED_RATE", "engine.score_bytes", *STREAMED]
         return tuple(figures), inputs
+    if a.ring_rate is not None and bool(s.ring[0]):
+        figures.append("engine.ring_rate")
+        inputs["FLOP/s of a unit at most"] = a.ring_rate[0]
     if a.attention_rate != 1.0:
         figures.append("engine.attention_rate")
         inputs["rate over the profile's"] = a.attention_rate
@@ -126,7 +129,9 @@ def _host_line(lines: Lines, kind: Kind, direction: int, times: float, bound: st
     beside = float((getattr(t, f"tp_{word}") + getattr(t, f"cp_{word}"))[0])
     routed = task.model.layer.mlp.routed
     loops = routed and any(task.accounting.kernels_expert)
-    there = (("gather", gathers > 0), ("tp", lines.c.layout.tp > 1), ("routed", routed), ("expert", loops))
+    narrow = task.job.linears != "same" and any(task.accounting.kernels_narrow)
+    tp = lines.c.layout.tp > 1
+    there = (("gather", gathers > 0), ("tp", tp), ("narrow", narrow), ("routed", routed), ("expert", loops))
     more = tuple(f"engine.kernels_{name}" for name, present in there if present)
     figures = ("device.launch", f"engine.kernels_{word}", "constant.host", *more)
     inputs: Inputs = {"device s": device, "host s": host + gathers, "traffic beside it s": beside}
@@ -151,7 +156,8 @@ def _split_line(lines: Lines, kind: Kind, times: float, bound: str) -> None:
 def recompute_lines(lines: Lines, kind: Kind, k: int, times: float) -> None:
     """Compute that selective (0) or full (1) recompute repeats."""
     task, label = kind.task, f"{kind.label}{RECOMPUTE_MODES[k + 1]} recompute"
-    parts, figures = operators.layer_parts(task, kind.shapes, 0), _part_figures(task, kind.shapes)
+    forward, figures = operators.layer_parts(task, kind.shapes, 0), _part_figures(task, kind.shapes)
+    parts = operators.repeated_parts(task, kind.shapes, RECOMPUTE_MODES[k + 1], forward)
     words, listed = {"gemm": "products", "experts": "experts' products"}, 0.0
     for part, share in task.accounting.recomputed[RECOMPUTE_MODES[k + 1]].items():
         seconds = share * float(parts[part][0])
@@ -201,12 +207,13 @@ def end_lines(lines: Lines) -> None:
 def _loss_line(lines: Lines, kind: Kind, seconds: float) -> None:
     """The loss."""
     task, a = kind.task, kind.task.accounting
-    split = float(kind.shapes.tp[0]) if a.logits_split else 1
+    tp = float(kind.shapes.tp[0])
+    split, more = (tp, a.loss_traffic_split * (tp > 1)) if a.logits_split else (1.0, 0.0)
     inputs: Inputs = {
         "tokens": float(kind.shapes.tokens[0]), "vocabulary": task.model.vocab / split,
-        "bytes each": a.loss_traffic * task.job.compute_bytes / 2.0,
+        "bytes each": (a.loss_traffic + more) * task.job.compute_bytes / 2.0,
     }  # fmt: skip
     if a.loss_in_pieces:
         inputs["bytes in all"] = float(operators.loss_bytes(task, kind.shapes)[0])
-    figures = (*STREAMED, "engine.loss_traffic", "constant.elementwise")
+    figures = (*STREAMED, "engine.loss_traffic", *(("engine.loss_traffic_split",) if more else ()), "constant.elementwise")
     lines.add("compute", "loss", seconds, lines.c.m, STREAM, inputs, figures)

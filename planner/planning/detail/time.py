@@ -68,12 +68,12 @@ def _pipeline_line(lines: Lines) -> None:
 def _optimizer_lines(lines: Lines) -> None:
     """The optimizer on the rank that it holds up longest."""
     c, a, d = lines.c, lines.c.task.accounting, lines.c.updating
-    copies = ("engine.gather_copies", "engine.reduce_copies") if any(a.gather_copies) and c.x.data[0] > 1 else ()
+    copies = ("engine.gather_copies", "engine.reduce_copies", "engine.whole_sums") if any(a.gather_copies) else ()
     figures = (*STREAMED, "engine.optimizer_bytes", "engine.optimizer_whole_bytes", *copies, *growth_figures(c.task))
     first, last = c.ends(d)
     each: Inputs = {"rank": d, "bytes an owned parameter": a.optimizer_bytes, "bytes a parameter": a.optimizer_whole_bytes}
     layers = int(c.stages.layers[d])
-    what = "optimizer and copies around collectives" if copies else "optimizer"
+    what = "optimizer, copies and sums of gradients" if copies else "optimizer"
     places = (("layers", "", layers), ("embedding", "_first", int(first)), ("head and final norm", "_last", int(last)))
     for name, suffix, times in places:
         seconds = c.ns(f"update{suffix}", d)
