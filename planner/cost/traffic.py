@@ -135,27 +135,27 @@ def copy_seconds(task: Task, layouts: LayoutArray) -> dict[str, Floats]:
     if any(a.gather_copies) or any(a.reduce_copies):
         managed = (task.job.compute_bytes < 4) & ~memory.alone(task, layouts)
         for source in frozen.sources(task, layouts):
-            places = params_by_place(source.counts)
-            for place in moved:
-                moved[place] += _copied_bytes(source.task, layouts, layouts.shard, managed, place) * places[place]
-            experts = _copied_bytes(source.task, layouts, layouts.expert_shard, managed, "layer")
-            moved["layer"] += experts * source.counts["experts"]
+            inside, ends = (_copied_bytes(source.task, layouts, layouts.shard, managed, end) for end in (False, True))
+            for place, count in params_by_place(source.counts).items():
+                moved[place] += (inside if place == "layer" else ends) * count
+            moved["layer"] += _copied_bytes(source.task, layouts, layouts.expert_shard, managed) * source.counts["experts"]
     return {place: task.constant("elementwise") * streaming_seconds(n, device) for place, n in moved.items()}
 
 
-def _copied_bytes(task: Task, layouts: LayoutArray, shard: Ints, managed: np.ndarray, place: str) -> Floats:
-    """Bytes copied in a step for each parameter of a place that `shard` ranks share; `managed`: whether one rank copies too."""
+def _copied_bytes(task: Task, layouts: LayoutArray, shard: Ints, managed: np.ndarray, end: bool = False) -> Floats:
+    """Bytes copied in a step for each parameter that `shard` ranks share, of a layer or of an end of the model; `managed`:
+    whether one rank copies too."""
     a, m, result = task.accounting, layouts.microbatches.astype(float), np.zeros(len(layouts))
     for zero, rule in a.zero.items():
-        items = [t for t in rule.traffic if t.over == "shard" and (place == "layer" or exchanged_at_ends(t))]
+        items = [t for t in rule.traffic if t.over == "shard" and (not end or exchanged_at_ends(t))]
         gathers, reductions = (
             sum((np.where(t.per == "step", 1.0, m) for t in items if (t.op == "all_gather") == wanted), np.zeros(len(m)))
             for wanted in (True, False)
         )
         if not any(t.op == "all_gather" for t in rule.traffic):
             gathers = gathers + 1.0  # every rank has all parameters, and copies them once in the compute type
-        own, whole = a.gather_copies
-        moved = gathers * (own / np.where(zero > 0, shard, 1) + np.where(shard > 1, whole, 0.0) * (zero > 0))
+        sharers, (own, whole) = shard if zero > 0 else np.ones_like(shard), a.gather_copies
+        moved = gathers * (own / sharers + np.where(sharers > 1, whole, 0.0))
         if reductions.any():
             several, late = m > 1, np.all([t.per == "step" for t in items if t.op != "all_gather"])
             moved = moved + reductions * (a.reduce_copies[0] + np.where(several & ~late, a.reduce_copies[1] / shard, 0.0))
