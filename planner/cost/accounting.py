@@ -235,6 +235,8 @@ class Accounting:
     receive_all_microbatches: bool
     """Pipeline receive buffers exist for every micro-batch; otherwise for `receive_count`."""
     receive_count: int
+    symmetric_sends: bool = field(default=False, kw_only=True)
+    """On the GPUs of one node receive buffers are symmetric memory, which every rank of a pipeline has equally much of."""
     keeps_stage_output: bool
     """Each micro-batch in flight holds its stage's output too."""
     boundary_copies: float = field(default=1.0, kw_only=True)

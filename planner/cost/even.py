@@ -72,6 +72,7 @@ class _Passing:
     chunks: Ints
     waiting: Ints
     receive: Ints
+    alike: Ints
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def _bytes(still: _Still, x: LayoutArray, own: dict[str, Ints], row: Ints, run: 
         saved += waiting * still.deferred.take(run)
     passed = _Passing(
         still.boundary.take(run), still.entering.take(run), still.carried.take(run), v, own["waiting"].take(row),
-        own["receive"].take(row),
+        own["receive"].take(row), own["alike"].take(row),
     )  # fmt: skip
     backward = still.backward.take(run) + step.passing_bytes(passed, first, last, flight) + saved
     between = first * (saved * (flight - 1) // flight) + step.between_passing(passed, first, last, flight)

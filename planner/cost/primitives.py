@@ -107,6 +107,8 @@ class Primitives:
     """Stage output kept for each chunk-micro-batch in flight."""
     receive: Ints
     """Receive buffers of one chunk and direction; under a split backward also what was sent (`schedules.kept_messages`)."""
+    alike: Ints
+    """1 where the first and the last rank have the receive buffers of a rank between them (`Accounting.symmetric_sends`)."""
     entering: Ints
     """Received input of a chunk's micro-batch in flight that is at once its first layer's saved input."""
     chunks: Ints
@@ -243,7 +245,7 @@ class PrimitiveTable:
     def quiet(self, share: Ints) -> Primitives:
         """Primitives of combinations where nothing is passed on and nothing waits: without what layouts have of their `own`."""
         none = np.zeros(1, dtype=np.int64)
-        own = dict.fromkeys(("p2p", "credit", "hide", "waiting", "receive"), none) | {"chunks": none + 1}
+        own = dict.fromkeys(("p2p", "credit", "hide", "waiting", "receive", "alike"), none) | {"chunks": none + 1}
         return Primitives(**{k: v.take(share) for k, v in self.columns.items()}, **own)
 
     def own(self, x: LayoutArray, share: Ints) -> dict[str, Ints]:
@@ -261,8 +263,15 @@ class PrimitiveTable:
             "hide": self._hide(x, window) if chunked else window,
             "waiting": self._waiting(x, share) + output if late else output,
             "receive": self.received.take(share) * buffers * kept // 2,
+            "alike": ((x.pp > 2) & self._symmetric).astype(np.int64),
             "chunks": x.virtual_stages,
         }
+
+    @property
+    def _symmetric(self) -> bool:
+        """Whether the buffers of a pipeline are symmetric memory: on the GPUs of one node."""
+        device = self.task.hardware
+        return self.task.accounting.symmetric_sends and device.device.kind == "cuda" and self.task.gpus <= device.node_size
 
     def _waiting(self, x: LayoutArray, share: Ints) -> Ints:
         """What losses keep that wait for their backward."""

@@ -113,6 +113,8 @@ class Passing(Protocol):
     def carried(self) -> Ints: ...
     @property
     def receive(self) -> Ints: ...
+    @property
+    def alike(self) -> Ints: ...
 
 
 def passing_bytes(p: Passing, first: Ints, last: Ints, flight: Ints) -> Ints:
@@ -135,7 +137,12 @@ def shared_inputs(p: Primitives, first: Ints, flight: Ints) -> Ints:
 
 def receive_bytes(p: Passing, first: Ints, last: Ints) -> Ints:
     """Receive buffers of a rank: activations into all but the model's first stage, gradients into all but its last."""
-    return (2 * p.chunks - first - last) * p.receive
+    return buffers_held(p, first, last) * p.receive
+
+
+def buffers_held(p: Passing, first: Ints, last: Ints) -> Ints:
+    """Of how many chunks and directions a rank has receive buffers."""
+    return 2 * p.chunks - (first + last) * (1 - p.alike)
 
 
 def stage_transient(p: Primitives, first: Ints, last: Ints, mode: int) -> Ints:

@@ -284,6 +284,7 @@ ACCOUNTING = Accounting(
     backward_hidden=2.0,
     receive_all_microbatches=True,
     receive_count=0,
+    symmetric_sends=True,
     keeps_stage_output=True,
     pp_exposed=dict.fromkeys(SCHEDULES, 1.0),
     tp_overlap=0.0,

@@ -43,7 +43,7 @@ class _Root(torch.autograd.Function):
 
 
 def root(value: Tensor, given: Tensor) -> Tensor:
-    """A loss where backward starts, with a gradient of 1: what made it gets `given`, a scalar 1 that it knows (`Head.given`).
+    """A loss where backward starts, with a gradient of 1: what made it gets `given`, a scalar that it knows (`Head.given`).
 
     torch's pipeline starts backward from what its loss function returns, and makes the 1 itself.
     """

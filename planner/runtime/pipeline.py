@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
-    PipelineStage,
     Schedule1F1B,
     ScheduleDualPipeV,
     ScheduleGPipe,
@@ -29,6 +28,7 @@ from planner.runtime.mesh import World
 from planner.runtime.model import Decoder
 from planner.runtime.parallelize import effective_zero
 from planner.runtime.precision import DTYPES
+from planner.runtime.sends import MailedStage, open_mailbox
 from planner.specs.layout import SPLIT_BACKWARD, stage_of
 
 CHUNKED = {
@@ -52,7 +52,20 @@ def build_parts(plan: Plan, world: World) -> dict[int, Decoder]:
     return parts
 
 
-class ZeroStage(PipelineStage):
+class Stage(MailedStage):
+    """A stage that can be evaluated in a V: torch's passes gradients between a rank's two stages even where there are none."""
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        """As in torch; nothing without a backward."""
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        """As in torch; nothing without a backward."""
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+
+class ZeroStage(Stage):
     """A stage that reduce-scatters gradients after each micro-batch, so that ZeRO 2 and 3 keep their memory.
 
     torch's stage never reduces before the end of the step: full unsharded fp32 gradients of the stage live through it,
@@ -73,16 +86,21 @@ class ZeroStage(PipelineStage):
         return grads, None
 
 
+def _passed(plan: Plan) -> torch.Tensor:
+    """What goes from stage to stage, on the meta device."""
+    layout = plan.layout
+    shape = (layout.micro_batch, plan.job.seq_len // layout.cp // layout.tp, plan.model.hidden)
+    return torch.empty(shape, dtype=DTYPES[plan.job.precision], device="meta", requires_grad=True)
+
+
 def _boundary(plan: Plan, stage: int, stages: int, in_pieces: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes that enter and leave a stage, as meta tensors: static metadata spares a trial step on pickled shapes."""
-    b, s, layout = plan.layout.micro_batch, plan.job.seq_len, plan.layout
-    dtype = DTYPES[plan.job.precision]
-    options: dict[str, Any] = {"dtype": dtype, "device": "meta", "requires_grad": True}
-    s = s // layout.cp
-    hidden = torch.empty(b, s // layout.tp, plan.model.hidden, **options)
+    b, s, hidden = plan.layout.micro_batch, plan.job.seq_len // plan.layout.cp, _passed(plan)
     tokens = torch.empty(b, s, dtype=torch.int64, device="meta")
-    logits = torch.empty(b, s, plan.model.vocab, **options)
-    result = torch.empty((), device="meta", requires_grad=True) if in_pieces else logits
+    if in_pieces:
+        result = torch.empty((), device="meta", requires_grad=True)
+    else:
+        result = torch.empty(b, s, plan.model.vocab, dtype=hidden.dtype, device="meta", requires_grad=True)
     return (tokens if stage == 0 else hidden), (result if stage == stages - 1 else hidden)
 
 
@@ -92,24 +110,25 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def build_schedule(
     plan: Plan, world: World, parts: dict[int, nn.Module], loss: Loss, in_pieces: bool = False
 ) -> _PipelineSchedule:
-    """The plan's schedule over this rank's parts; `loss` of (the last stage's output, targets) is meant over micro-batches.
-    That output is logits, or with the loss `in_pieces` the loss."""
+    """The plan's schedule over this rank's parts. `loss` of (the last stage's output, targets) is where backward starts, so that
+    gradients add up to their mean; that output is logits, or with the loss `in_pieces` the loss."""
     layout = plan.layout
     stages = world.pp * layout.virtual_stages
     zero = effective_zero(layout)
     # Where the backward is split, only torch's own stage knows when the last gradient is there: it reduces after all of them.
-    kind = ZeroStage if zero >= 2 and layout.schedule not in SPLIT_BACKWARD else PipelineStage
+    kind = ZeroStage if zero >= 2 and layout.schedule not in SPLIT_BACKWARD else Stage
+    m, group = layout.microbatches(plan.job), world.mesh["pp"].get_group()
+    mailbox = open_mailbox(layout, m, _passed(plan), group, world.device)
     built: list[Any] = []
     for index, part in parts.items():
         enters, leaves = _boundary(plan, index, stages, in_pieces)
-        group = world.mesh["pp"].get_group()
         stage = kind(part, index, stages, world.device, input_args=enters, output_args=leaves, group=group)
+        stage.mailbox = mailbox
         if isinstance(stage, ZeroStage):
             stage.zero = zero
         built.append(stage)
-    m = layout.microbatches(plan.job)
     if layout.schedule in CHUNKED:
-        return CHUNKED[layout.schedule](built, m, loss_fn=loss)
+        return CHUNKED[layout.schedule](built, m, loss_fn=loss, scale_grads=False)
     if layout.schedule == "gpipe":
-        return ScheduleGPipe(built[0], m, loss_fn=loss)
-    return Schedule1F1B(built[0], m, loss_fn=loss)
+        return ScheduleGPipe(built[0], m, loss_fn=loss, scale_grads=False)
+    return Schedule1F1B(built[0], m, loss_fn=loss, scale_grads=False)

@@ -41,13 +41,14 @@ class Trainer:
         self.zero = parallelize.effective_zero(plan.layout)
         self.world: World = build_world(plan, device)
         self.scale = LossScale(plan.job.precision)
-        share = 1.0 if self.world.pp > 1 else 1.0 / self.microbatches  # a pipeline's schedule divides gradients itself
-        self.given = torch.full((), share, device=device)
-        """The gradient of each micro-batch's loss."""
+        self.share = 1.0 / self.microbatches
+        """A micro-batch's part in the step's loss, and so the gradient of its own."""
+        self.given = torch.full((), self.share, device=device)
+        """The same on the device."""
         self.parts = self._build_parts()
         self.schedule = None
         if self.world.pp > 1:
-            self.schedule = pipeline.build_schedule(plan, self.world, dict(self.parts), self.scaled_loss, self.in_pieces)
+            self.schedule = pipeline.build_schedule(plan, self.world, dict(self.parts), self.root, self.in_pieces)
         self.optimizer = optim.build_optimizer(self.parameters(), self.options.lr)
         self.batches = Batches(plan, self.world, self.options.seed, self.options.data)
         self.own_losses: list[Tensor] = []
@@ -121,7 +122,15 @@ class Trainer:
         """Loss of a micro-batch, times the loss scale, of what the last stage puts out."""
         if not self.in_pieces:
             return loss.token_loss(output, targets) * self.scale.value
-        return output if self.schedule is None else loss.root(output, self.given)
+        return output
+
+    def root(self, output: Tensor, targets: Tensor) -> Tensor:
+        """The same where torch's pipeline starts backward, with a gradient of 1, so that gradients come as a mean.
+
+        torch would divide them at the step's end, in one more pass, and where it finds them: not those that `masters` add up.
+        """
+        value = self.scaled_loss(output, targets)
+        return loss.root(value, self.given) if self.in_pieces else value * self.share
 
     def expect(self, targets: Tensor) -> None:
         """Tell a head that makes the loss what to compare the next batch with."""
@@ -139,7 +148,7 @@ class Trainer:
             if self.in_pieces:
                 torch.autograd.backward(value, self.given)
             else:
-                (value / self.microbatches).backward()  # type: ignore[no-untyped-call]
+                (value * self.share).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.plain(value))
         return losses
 
@@ -162,7 +171,7 @@ class Trainer:
             losses=losses,
             return_outputs=False,  # otherwise the last stage keeps every micro-batch's logits
         )
-        return [loss.plain(value) for value in losses]
+        return [loss.plain(value) if self.in_pieces else loss.plain(value) / self.share for value in losses]
 
     def mean_loss(self, losses: list[Tensor]) -> Tensor:
         """Mean over micro-batches, data and context parallel ranks, sent from the last stage to all."""

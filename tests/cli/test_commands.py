@@ -102,6 +102,19 @@ def test_nothing_fits():
     assert planner(*words).returncode == 3
 
 
+def test_recipes_that_run(tmp_path):
+    """Every recipe of the bundled engine's own runs; the others only price a run of somebody else."""
+    tiny = ["plan", "tiny", "--hardware", "local-cpu", "--gpus", "2", "--seq-len", "64", "--global-batch", "4", "--engine"]
+    for engine in ("bundled+compile+bf16-states", "bundled+selective-products", "bundled+2021"):
+        plan = str(tmp_path / f"{engine}.json")
+        assert planner(*tiny, engine, "--out", plan).returncode == 0
+        emitted = planner("emit", plan, "--launcher", "torchrun", "--out", str(tmp_path / engine))
+        if engine.endswith("2021"):
+            assert "+bf16-states" in one_line_error(emitted, "PLN502")
+        else:
+            assert emitted.returncode == 0, emitted.stderr
+
+
 def test_emit_and_check(plan_file, tmp_path):
     for launcher, name in (("torchrun", "launch.sh"), ("slurm", "job.sbatch")):
         out = tmp_path / launcher

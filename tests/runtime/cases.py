@@ -65,6 +65,10 @@ def _two() -> dict[str, tuple[str, dict[str, Any]]]:
     cases["cp2-ring-bf16"] = ("llama", {**ring, "zero": 2, "precision": "bf16", "recompute": "selective"})
     cases["cp2-ring-moe"] = ("moe", {**ring, "zero": 3})
     cases["dp2-zero2-bf16"] = ("llama", {"dp": 2, "zero": 2, "precision": "bf16"})
+    cases["pp2-bf16"] = ("llama", {"pp": 2, "precision": "bf16"})
+    cases["pp2-interleaved-bf16"] = (
+        "deep", {"pp": 2, "schedule": "interleaved", "virtual_stages": 2, "precision": "bf16", "recompute": "selective"},
+    )
     cases["tp2-bf16"] = ("gpt", {"tp": 2, "precision": "bf16", "recompute": "selective"})
     return cases
 
@@ -148,7 +152,8 @@ QUICK = {
     2: (
         "dp2-zero0-full", "dp2-zero1-one-microbatch", "dp2-zero2-bf16", "dp2-zero3-mixed", "dp2-zero3-tied",
         "tp2-selective", "tp2-tied", "tp2-bf16", "cp2-zero3-learned", "cp2-ring-zero3-learned",
-        "pp2-gpipe-full", "pp2-gpt-mixed", "pp2-compiled", "tp2-compiled-tied", "pp2-interleaved-none",
+        "pp2-bf16", "pp2-interleaved-bf16", "pp2-gpipe-full", "pp2-gpt-mixed", "pp2-compiled", "pp2-interleaved-none",
+        "tp2-compiled-tied",
         *(f"pp2-{schedule}" for schedule in SPLIT_BACKWARD),
         "moe-dp2-zero3", "ep2-zero2", "ep2-padded", "ep2-zero3-bf16-selective", "tp2-ep2", "tp2-etp2", "mla-ep2", "moe-pp2",
     ),

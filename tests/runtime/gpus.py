@@ -12,7 +12,7 @@ import plans
 import torch
 import worlds
 
-from planner.runtime import gather
+from planner.runtime import gather, sends
 from planner.runtime.train import Options, Trainer
 from planner.specs.model import Model
 
@@ -37,6 +37,12 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, float]]] = {
     "zero3-fp32": (2, {"dp": 2, "zero": 3, "micro_batch": 2}, EXACT),
     "zero3-bf16-full": (2, {"dp": 2, "zero": 3, "precision": "bf16", "recompute": "full"}, NARROW),
     "pp2-bf16": (2, {"pp": 2, "precision": "bf16"}, NARROW),
+    "pp2-fp32": (2, {"pp": 2}, EXACT),
+    "pp2-gpipe-selective": (2, {"pp": 2, "schedule": "gpipe", "recompute": "selective"}, EXACT),
+    "pp2-interleaved": (2, {"pp": 2, "schedule": "interleaved", "virtual_stages": 2}, EXACT),
+    "pp2-interleaved-zb": (2, {"pp": 2, "schedule": "interleaved-zb", "virtual_stages": 2}, EXACT),
+    "pp2-zbv": (2, {"pp": 2, "schedule": "zbv", "virtual_stages": 2}, EXACT),
+    "pp2-dualpipev": (2, {"pp": 2, "schedule": "dualpipev", "virtual_stages": 2}, EXACT),
 }  # fmt: skip
 
 
@@ -52,6 +58,8 @@ def steps(name: str | None, directory: Path) -> dict[str, float]:
     trainer = Trainer(plan, torch.device("cuda", torch.cuda.current_device()), Options(lr=1e-3, steps=10))
     if gather.suits(plan.layout):
         assert all(map(_by_engines, trainer.parts[0].blocks()))
+    if sends.suits(plan.layout):
+        assert all(stage.mailbox is not None for stage in _stages(trainer.schedule))
     found = {"first": trainer.forward_backward(0)}
     gradients = {n: g.cpu() for n, g in trainer.named_gradients().items()}
     found["norm"], _ = trainer.optimizer_step(0)
@@ -68,6 +76,11 @@ def steps(name: str | None, directory: Path) -> dict[str, float]:
 def _by_engines(block: Any) -> bool:
     """Whether FSDP2 gathers a block through copy engines."""
     return isinstance(block._get_fsdp_state()._fsdp_param_group._all_gather_comm, gather.EngineGather)
+
+
+def _stages(schedule: Any) -> list[Any]:
+    """The stages of torch's schedules of one and of several."""
+    return getattr(schedule, "_stages", None) or [schedule._stage]
 
 
 def fp8() -> list[float]:

@@ -154,7 +154,7 @@ def _boundary_lines(held: Held) -> None:
     """Buffers between ranks, and what the last rank keeps of the loss."""
     c, s = held.c, held.rank
     p, first, last = c.at(s)
-    inputs: Inputs = {"buffers": int(2 * p.chunks[0] - first[0] - last[0]), "bytes each": int(p.receive[0])}
+    inputs: Inputs = {"buffers": int(step.buffers_held(p, first, last)[0]), "bytes each": int(p.receive[0])}
     shared = 0 if held.ending else int(step.shared_inputs(p, first, np.array([held.flight]))[0])
     inputs |= {"bytes counted as saved activations": shared} if shared else {}
     received = int(step.receive_bytes(p, first, last)[0]) - shared

@@ -1,0 +1,198 @@
+"""Sends between stages of a pipeline by copy engines: a rank writes into its neighbour's receive buffer; a signal follows.
+
+NCCL's receive is a kernel that waits on 16 multiprocessors until the neighbour has sent, and the products that run beside it
+take a fifth longer. Here the receive buffers of a rank are memory that the other devices of its node can write to (torch's
+symmetric memory); the sender's engine copies, and a signal of one word is what the receiver's stream waits for just before it
+computes with the buffer. Measured on two H200 (torch 2.11, 8B in 8 chunks a rank): a step of 1.592 s instead of 1.649; 64 MiB
+go in 0.18 ms.
+
+A buffer belongs to one (direction, stage, micro-batch) and is written once a pass. No pass overtakes the one before: each ends
+in a sum over the pipeline (`Trainer.mean_loss`) that every rank joins when it has used all that it got.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage
+
+from planner.specs.layout import Layout, stage_places
+
+Direction = Literal["forward", "backward"]
+Place = tuple[Direction, int]
+"""What a stage receives: activations from the stage before, gradients from the one after."""
+
+
+def suits(layout: Layout) -> bool:
+    """Whether all ranks are of one node."""
+    size = layout.world_size
+    return layout.pp > 1 and int(os.environ.get("LOCAL_WORLD_SIZE", size)) == size
+
+
+def places(layout: Layout, rank: int) -> list[Place]:
+    """What a pipeline rank receives from others, in the order of its buffers."""
+    held = _ranks(layout)
+    own = [stage for stage in range(len(held)) if held[stage] == rank]
+    before: list[Place] = [("forward", stage) for stage in own if stage > 0 and held[stage - 1] != rank]
+    after: list[Place] = [("backward", stage) for stage in own if stage + 1 < len(held) and held[stage + 1] != rank]
+    return before + after
+
+
+def _ranks(layout: Layout) -> list[int]:
+    """The pipeline rank of each stage."""
+    return [rank for rank, _ in stage_places(layout.schedule, layout.pp, layout.virtual_stages)]
+
+
+class Mailbox:
+    """The receive buffers of this rank, and those of the ranks of its pipeline."""
+
+    def __init__(self, layout: Layout, microbatches: int, like: Tensor, group: dist.ProcessGroup, device: torch.device):
+        """Of `microbatches` buffers like `like` (shape and type) for all that a rank receives. Collective over the group."""
+        from torch.distributed import _symmetric_memory as symmetric
+
+        self.shape, self.dtype, self.size = like.shape, like.dtype, like.numel()
+        self.microbatches = microbatches
+        self.rank = group.rank()
+        self.places = [{place: i for i, place in enumerate(places(layout, rank))} for rank in range(layout.pp)]
+        self.ranks = _ranks(layout)
+        buffers = microbatches * max(map(len, self.places))
+        signals = 4 * layout.pp * buffers  # a word for each pair of a sender and a buffer
+        symmetric.set_signal_pad_size(max(signals, symmetric.get_signal_pad_size()))
+        with torch.cuda.use_mem_pool(symmetric.get_mem_pool(device)):
+            self.own = torch.empty(buffers * self.size, dtype=self.dtype, device=device)
+        self.memory: Any = symmetric.rendezvous(self.own, group)
+        if self.memory.signal_pad_size < signals:
+            raise RuntimeError(f"{self.memory.signal_pad_size} bytes for {signals} of signals")
+        self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+    def _at(self, rank: int, place: Place, microbatch: int) -> int:
+        """The place of a buffer among those of a rank."""
+        return self.places[rank][place] * self.microbatches + microbatch
+
+    def buffer(self, place: Place, microbatch: int) -> Tensor:
+        """This rank's buffer of what `place` receives."""
+        at = self._at(self.rank, place, microbatch)
+        return self.own[at * self.size :][: self.size].view(self.shape)
+
+    def send(self, tensor: Tensor, place: Place, microbatch: int) -> None:
+        """Copy into the buffer of `place` on its rank, and signal, on a stream of its own."""
+        rank = self.ranks[place[1]]
+        at = self._at(rank, place, microbatch)
+        tensor = tensor.detach().contiguous()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.memory.get_buffer(rank, self.shape, self.dtype, at * self.size).copy_(tensor)
+            self.memory.put_signal(rank, at)
+        tensor.record_stream(self.stream)
+
+    def wait(self, place: Place, microbatch: int) -> None:
+        """Let the current stream wait until what `place` receives is there."""
+        direction, stage = place
+        sender = self.ranks[stage - 1 if direction == "forward" else stage + 1]
+        self.memory.wait_signal(sender, self._at(self.rank, place, microbatch))
+
+
+def open_mailbox(
+    layout: Layout, microbatches: int, like: Tensor, group: dist.ProcessGroup, device: torch.device
+) -> Mailbox | None:
+    """The mailbox of a pipeline's ranks, where devices of one node reach each other's memory. Collective over all ranks."""
+    if device.type != "cuda" or not suits(layout):
+        return None
+    mailbox = None
+    # AttributeError: a torch whose private module is another
+    with suppress(RuntimeError, AttributeError):
+        mailbox = Mailbox(layout, microbatches, like, group, device)
+    return mailbox if _everywhere(mailbox is not None, device) and _everywhere(_works(mailbox), device) else None
+
+
+def _everywhere(ok: bool, device: torch.device) -> bool:
+    """Whether it is so on every rank. Collective."""
+    count = torch.full((), float(ok), device=device)
+    dist.all_reduce(count, dist.ReduceOp.MIN)
+    return bool(count.item())
+
+
+def _works(mailbox: Mailbox | None) -> bool:
+    """Whether all that a rank may receive arrives: each sender's number, in the last buffer of every place."""
+    assert mailbox is not None
+    last = mailbox.microbatches - 1
+    held = mailbox.ranks
+    for stage, rank in enumerate(held):
+        if rank != mailbox.rank:
+            continue
+        number = torch.full(mailbox.shape, float(1 + stage), dtype=mailbox.dtype, device=mailbox.own.device)
+        for place in (("forward", stage + 1), ("backward", stage - 1)):
+            if 0 <= place[1] < len(held) and held[place[1]] != rank:
+                mailbox.send(number, place, last)
+    found = True
+    for place in mailbox.places[mailbox.rank]:
+        mailbox.wait(place, last)
+        sender = place[1] - 1 if place[0] == "forward" else place[1] + 1
+        found = found and bool((mailbox.buffer(place, last) == float(1 + sender)).all())
+    return found
+
+
+class MailedStage(PipelineStage):
+    """A stage whose tensors go through a mailbox, where there is one."""
+
+    mailbox: Mailbox | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.awaited: set[tuple[Direction, int]] = set()
+        """What the schedule has asked for and not used yet, by micro-batch."""
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """Sends of a micro-batch's activations; none is left to do where a mailbox has them."""
+        return self._send(super().get_fwd_send_ops(fwd_chunk_id), ("forward", self.stage_index + 1), fwd_chunk_id)
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """The same of the gradients of its input."""
+        return self._send(super().get_bwd_send_ops(bwd_chunk_id), ("backward", self.stage_index - 1), bwd_chunk_id)
+
+    def _send(self, ops: list[dist.P2POp], place: Place, microbatch: int) -> list[dist.P2POp]:
+        if self.mailbox is None:
+            return ops
+        for op in ops:
+            self.mailbox.send(op.tensor, place, microbatch)
+        return []
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """Receives of a micro-batch's activations; with a mailbox they are waited for where they are used."""
+        if self.mailbox is None or self.is_first:
+            return super().get_fwd_recv_ops(fwd_chunk_id)
+        return self._expect("forward", self.args_recv_info, fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """The same of the gradients of its output."""
+        if self.mailbox is None or self.is_last or not self.has_backward:
+            return super().get_bwd_recv_ops(bwd_chunk_id)
+        return self._expect("backward", self.grad_recv_info, bwd_chunk_id)
+
+    def _expect(self, direction: Direction, received: dict[int, Any], microbatch: int) -> list[dist.P2POp]:
+        assert self.mailbox is not None
+        (info,) = received[microbatch]  # one tensor passes between stages
+        own = self.mailbox.buffer((direction, self.stage_index), microbatch)
+        if info.buffer.data_ptr() != own.data_ptr():
+            info.buffer = own.detach().requires_grad_(info.buffer.requires_grad)
+        self.awaited.add((direction, microbatch))
+        return []
+
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
+        self._settle("forward", fwd_chunk_id)
+        return super()._retrieve_recv_activations(fwd_chunk_id)
+
+    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
+        self._settle("backward", bwd_chunk_id)
+        return super()._retrieve_recv_grads(bwd_chunk_id)
+
+    def _settle(self, direction: Direction, microbatch: int) -> None:
+        if (direction, microbatch) in self.awaited:
+            assert self.mailbox is not None
+            self.awaited.remove((direction, microbatch))
+            self.mailbox.wait((direction, self.stage_index), microbatch)
