@@ -57,7 +57,7 @@ class Stage(MailedStage):
 
     def get_local_bwd_output(self, mb_index: int) -> Any:
         """As in torch; nothing without a backward."""
-        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()  # type: ignore[no-untyped-call]
 
     def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
         """As in torch; nothing without a backward."""
@@ -110,8 +110,8 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def build_schedule(
     plan: Plan, world: World, parts: dict[int, nn.Module], loss: Loss, in_pieces: bool = False
 ) -> _PipelineSchedule:
-    """The plan's schedule over this rank's parts. `loss` of (the last stage's output, targets) is where backward starts, so that
-    gradients add up to their mean; that output is logits, or with the loss `in_pieces` the loss."""
+    """The plan's schedule over this rank's parts. `loss` of (the last stage's output, targets) is where backward starts, so
+    that gradients add up to their mean; that output is logits, or with the loss `in_pieces` the loss."""
     layout = plan.layout
     stages = world.pp * layout.virtual_stages
     zero = effective_zero(layout)

@@ -28,10 +28,15 @@ Place = tuple[Direction, int]
 """What a stage receives: activations from the stage before, gradients from the one after."""
 
 
+SWITCH, OFF = "PLANNER_SENDS", "nccl"
+"""The environment variable, and its value that leaves sends to NCCL."""
+
+
 def suits(layout: Layout) -> bool:
-    """Whether all ranks are of one node."""
+    """Whether all ranks are of one node, and nobody has switched it off."""
     size = layout.world_size
-    return layout.pp > 1 and int(os.environ.get("LOCAL_WORLD_SIZE", size)) == size
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size)) == size
+    return layout.pp > 1 and here and os.environ.get(SWITCH) != OFF
 
 
 def places(layout: Layout, rank: int) -> list[Place]:

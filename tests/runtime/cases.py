@@ -67,7 +67,8 @@ def _two() -> dict[str, tuple[str, dict[str, Any]]]:
     cases["dp2-zero2-bf16"] = ("llama", {"dp": 2, "zero": 2, "precision": "bf16"})
     cases["pp2-bf16"] = ("llama", {"pp": 2, "precision": "bf16"})
     cases["pp2-interleaved-bf16"] = (
-        "deep", {"pp": 2, "schedule": "interleaved", "virtual_stages": 2, "precision": "bf16", "recompute": "selective"},
+        "deep",
+        {"pp": 2, "schedule": "interleaved", "virtual_stages": 2, "precision": "bf16", "recompute": "selective"},
     )
     cases["tp2-bf16"] = ("gpt", {"tp": 2, "precision": "bf16", "recompute": "selective"})
     return cases

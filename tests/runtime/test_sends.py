@@ -122,8 +122,12 @@ def test_each_crossing_has_one_place(schedule: str, pp: int) -> None:
 def test_ranks_of_one_node_and_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     layout = plans.plan(pp=2, dp=2).layout
+    monkeypatch.delenv(sends.SWITCH, raising=False)
     assert sends.suits(layout)
     assert not sends.suits(plans.plan(dp=2).layout)
+    monkeypatch.setenv(sends.SWITCH, sends.OFF)
+    assert not sends.suits(layout)
+    monkeypatch.delenv(sends.SWITCH)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert not sends.suits(layout)
     assert sends.open_mailbox(layout, 1, torch.ones(1), None, torch.device("cpu")) is None  # type: ignore[arg-type]

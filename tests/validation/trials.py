@@ -162,8 +162,42 @@ def say(found: dict[str, Any]) -> None:
     print(line, flush=True)
 
 
-def main() -> None:
-    """Run the plans of the command line."""
+def run_all(waiting: list[Trial], out: Path, steps: int, limit: float, deadline: float) -> list[dict[str, Any]]:
+    """Run trials as devices come free; what each found. Those that have not started by the deadline are told so."""
+    begin, results, free = time.monotonic(), [], devices()
+    running: list[tuple[Trial, list[str]]] = []
+    while waiting or running:
+        while waiting and len(free) >= waiting[0].ranks and time.monotonic() - begin < deadline:
+            trial = waiting.pop(0)
+            taken, free = free[: trial.ranks], free[trial.ranks :]
+            start(trial, taken[0], steps)
+            running.append((trial, taken))
+        if not running:
+            break
+        time.sleep(0.05)
+        for trial, taken in [pair for pair in running if poll(pair[0], limit)]:
+            running.remove((trial, taken))
+            free = sorted(free + taken)
+            results.append(result(trial))
+            say(results[-1])
+            (out / "results.json").write_text(json.dumps(results))
+            keep_traces(trial, out)
+    for trial in waiting:
+        print(f"{trial.name:26} not run: {deadline:.0f} s are over, or it needs more than {len(free)} devices", flush=True)
+    print(f"{len(devices())} devices, {time.monotonic() - begin:.0f} s", flush=True)
+    return results
+
+
+def keep_traces(trial: Trial, out: Path) -> None:
+    """Compress the traces of a trial's ranks into `out`, and remove the rest of what it wrote."""
+    for trace in (trial.out / "profile").glob("*.json"):
+        with trace.open("rb") as source, gzip.open(out / f"{trial.name}-{trace.name}.gz", "wb") as target:
+            shutil.copyfileobj(source, target)
+    shutil.rmtree(trial.out, ignore_errors=True)
+
+
+def main() -> int:
+    """Run the plans of the command line; 1 if one of them failed or did not run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("plans", nargs="+", help="plan files; PLAN.json@NAME=VALUE,... sets variables of its processes")
@@ -172,33 +206,10 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, default=500.0, help="seconds after which no plan starts")
     parser.add_argument("--profile", default="", help="names of plans whose steps are traced, with commas between")
     args = parser.parse_args()
-    begin, results, running = time.monotonic(), [], []
-    waiting = [trial_of(words, args.out, args.profile.split(",")) for words in args.plans]
-    free = devices()
-    while waiting or running:
-        while waiting and len(free) >= waiting[0].ranks and time.monotonic() - begin < args.deadline:
-            trial = waiting.pop(0)
-            taken, free = free[: trial.ranks], free[trial.ranks :]
-            start(trial, taken[0], args.steps)
-            running.append((trial, taken))
-        if not running:
-            break
-        time.sleep(0.05)
-        for trial, taken in running[:]:
-            if poll(trial, args.limit):
-                running.remove((trial, taken))
-                free = sorted(free + taken)
-                results.append(result(trial))
-                say(results[-1])
-                (args.out / "results.json").write_text(json.dumps(results))
-                for trace in (trial.out / "profile").glob("*.json"):
-                    with trace.open("rb") as source, gzip.open(args.out / f"{trial.name}-{trace.name}.gz", "wb") as target:
-                        shutil.copyfileobj(source, target)
-                shutil.rmtree(trial.out, ignore_errors=True)
-    for trial in waiting:
-        print(f"{trial.name:26} not run: {args.deadline:.0f} s are over", flush=True)
-    print(f"{len(devices())} devices, {time.monotonic() - begin:.0f} s", flush=True)
+    trials = [trial_of(words, args.out, args.profile.split(",")) for words in args.plans]
+    results = run_all(list(trials), args.out, args.steps, args.limit, args.deadline)
+    return int(len(results) < len(trials) or any("error" in found for found in results))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
