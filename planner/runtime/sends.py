@@ -34,9 +34,9 @@ SWITCH, OFF = "PLANNER_SENDS", "nccl"
 
 def suits(layout: Layout) -> bool:
     """Whether all ranks are of one node, and nobody has switched it off."""
-    size = layout.world_size
+    size, own = layout.world_size, os.environ.get("TORCH_SYMMMEM", "CUDA") == "CUDA"  # torch's other backends signal otherwise
     here = int(os.environ.get("LOCAL_WORLD_SIZE", size)) == size
-    return layout.pp > 1 and here and os.environ.get(SWITCH) != OFF
+    return layout.pp > 1 and here and own and os.environ.get(SWITCH) != OFF
 
 
 def places(layout: Layout, rank: int) -> list[Place]:
@@ -53,8 +53,15 @@ def _ranks(layout: Layout) -> list[int]:
     return [rank for rank, _ in stage_places(layout.schedule, layout.pp, layout.virtual_stages)]
 
 
+def _sender(place: Place) -> int:
+    """The stage that sends what `place` receives."""
+    direction, stage = place
+    return stage - 1 if direction == "forward" else stage + 1
+
+
 class Mailbox:
-    """The receive buffers of this rank, and those of the ranks of its pipeline."""
+    """The receive buffers of this rank, and those of the ranks of its pipeline. One a process: memory and signals that an
+    earlier one used are not made anew."""
 
     def __init__(self, layout: Layout, microbatches: int, like: Tensor, group: dist.ProcessGroup, device: torch.device):
         """Of `microbatches` buffers like `like` (shape and type) for all that a rank receives. Collective over the group."""
@@ -68,11 +75,11 @@ class Mailbox:
         buffers = microbatches * max(map(len, self.places))
         signals = 4 * layout.pp * buffers  # a word for each pair of a sender and a buffer
         symmetric.set_signal_pad_size(max(signals, symmetric.get_signal_pad_size()))
+        # Nothing here is sent to several ranks at once, and setting that up blocks for ever where one rank cannot.
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         with torch.cuda.use_mem_pool(symmetric.get_mem_pool(device)):
             self.own = torch.empty(buffers * self.size, dtype=self.dtype, device=device)
         self.memory: Any = symmetric.rendezvous(self.own, group)
-        if self.memory.signal_pad_size < signals:
-            raise RuntimeError(f"{self.memory.signal_pad_size} bytes for {signals} of signals")
         self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     def _at(self, rank: int, place: Place, microbatch: int) -> int:
@@ -97,9 +104,7 @@ class Mailbox:
 
     def wait(self, place: Place, microbatch: int) -> None:
         """Let the current stream wait until what `place` receives is there."""
-        direction, stage = place
-        sender = self.ranks[stage - 1 if direction == "forward" else stage + 1]
-        self.memory.wait_signal(sender, self._at(self.rank, place, microbatch))
+        self.memory.wait_signal(self.ranks[_sender(place)], self._at(self.rank, place, microbatch))
 
 
 def open_mailbox(
@@ -112,7 +117,8 @@ def open_mailbox(
     # AttributeError: a torch whose private module is another
     with suppress(RuntimeError, AttributeError):
         mailbox = Mailbox(layout, microbatches, like, group, device)
-    return mailbox if _everywhere(mailbox is not None, device) and _everywhere(_works(mailbox), device) else None
+    there = _everywhere(mailbox is not None, device)
+    return mailbox if there and mailbox is not None and _everywhere(_works(mailbox), device) else None
 
 
 def _everywhere(ok: bool, device: torch.device) -> bool:
@@ -122,10 +128,16 @@ def _everywhere(ok: bool, device: torch.device) -> bool:
     return bool(count.item())
 
 
-def _works(mailbox: Mailbox | None) -> bool:
-    """Whether all that a rank may receive arrives: each sender's number, in the last buffer of every place."""
-    assert mailbox is not None
-    last = mailbox.microbatches - 1
+def _works(mailbox: Mailbox) -> bool:
+    """Whether what other ranks send arrives, tried with the last buffer of every place: the sender's number in all of it."""
+    try:
+        return _exchange(mailbox, mailbox.microbatches - 1)
+    except RuntimeError:
+        return False
+
+
+def _exchange(mailbox: Mailbox, last: int) -> bool:
+    """`_works` for one micro-batch."""
     held = mailbox.ranks
     for stage, rank in enumerate(held):
         if rank != mailbox.rank:
@@ -137,8 +149,7 @@ def _works(mailbox: Mailbox | None) -> bool:
     found = True
     for place in mailbox.places[mailbox.rank]:
         mailbox.wait(place, last)
-        sender = place[1] - 1 if place[0] == "forward" else place[1] + 1
-        found = found and bool((mailbox.buffer(place, last) == float(1 + sender)).all())
+        found = found and bool((mailbox.buffer(place, last) == float(1 + _sender(place))).all())
     return found
 
 
@@ -147,10 +158,33 @@ class MailedStage(PipelineStage):
 
     mailbox: Mailbox | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.awaited: set[tuple[Direction, int]] = set()
-        """What the schedule has asked for and not used yet, by micro-batch."""
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._prepare_forward_infra(*args, **kwargs)
+        self._move("forward", self.args_recv_info)
+        return result
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._prepare_backward_infra(*args, **kwargs)
+        self._move("backward", self.grad_recv_info)
+        return result
+
+    def _move(self, direction: Direction, received: dict[int, Any]) -> None:
+        """Let received tensors be in the mailbox. Torch has just made buffers of its own for each micro-batch, as it does at
+        the first step and whenever evaluation and training alternate: they go before there are activations."""
+        place = direction, self.stage_index
+        if self._waits(place):
+            for microbatch in received:
+                self._moved(place, received, microbatch)
+
+    def _waits(self, place: Place) -> bool:
+        return self.mailbox is not None and place in self.mailbox.places[self.mailbox.rank]
+
+    def _moved(self, place: Place, received: dict[int, Any], microbatch: int) -> None:
+        assert self.mailbox is not None
+        (info,) = received[microbatch]  # one tensor passes between stages
+        own = self.mailbox.buffer(place, microbatch)
+        if info.buffer.data_ptr() != own.data_ptr():
+            info.buffer = own.detach().requires_grad_(info.buffer.requires_grad)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Sends of a micro-batch's activations; none is left to do where a mailbox has them."""
@@ -169,35 +203,23 @@ class MailedStage(PipelineStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Receives of a micro-batch's activations; with a mailbox they are waited for where they are used."""
-        if self.mailbox is None or self.is_first:
-            return super().get_fwd_recv_ops(fwd_chunk_id)
-        return self._expect("forward", self.args_recv_info, fwd_chunk_id)
+        return super().get_fwd_recv_ops(fwd_chunk_id) if self.mailbox is None else []
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """The same of the gradients of its output."""
-        if self.mailbox is None or self.is_last or not self.has_backward:
-            return super().get_bwd_recv_ops(bwd_chunk_id)
-        return self._expect("backward", self.grad_recv_info, bwd_chunk_id)
-
-    def _expect(self, direction: Direction, received: dict[int, Any], microbatch: int) -> list[dist.P2POp]:
-        assert self.mailbox is not None
-        (info,) = received[microbatch]  # one tensor passes between stages
-        own = self.mailbox.buffer((direction, self.stage_index), microbatch)
-        if info.buffer.data_ptr() != own.data_ptr():
-            info.buffer = own.detach().requires_grad_(info.buffer.requires_grad)
-        self.awaited.add((direction, microbatch))
-        return []
+        return super().get_bwd_recv_ops(bwd_chunk_id) if self.mailbox is None else []
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
-        self._settle("forward", fwd_chunk_id)
+        self._settle(("forward", self.stage_index), self.args_recv_info, fwd_chunk_id)
         return super()._retrieve_recv_activations(fwd_chunk_id)
 
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
-        self._settle("backward", bwd_chunk_id)
+        self._settle(("backward", self.stage_index), self.grad_recv_info, bwd_chunk_id)
         return super()._retrieve_recv_grads(bwd_chunk_id)
 
-    def _settle(self, direction: Direction, microbatch: int) -> None:
-        if (direction, microbatch) in self.awaited:
+    def _settle(self, place: Place, received: dict[int, Any], microbatch: int) -> None:
+        """Wait for what another rank sends."""
+        if self._waits(place):
             assert self.mailbox is not None
-            self.awaited.remove((direction, microbatch))
-            self.mailbox.wait((direction, self.stage_index), microbatch)
+            self._moved(place, received, microbatch)
+            self.mailbox.wait(place, microbatch)

@@ -33,6 +33,7 @@ class Shared(sends.Mailbox):
         self.signals = [self._file(folder / f"signals-{r}", buffers, torch.int32) for r in range(layout.pp)]
         self.own = self.all[rank]
         self.sent = 0
+        self.stages: list[Any] = []
 
     @staticmethod
     def _file(path: Path, size: int, dtype: torch.dtype) -> Tensor:
@@ -45,6 +46,10 @@ class Shared(sends.Mailbox):
         self.all[rank][at * self.size :][: self.size].copy_(tensor.detach().flatten())
         self.signals[rank][at] = 1
         self.sent += 1
+        assert all(self._has(info) for stage in self.stages for info in _received(stage)), "torch has buffers besides"
+
+    def _has(self, info: Any) -> bool:
+        return bool(info.buffer.untyped_storage().data_ptr() == self.own.untyped_storage().data_ptr())
 
     def wait(self, place: sends.Place, microbatch: int) -> None:
         at, end = self._at(self.rank, place, microbatch), time.monotonic() + 60
@@ -52,6 +57,13 @@ class Shared(sends.Mailbox):
             assert time.monotonic() < end, f"{place} of micro-batch {microbatch} has not come"
             time.sleep(0)
         self.signals[self.rank][at] = 0
+
+
+def _received(stage: Any) -> list[Any]:
+    """What torch knows of the tensors that a stage gets from other ranks."""
+    tables = {"forward": stage.args_recv_info, "backward": stage.grad_recv_info}
+    places = stage.mailbox.places[stage.mailbox.rank]
+    return [info for name, t in tables.items() if (name, stage.stage_index) in places for infos in t.values() for info in infos]
 
 
 def steps(options: dict[str, Any], folder: Path | None) -> tuple[list[Tensor], int]:
@@ -68,6 +80,8 @@ def steps(options: dict[str, Any], folder: Path | None) -> tuple[list[Tensor], i
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "open_mailbox", with_files)
         trainer = Trainer(plan, torch.device("cpu"), Options(lr=1e-2))
+    if opened:
+        opened[0].stages = getattr(trainer.schedule, "_stages", None) or [trainer.schedule._stage]
     found = []
     for step in range(2):
         tokens, targets = trainer.batches.get(7)

@@ -1,4 +1,4 @@
-"""Plans for tasks on two H200, the planner's pick and at least eight other layouts each, to be run with `trials`:
+"""Plans for tasks on two H200, the planner's pick and eight other layouts each, to be run with `trials`:
 
     python tests/validation/choices.py FOLDER [TASK ...]
     python tests/validation/trials.py OUT FOLDER/TASK-*.json

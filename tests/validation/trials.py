@@ -53,14 +53,14 @@ class Trial:
     began: float = 0.0
 
 
-def devices() -> list[str]:
+def all_devices() -> list[str]:
     """Names of the GPUs here; of the cores where there is none. Torch must not look: what is forked could not use CUDA then."""
     if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return named.split(",")
     return [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))) or os.cpu_count() or 1)]
 
 
-def rank_program(trial: Trial, rank: int, device: str, port: int, steps: int) -> int:
+def rank_program(trial: Trial, rank: int, devices: list[str], port: int, steps: int) -> int:
     """What a forked process does; returns its exit code."""
     import torch
 
@@ -68,8 +68,7 @@ def rank_program(trial: Trial, rank: int, device: str, port: int, steps: int) ->
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(trial.ranks), "LOCAL_WORLD_SIZE": str(trial.ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **trial.settings}
-    if trial.ranks == 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     with (trial.out / f"rank-{rank}.log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -94,7 +93,7 @@ def trial_of(words: str, out: Path, profiled: list[str]) -> Trial:
     return Trial(name, path, out / name, planfile.read(path).layout.world_size, name in profiled, pairs)
 
 
-def start(trial: Trial, device: str, steps: int) -> None:
+def start(trial: Trial, devices: list[str], steps: int) -> None:
     """Fork the trial's processes."""
     trial.out.mkdir(parents=True, exist_ok=True)
     trial.began = time.monotonic()
@@ -104,7 +103,7 @@ def start(trial: Trial, device: str, steps: int) -> None:
         if pid == 0:
             code = 1
             try:
-                code = rank_program(trial, rank, device, port, steps)
+                code = rank_program(trial, rank, devices, port, steps)
             finally:
                 os._exit(code)
         trial.pids[pid] = rank
@@ -164,13 +163,16 @@ def say(found: dict[str, Any]) -> None:
 
 def run_all(waiting: list[Trial], out: Path, steps: int, limit: float, deadline: float) -> list[dict[str, Any]]:
     """Run trials as devices come free; what each found. Those that have not started by the deadline are told so."""
-    begin, results, free = time.monotonic(), [], devices()
+    begin, results, free = time.monotonic(), [], all_devices()
     running: list[tuple[Trial, list[str]]] = []
+    for trial in [trial for trial in waiting if trial.ranks > len(free)]:
+        waiting.remove(trial)
+        print(f"{trial.name:26} not run: it needs {trial.ranks} devices, {len(free)} are here", flush=True)
     while waiting or running:
         while waiting and len(free) >= waiting[0].ranks and time.monotonic() - begin < deadline:
             trial = waiting.pop(0)
             taken, free = free[: trial.ranks], free[trial.ranks :]
-            start(trial, taken[0], steps)
+            start(trial, taken, steps)
             running.append((trial, taken))
         if not running:
             break
@@ -183,8 +185,8 @@ def run_all(waiting: list[Trial], out: Path, steps: int, limit: float, deadline:
             (out / "results.json").write_text(json.dumps(results))
             keep_traces(trial, out)
     for trial in waiting:
-        print(f"{trial.name:26} not run: {deadline:.0f} s are over, or it needs more than {len(free)} devices", flush=True)
-    print(f"{len(devices())} devices, {time.monotonic() - begin:.0f} s", flush=True)
+        print(f"{trial.name:26} not run: {deadline:.0f} s are over", flush=True)
+    print(f"{len(free)} devices, {time.monotonic() - begin:.0f} s", flush=True)
     return results
 
 
