@@ -145,3 +145,28 @@ def test_ranks_of_one_node_and_a_device(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert not sends.suits(layout)
     assert sends.open_mailbox(layout, 1, torch.ones(1), None, torch.device("cpu")) is None  # type: ignore[arg-type]
+
+
+class Deaf(Shared):
+    """A mailbox whose copies arrive too late, or never."""
+
+    def send(self, tensor: Tensor, place: sends.Place, microbatch: int) -> None:
+        super().send(torch.zeros_like(tensor), place, microbatch)
+
+
+def trial(folder: Path) -> list[bool]:
+    """What a trial finds of a mailbox that works, and of one that does not."""
+    layout = plans.plan(plans.llama(8), pp=2, schedule="zbv", virtual_stages=2).layout
+    found = []
+    for kind in (Shared, Deaf):
+        own = folder / kind.__name__
+        own.mkdir(exist_ok=True)
+        mailbox = kind(layout, 2, torch.empty(1, 4, 8, dtype=torch.bfloat16), dist.get_rank(), own)
+        dist.barrier()
+        found.append(sends._works(mailbox))
+    return found
+
+
+@pytest.mark.timeout(100)
+def test_a_trial_tells_whether_it_works(tmp_path: Path) -> None:
+    assert worlds.run(2, trial, tmp_path) == [True, False]
