@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from planner.runtime.collectives import all_gather
+from planner.runtime.collectives import all_gather, everywhere
+from planner.runtime.devices import one_node
 from planner.specs.layout import Layout
 
 POLICY, NO_BLOCKS = "NCCL_CTA_POLICY", "2"
@@ -38,9 +40,8 @@ def suits(layout: Layout) -> bool:
     """Whether all ranks are of one node and share one copy of the parameters: engines do not reach beyond a node, and other
     groups would be communicators under a policy made for this one."""
     size = layout.world_size
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     shared = layout.zero > 0 and layout.offload == "none" and layout.ep * layout.etp == 1
-    return shared and 1 < size == layout.dp * layout.cp == layout.sharded == here
+    return shared and one_node(size) and 1 < size == layout.dp * layout.cp == layout.sharded
 
 
 def use(blocks: Iterable[nn.Module], layout: Layout, mesh: DeviceMesh) -> bool:
@@ -82,17 +83,14 @@ def _works(gather: EngineGather, group: dist.ProcessGroup) -> bool:
     from torch.distributed import _symmetric_memory as symmetric
 
     device = torch.device("cuda", torch.cuda.current_device())
-    ok = torch.ones(1, device=device)
-    dist.all_reduce(ok, group=group)  # makes the communicator, which the window belongs to
-    try:
+    everywhere(True, device, group)  # makes the communicator, which the window belongs to
+    found = False
+    # AttributeError: a torch whose private module is another
+    with suppress(RuntimeError, AttributeError):
         symmetric.set_backend("NCCL")
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(side):  # engines refuse the default stream; FSDP2 gathers on one of its own
             own = gather.allocate((group.size() * _TRIAL,), dtype=torch.float32, device=device)
             gather(own, own[group.rank() * _TRIAL :][:_TRIAL].fill_(1.0), group)
             found = bool((own == 1.0).all())
-        ok.fill_(float(found))
-    except (RuntimeError, AttributeError):  # AttributeError: a torch whose private module is another
-        ok.zero_()
-    dist.all_reduce(ok, dist.ReduceOp.MIN, group=group)
-    return bool(ok.item())
+    return everywhere(found, device, group)

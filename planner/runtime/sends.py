@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 
+from planner.runtime.collectives import everywhere
+from planner.runtime.devices import one_node
 from planner.specs.layout import Layout, stage_places
 
 Direction = Literal["forward", "backward"]
@@ -34,9 +36,8 @@ SWITCH, OFF = "PLANNER_SENDS", "nccl"
 
 def suits(layout: Layout) -> bool:
     """Whether all ranks are of one node, and nobody has switched it off."""
-    size, own = layout.world_size, os.environ.get("TORCH_SYMMMEM", "CUDA") == "CUDA"  # torch's other backends signal otherwise
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", size)) == size
-    return layout.pp > 1 and here and own and os.environ.get(SWITCH) != OFF
+    own = os.environ.get("TORCH_SYMMMEM", "CUDA") == "CUDA"  # torch's other backends signal otherwise
+    return layout.pp > 1 and one_node(layout.world_size) and own and os.environ.get(SWITCH) != OFF
 
 
 def places(layout: Layout, rank: int) -> list[Place]:
@@ -60,41 +61,60 @@ def _sender(place: Place) -> int:
 
 
 class Mailbox:
-    """The receive buffers of this rank, and those of the ranks of its pipeline. One a process: memory and signals that an
-    earlier one used are not made anew."""
+    """The receive buffers of the ranks of a pipeline: where which is, on this rank and on the others."""
 
-    def __init__(self, layout: Layout, microbatches: int, like: Tensor, group: dist.ProcessGroup, device: torch.device):
-        """Of `microbatches` buffers like `like` (shape and type) for all that a rank receives. Collective over the group."""
-        from torch.distributed import _symmetric_memory as symmetric
+    own: Tensor
+    """This rank's buffers, one after another."""
 
+    def __init__(self, layout: Layout, microbatches: int, like: Tensor, rank: int):
+        """Of `microbatches` buffers like `like` (shape and type) for all that a rank receives, as seen by rank `rank`."""
         self.shape, self.dtype, self.size = like.shape, like.dtype, like.numel()
-        self.microbatches = microbatches
-        self.rank = group.rank()
-        self.places = [{place: i for i, place in enumerate(places(layout, rank))} for rank in range(layout.pp)]
+        self.microbatches, self.rank = microbatches, rank
+        self.places = [{place: i for i, place in enumerate(places(layout, r))} for r in range(layout.pp)]
         self.ranks = _ranks(layout)
-        buffers = microbatches * max(map(len, self.places))
-        signals = 4 * layout.pp * buffers  # a word for each pair of a sender and a buffer
-        symmetric.set_signal_pad_size(max(signals, symmetric.get_signal_pad_size()))
-        # Nothing here is sent to several ranks at once, and setting that up blocks for ever where one rank cannot.
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        with torch.cuda.use_mem_pool(symmetric.get_mem_pool(device)):
-            self.own = torch.empty(buffers * self.size, dtype=self.dtype, device=device)
-        self.memory: Any = symmetric.rendezvous(self.own, group)
-        self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self.buffers = microbatches * max(map(len, self.places))
+        """Of each rank."""
 
-    def _at(self, rank: int, place: Place, microbatch: int) -> int:
+    def at(self, rank: int, place: Place, microbatch: int) -> int:
         """The place of a buffer among those of a rank."""
         return self.places[rank][place] * self.microbatches + microbatch
 
     def buffer(self, place: Place, microbatch: int) -> Tensor:
         """This rank's buffer of what `place` receives."""
-        at = self._at(self.rank, place, microbatch)
+        at = self.at(self.rank, place, microbatch)
         return self.own[at * self.size :][: self.size].view(self.shape)
 
     def send(self, tensor: Tensor, place: Place, microbatch: int) -> None:
-        """Copy into the buffer of `place` on its rank, and signal, on a stream of its own."""
+        """Copy into the buffer of `place` on its rank, and signal."""
+        raise NotImplementedError
+
+    def wait(self, place: Place, microbatch: int) -> None:
+        """Wait until what `place` receives is there."""
+        raise NotImplementedError
+
+
+class SymmetricMailbox(Mailbox):
+    """A mailbox in the memory of one node's devices. One a process: memory and signals that an earlier one used are not made
+    anew."""
+
+    def __init__(self, layout: Layout, microbatches: int, like: Tensor, group: dist.ProcessGroup, device: torch.device):
+        """Collective over the group, the ranks of one pipeline."""
+        from torch.distributed import _symmetric_memory as symmetric
+
+        super().__init__(layout, microbatches, like, group.rank())
+        signals = 4 * layout.pp * self.buffers  # a word for each pair of a sender and a buffer
+        symmetric.set_signal_pad_size(max(signals, symmetric.get_signal_pad_size()))
+        # Nothing here is sent to several ranks at once, and setting that up blocks for ever where one rank cannot.
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        with torch.cuda.use_mem_pool(symmetric.get_mem_pool(device)):
+            self.own = torch.empty(self.buffers * self.size, dtype=self.dtype, device=device)
+        self.memory: Any = symmetric.rendezvous(self.own, group)
+        self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+    def send(self, tensor: Tensor, place: Place, microbatch: int) -> None:
+        """On a stream of its own."""
         rank = self.ranks[place[1]]
-        at = self._at(rank, place, microbatch)
+        at = self.at(rank, place, microbatch)
         tensor = tensor.detach().contiguous()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -103,8 +123,8 @@ class Mailbox:
         tensor.record_stream(self.stream)
 
     def wait(self, place: Place, microbatch: int) -> None:
-        """Let the current stream wait until what `place` receives is there."""
-        self.memory.wait_signal(self.ranks[_sender(place)], self._at(self.rank, place, microbatch))
+        """The current stream does, not the host."""
+        self.memory.wait_signal(self.ranks[_sender(place)], self.at(self.rank, place, microbatch))
 
 
 def open_mailbox(
@@ -116,16 +136,9 @@ def open_mailbox(
     mailbox = None
     # AttributeError: a torch whose private module is another
     with suppress(RuntimeError, AttributeError):
-        mailbox = Mailbox(layout, microbatches, like, group, device)
-    there = _everywhere(mailbox is not None, device)
-    return mailbox if there and mailbox is not None and _everywhere(_works(mailbox), device) else None
-
-
-def _everywhere(ok: bool, device: torch.device) -> bool:
-    """Whether it is so on every rank. Collective."""
-    count = torch.full((), float(ok), device=device)
-    dist.all_reduce(count, dist.ReduceOp.MIN)
-    return bool(count.item())
+        mailbox = SymmetricMailbox(layout, microbatches, like, group, device)
+    there = everywhere(mailbox is not None, device)
+    return mailbox if there and mailbox is not None and everywhere(_works(mailbox), device) else None
 
 
 def _works(mailbox: Mailbox) -> bool:
@@ -177,19 +190,14 @@ class MailedStage(PipelineStage):
         """Let received tensors be in the mailbox. Torch has just made buffers of its own for each micro-batch, as it does at
         the first step and whenever evaluation and training alternate: they go before there are activations."""
         place = direction, self.stage_index
-        if self._waits(place):
-            for microbatch in received:
-                self._moved(place, received, microbatch)
+        if (mailbox := self._receiving(place)) is not None:
+            for microbatch, infos in received.items():
+                _move_in(infos, mailbox.buffer(place, microbatch))
 
-    def _waits(self, place: Place) -> bool:
-        return self.mailbox is not None and place in self.mailbox.places[self.mailbox.rank]
-
-    def _moved(self, place: Place, received: dict[int, Any], microbatch: int) -> None:
-        assert self.mailbox is not None
-        (info,) = received[microbatch]  # one tensor passes between stages
-        own = self.mailbox.buffer(place, microbatch)
-        if info.buffer.data_ptr() != own.data_ptr():
-            info.buffer = own.detach().requires_grad_(info.buffer.requires_grad)
+    def _receiving(self, place: Place) -> Mailbox | None:
+        """The mailbox, where another rank sends what `place` receives."""
+        mailbox = self.mailbox
+        return mailbox if mailbox is not None and place in mailbox.places[mailbox.rank] else None
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Sends of a micro-batch's activations; none is left to do where a mailbox has them."""
@@ -224,7 +232,13 @@ class MailedStage(PipelineStage):
 
     def _settle(self, place: Place, received: dict[int, Any], microbatch: int) -> None:
         """Wait for what another rank sends."""
-        if self._waits(place):
-            assert self.mailbox is not None
-            self._moved(place, received, microbatch)
-            self.mailbox.wait(place, microbatch)
+        if (mailbox := self._receiving(place)) is not None:
+            _move_in(received[microbatch], mailbox.buffer(place, microbatch))
+            mailbox.wait(place, microbatch)
+
+
+def _move_in(infos: Any, own: Tensor) -> None:
+    """Let the one tensor that passes between stages be `own`, if it is not yet."""
+    (info,) = infos
+    if info.buffer.data_ptr() != own.data_ptr():
+        info.buffer = own.detach().requires_grad_(info.buffer.requires_grad)

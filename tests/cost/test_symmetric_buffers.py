@@ -15,13 +15,13 @@ MESSAGE_GIB = 2 * 4096 * 4096 / GIB
 """bf16 of one sequence of 4,096 tokens in a model 4,096 wide."""
 
 
-def receive_gib(pp: int, gpus: int, engine: str = "bundled") -> list[float]:
+def receive_gib(pp: int, gpus: int) -> list[float]:
     """GiB of the first and the last rank's receive buffers for `BATCH` micro-batches: what as many more cost them."""
     layout = Layout(pp=pp, dp=gpus // pp, zero=0, micro_batch=1, schedule="1f1b", stages=even_stages(32, pp))
     found = []
     for batch in (BATCH, 2 * BATCH):
         job = Job(seq_len=4096, global_batch=batch * gpus // pp)
-        estimate = make_estimate(Request("llama3-8b", "h200-sxm", job, gpus=gpus, engine=engine), layout).estimate
+        estimate = make_estimate(Request("llama3-8b", "h200-sxm", job, gpus=gpus), layout).estimate
         found.append([stage.buffers for stage in estimate.memory.stages])
     return [found[1][rank] - found[0][rank] for rank in (0, -1)]
 

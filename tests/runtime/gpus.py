@@ -59,7 +59,7 @@ def steps(name: str | None, directory: Path) -> dict[str, float]:
     if gather.suits(plan.layout):
         assert all(map(_by_engines, trainer.parts[0].blocks()))
     if sends.suits(plan.layout):
-        assert all(stage.mailbox is not None for stage in _stages(trainer.schedule))
+        assert all(stage.mailbox is not None for stage in plans.stages(trainer.schedule))
     found = {"first": trainer.forward_backward(0)}
     gradients = {n: g.cpu() for n, g in trainer.named_gradients().items()}
     found["norm"], _ = trainer.optimizer_step(0)
@@ -76,11 +76,6 @@ def steps(name: str | None, directory: Path) -> dict[str, float]:
 def _by_engines(block: Any) -> bool:
     """Whether FSDP2 gathers a block through copy engines."""
     return isinstance(block._get_fsdp_state()._fsdp_param_group._all_gather_comm, gather.EngineGather)
-
-
-def _stages(schedule: Any) -> list[Any]:
-    """The stages of torch's schedules of one and of several."""
-    return getattr(schedule, "_stages", None) or [schedule._stage]
 
 
 def fp8() -> list[float]:

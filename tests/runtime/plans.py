@@ -125,3 +125,8 @@ def plan(
         estimate=estimate(),
         inputs=Inputs(model="tiny", hardware="test", digests={}),
     )
+
+
+def stages(schedule: Any) -> list[Any]:
+    """The stages of a rank in a schedule of torch's, which are for one or for several."""
+    return getattr(schedule, "_stages", None) or [schedule._stage]

@@ -24,13 +24,9 @@ class Shared(sends.Mailbox):
     """A mailbox of processes of one machine without devices."""
 
     def __init__(self, layout: Layout, microbatches: int, like: Tensor, rank: int, folder: Path):
-        self.shape, self.dtype, self.size = like.shape, like.dtype, like.numel()
-        self.microbatches, self.rank = microbatches, rank
-        self.places = [{place: i for i, place in enumerate(sends.places(layout, r))} for r in range(layout.pp)]
-        self.ranks = sends._ranks(layout)
-        buffers = microbatches * max(map(len, self.places))
-        self.all = [self._file(folder / f"buffers-{r}", buffers * self.size, self.dtype) for r in range(layout.pp)]
-        self.signals = [self._file(folder / f"signals-{r}", buffers, torch.int32) for r in range(layout.pp)]
+        super().__init__(layout, microbatches, like, rank)
+        self.all = [self._file(folder / f"buffers-{r}", self.buffers * self.size, self.dtype) for r in range(layout.pp)]
+        self.signals = [self._file(folder / f"signals-{r}", self.buffers, torch.int32) for r in range(layout.pp)]
         self.own = self.all[rank]
         self.sent = 0
         self.stages: list[Any] = []
@@ -41,7 +37,7 @@ class Shared(sends.Mailbox):
 
     def send(self, tensor: Tensor, place: sends.Place, microbatch: int) -> None:
         rank = self.ranks[place[1]]
-        at = self._at(rank, place, microbatch)
+        at = self.at(rank, place, microbatch)
         assert self.signals[rank][at] == 0, "the last one has not been used yet"
         self.all[rank][at * self.size :][: self.size].copy_(tensor.detach().flatten())
         self.signals[rank][at] = 1
@@ -52,7 +48,7 @@ class Shared(sends.Mailbox):
         return bool(info.buffer.untyped_storage().data_ptr() == self.own.untyped_storage().data_ptr())
 
     def wait(self, place: sends.Place, microbatch: int) -> None:
-        at, end = self._at(self.rank, place, microbatch), time.monotonic() + 60
+        at, end = self.at(self.rank, place, microbatch), time.monotonic() + 60
         while self.signals[self.rank][at] == 0:
             assert time.monotonic() < end, f"{place} of micro-batch {microbatch} has not come"
             time.sleep(0)
@@ -81,7 +77,7 @@ def steps(options: dict[str, Any], folder: Path | None) -> tuple[list[Tensor], i
         patch.setattr(pipeline, "open_mailbox", with_files)
         trainer = Trainer(plan, torch.device("cpu"), Options(lr=1e-2))
     if opened:
-        opened[0].stages = getattr(trainer.schedule, "_stages", None) or [trainer.schedule._stage]
+        opened[0].stages = plans.stages(trainer.schedule)
     found = []
     for step in range(2):
         tokens, targets = trainer.batches.get(7)

@@ -28,6 +28,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("OMP_NUM_THREADS", "4")
 
 from planner import planfile
+from planner.planfile import Plan
 from planner.runtime import command, profiling
 from planner.runtime.metrics import WARMUP_STEPS
 from planner.specs.training import Options
@@ -43,14 +44,19 @@ class Trial:
 
     name: str
     path: Path
+    plan: Plan
     out: Path
-    ranks: int
     profiled: bool = False
     settings: dict[str, str] = field(default_factory=dict)
     """Environment of its processes."""
     pids: dict[int, int] = field(default_factory=dict)
     codes: dict[int, int] = field(default_factory=dict)
     began: float = 0.0
+
+    @property
+    def ranks(self) -> int:
+        """Its processes."""
+        return self.plan.layout.world_size
 
 
 def all_devices() -> list[str]:
@@ -90,7 +96,7 @@ def trial_of(words: str, out: Path, profiled: list[str]) -> Trial:
     path = Path(place)
     name = re.sub(r"[^\w.-]+", "-", path.stem + (f"-{settings}" if settings else ""))
     pairs = dict(pair.split("=", 1) for pair in settings.split(",") if pair)
-    return Trial(name, path, out / name, planfile.read(path).layout.world_size, name in profiled, pairs)
+    return Trial(name, path, planfile.read(path), out / name, name in profiled, pairs)
 
 
 def start(trial: Trial, devices: list[str], steps: int) -> None:
@@ -133,14 +139,13 @@ def result(trial: Trial) -> dict[str, Any]:
     steps = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     times = [s["step_time_s"] for s in steps if not s["profiled"]]
     peaks = [json.loads(p.read_text()) for p in sorted(trial.out.glob("rank-*.json"))]
-    estimate = planfile.read(trial.path).estimate
     found: dict[str, Any] = {
         "name": trial.name,
         "step_time_s": statistics.median(times[WARMUP_STEPS:]) if len(times) > WARMUP_STEPS else None,
-        "predicted_s": estimate.step_time_s,
+        "predicted_s": trial.plan.estimate.step_time_s,
         "steps": times,
         "losses": [s["loss"] for s in steps],
-        "predicted_gib": [s.allocated for s in estimate.memory.stages],
+        "predicted_gib": [s.allocated for s in trial.plan.estimate.memory.stages],
         **{name: [p[name] for p in peaks] for name in ("allocated_gib", "reserved_gib")},
         "took_s": time.monotonic() - trial.began,
     }
