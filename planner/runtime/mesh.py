@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from planner.errors import input_error
 from planner.planfile import Plan
-from planner.runtime import context, experts, gather
+from planner.runtime import context, experts
 from planner.specs.layout import Layout
 
 
@@ -93,7 +93,6 @@ def start_processes(plan: Plan, timeout_s: float = 600.0) -> torch.device:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        gather.prepare(plan.layout)
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")

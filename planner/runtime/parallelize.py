@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from planner.runtime import experts, gather
+from planner.runtime import copies, experts
 from planner.runtime.attention import Attention
 from planner.runtime.context import Ulysses
 from planner.runtime.mla import LatentAttention
@@ -186,7 +186,7 @@ def apply_zero(
         units = [unit for block in part.blocks() for unit in (*(moe.experts for moe in experts.mixtures(block)), block)]
         _gather_ahead([embeddings[0] if embeddings and not tied else None, *units, heads[-1] if heads else part])
     experts.gather_early(part.blocks())
-    gather.use(part.blocks(), layout, mesh)
+    copies.use(part, layout, job, mesh)
 
 
 def _free_gather_buffer(root: Any) -> None:

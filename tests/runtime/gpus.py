@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -12,11 +11,10 @@ import plans
 import torch
 import worlds
 
-from planner.runtime import gather, sends
+from planner.runtime import copies, gather, scatter, sends
 from planner.runtime.train import Options, Trainer
 from planner.specs.model import Model
 
-os.environ.setdefault(gather.POLICY, gather.NO_BLOCKS)  # as `start_processes` asks for it, before communicators exist
 TOKENS = 96
 """Of which a rank holds two pieces of 24: fewer than the rows of 32 that the memory-efficient kernel writes."""
 NARROW = {"first": 2e-2, "norm": 2e-2, "second": 2e-2, "gradient": 4e-2}
@@ -33,6 +31,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, float]]] = {
     "ulysses-bf16-zero2": (2, {"cp": 2, "precision": "bf16", "zero": 2}, NARROW),
     "offload-zero1": (2, {"dp": 2, "zero": 1, "offload": "optimizer"}, EXACT),
     "offload-zero3-bf16": (2, {"dp": 2, "zero": 3, "offload": "optimizer", "precision": "bf16"}, NARROW),
+    "zero1-bf16": (2, {"dp": 2, "zero": 1, "precision": "bf16"}, NARROW),
     "zero2-fp32": (2, {"dp": 2, "zero": 2}, EXACT),
     "zero3-fp32": (2, {"dp": 2, "zero": 3, "micro_batch": 2}, EXACT),
     "zero3-bf16-full": (2, {"dp": 2, "zero": 3, "precision": "bf16", "recompute": "full"}, NARROW),
@@ -56,7 +55,7 @@ def steps(name: str | None, directory: Path) -> dict[str, float]:
     options: dict[str, Any] = {"micro_batch": 8} if name is None else CASES[name][1]
     plan = plans.plan(model(), seq_len=TOKENS, **options)
     trainer = Trainer(plan, torch.device("cuda", torch.cuda.current_device()), Options(lr=1e-3, steps=10))
-    if gather.suits(plan.layout):
+    if copies.suits(plan.layout):
         assert all(map(_by_engines, trainer.parts[0].blocks()))
     if sends.suits(plan.layout):
         assert all(stage.mailbox is not None for stage in plans.stages(trainer.schedule))
@@ -74,8 +73,10 @@ def steps(name: str | None, directory: Path) -> dict[str, float]:
 
 
 def _by_engines(block: Any) -> bool:
-    """Whether FSDP2 gathers a block through copy engines."""
-    return isinstance(block._get_fsdp_state()._fsdp_param_group._all_gather_comm, gather.EngineGather)
+    """Whether FSDP2 gathers and reduces a block through copy engines."""
+    group = block._get_fsdp_state()._fsdp_param_group
+    kinds = {group._all_gather_comm: gather.EngineGather, group._reduce_scatter_comm: scatter.EngineReduction}
+    return all(isinstance(comm, kind) for comm, kind in kinds.items())
 
 
 def fp8() -> list[float]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import worlds
 from torch import Tensor
 
-from planner.runtime import pipeline, sends
+from planner.runtime import pipeline, sends, symmetric
 from planner.runtime.train import Options, Trainer
 from planner.specs.layout import CHUNKED, V_SHAPED, Layout, stage_places
 
@@ -132,12 +132,12 @@ def test_each_crossing_has_one_place(schedule: str, pp: int) -> None:
 def test_ranks_of_one_node_and_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     layout = plans.plan(pp=2, dp=2).layout
-    monkeypatch.delenv(sends.SWITCH, raising=False)
+    monkeypatch.delenv(symmetric.SWITCH, raising=False)
     assert sends.suits(layout)
     assert not sends.suits(plans.plan(dp=2).layout)
-    monkeypatch.setenv(sends.SWITCH, sends.OFF)
+    monkeypatch.setenv(symmetric.SWITCH, symmetric.OFF)
     assert not sends.suits(layout)
-    monkeypatch.delenv(sends.SWITCH)
+    monkeypatch.delenv(symmetric.SWITCH)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert not sends.suits(layout)
     assert sends.open_mailbox(layout, 1, torch.ones(1), None, torch.device("cpu")) is None  # type: ignore[arg-type]
@@ -159,7 +159,7 @@ def trial(folder: Path) -> list[bool]:
         own.mkdir(exist_ok=True)
         mailbox = kind(layout, 2, torch.empty(1, 4, 8, dtype=torch.bfloat16), dist.get_rank(), own)
         dist.barrier()
-        found.append(sends._works(mailbox))
+        found.append(sends.exchange(mailbox, 1))
     return found
 
 
