@@ -42,6 +42,9 @@ When = Literal["always", "accumulating", "single", "single_sharded", "sharded", 
 
 ALONE = -1
 """Key of the rule, among those of ZeRO stages, of a rank that shares its parameters with no other; see `memory.alone`."""
+BY_ENGINES = 10
+"""What the key of a stage's rule is more where copy engines gather and reduce; see `memory.by_engines`. They take nothing from
+products beside them, and leave nothing exposed that compute can hide."""
 
 EAGER_KERNELS = (175.0, 325.0)
 """Launches of one eager PyTorch layer, forward and backward, at the 5 us a launch of a current host: 2.5 ms a layer measured
@@ -125,6 +128,8 @@ class ZeroRule:
     """Beside `backward`, not allocated but kept by the allocator: memory of a stream of its own, which no other gets."""
     resident: tuple[Held, ...] = ()
     """A parameter of one layer, and of the head on its rank: buffers that exist once, for as long as the process."""
+    received: tuple[Held, ...] = ()
+    """A parameter of one layer that others share, from each of the other ranks: buffers that exist once as well."""
     unit: tuple[Held, ...] = ()
     """A parameter of the layer whose backward runs: gathered copies, its gradient before reduction."""
     unit_reduction: tuple[Held, ...] = ()
@@ -235,6 +240,8 @@ class Accounting:
     receive_all_microbatches: bool
     """Pipeline receive buffers exist for every micro-batch; otherwise for `receive_count`."""
     receive_count: int
+    gradients_as_made: bool = field(default=False, kw_only=True)
+    """Gradients take memory from the first backward of a step on, not for as long as the process."""
     symmetric_sends: bool = field(default=False, kw_only=True)
     """On the GPUs of one node receive buffers are symmetric memory, which every rank of a pipeline has equally much of."""
     keeps_stage_output: bool
@@ -303,6 +310,9 @@ class Accounting:
     """Bytes moved around each gather of parameters: for each that the rank owns, and for each of the whole."""
     reduce_copies: tuple[float, float] = (0.0, 0.0)
     """Bytes moved for each gradient around a reduction; and for each of the rank's share where several are added up."""
+    engine_copies: tuple[float, float] = (0.0, 0.0)
+    """Bytes moved for each gradient around a reduction by copy engines, in place of the first of these; and for each of the
+    rank's share, which the rank adds up by itself."""
     whole_sums: float = 0.0
     """Bytes moved for each gradient of a micro-batch where they are added up before they are reduced."""
     tp_copies: tuple[float, float] = (0.0, 0.0)

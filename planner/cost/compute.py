@@ -108,7 +108,9 @@ def streaming_seconds(n_bytes: Floats, device: Device) -> Floats:
     return n_bytes / (device.memory_bandwidth.base * device.memory_efficiency.base)
 
 
-def overlapped(compute: Floats, comm: Floats, slowdown: float, floor: float, idle: Floats | float = 0.0) -> Floats:
+def overlapped(
+    compute: Floats, comm: Floats, slowdown: Floats | float, floor: Floats | float, idle: Floats | float = 0.0
+) -> Floats:
     """Exposed time of communication beside compute.
 
     What does not fit under the compute, at least `floor` of it; and the compute runs slower while both run. `idle`: seconds

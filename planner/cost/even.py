@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.cost import step
+from planner.cost import step, unmade
 from planner.cost.primitives import Primitives, PrimitiveTable, distinct_keys, primitive_table
 from planner.cost.schedules import flight_limits, layers_of, put_off
 from planner.cost.step import StepCost
@@ -60,6 +60,8 @@ class _Still:
     boundary: Ints
     entering: Ints
     carried: Ints
+    grads: Ints
+    grads_first: Ints
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def _still_runs(q: Primitives, x: LayoutArray, runs: StageArray, mode: int) -> l
         n * q.state + step.stage_base_bytes(q, first, last, none) + step.stage_transient(q, first, last, mode),
         first * n * q.state + step.between_base(q, first, last, none),
         step.stage_update_bytes(q, first, last, n),
-        q.saved(mode), q.deferred, q.boundary, q.entering, q.carried,
+        q.saved(mode), q.deferred, q.boundary, q.entering, q.carried, q.grads, q.grads_first,
     ]  # fmt: skip
 
 
@@ -170,7 +172,10 @@ def _bytes(still: _Still, x: LayoutArray, own: dict[str, Ints], row: Ints, run: 
         still.boundary.take(run), still.entering.take(run), still.carried.take(run), v, own["waiting"].take(row),
         own["receive"].take(row), own["alike"].take(row),
     )  # fmt: skip
-    backward = still.backward.take(run) + step.passing_bytes(passed, first, last, flight) + saved
-    between = first * (saved * (flight - 1) // flight) + step.between_passing(passed, first, last, flight)
+    late = unmade.Late(still.grads.take(run), still.grads_first.take(run), own["round"].take(row), v)
+    never = unmade.spared(late, first, flight, layers, saved)
+    backward = still.backward.take(run) + step.passing_bytes(passed, first, last, flight) + saved - never
+    left = saved * unmade.left_between(late, flight) // flight
+    between = first * left + step.between_passing(passed, first, last, flight)
     ending = still.ending.take(run) + step.receive_bytes(passed, first, last)
     return np.maximum(np.maximum(backward, ending), still.between.take(run) + between)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from planner.cost import adapters, pieces
-from planner.cost.accounting import ALONE, Accounting, Held, Saved
+from planner.cost.accounting import ALONE, BY_ENGINES, Accounting, Held, Saved
 from planner.cost.rounding import ceil
 from planner.cost.task import Bools, Floats, Ints, LayoutArray, Task, splits_backward
 from planner.specs.layers import Mlp
@@ -212,6 +212,8 @@ class StateBytes:
     released: Floats
     ahead: Floats
     again: Floats
+    received: Floats
+    """Of all other ranks together."""
 
 
 _MOMENTS = (
@@ -222,7 +224,7 @@ _MOMENTS = (
 
 def state_bytes(task: Task, layouts: LayoutArray, shard: Ints) -> StateBytes:
     """State sizes a parameter for each layout, under the engine's rule of its ZeRO stage, over `shard` ranks."""
-    zero, microbatches = np.where(alone(task, layouts), ALONE, layouts.kept_zero), layouts.microbatches
+    zero, microbatches = rule_of(task, layouts), layouts.microbatches
     here = layouts.offload == 0
     a, e = task.accounting, task.job.compute_bytes
     present = {
@@ -253,8 +255,25 @@ def state_bytes(task: Task, layouts: LayoutArray, shard: Ints) -> StateBytes:
         {part: total("backward", part) for part in PARTS},
         {part: total("update", part) for part in PARTS},
         whole_gradients=total("backward", "grads", whole=True),
+        received=total("received") * (shard - 1),
         **{moment: total(moment) for moment in _MOMENTS},
     )
+
+
+def rule_of(task: Task, layouts: LayoutArray) -> Ints:
+    """Key of each layout's rule among those of the accounting: its ZeRO stage as it runs, or `ALONE`, or with `BY_ENGINES`."""
+    stage, engines = layouts.kept_zero, by_engines(task, layouts)
+    once = engines & (stage == 1) & (layouts.microbatches == 1)  # as stage 2: gradients are reduced as they come
+    return np.where(alone(task, layouts), ALONE, stage + once + np.where(engines, BY_ENGINES, 0))
+
+
+def by_engines(task: Task, layouts: LayoutArray) -> Bools:
+    """Whether copy engines gather and reduce: under an engine with rules for that, where all ranks are GPUs of one node and share
+    one copy of the states (the runtime's `copies.suits` says why)."""
+    x, machine = layouts, task.hardware
+    there = BY_ENGINES + 1 in task.accounting.zero and machine.device.kind == "cuda" and task.gpus <= machine.node_size
+    shared = (x.zero > 0) & (x.offload == 0) & (x.ep * x.etp == 1)
+    return shared & (x.tp * x.pp == 1) & (x.data > 1) & (x.shard == x.data) & there
 
 
 def alone(task: Task, layouts: LayoutArray) -> Bools:

@@ -113,6 +113,12 @@ class Primitives:
     """Received input of a chunk's micro-batch in flight that is at once its first layer's saved input."""
     chunks: Ints
     """v."""
+    grads: Ints
+    """The part of `state` that the first backward of a step makes; 0 where it is there from the start (`unmade`)."""
+    grads_first: Ints
+    """The same of the embedding (first rank)."""
+    round: Ints
+    """Micro-batches of a step where all are under way on the first rank before its first backward, else 0."""
     fixed: Ints
     """Library workspaces, and buffers that an engine keeps for one layer."""
     capacity: Ints
@@ -245,7 +251,7 @@ class PrimitiveTable:
     def quiet(self, share: Ints) -> Primitives:
         """Primitives of combinations where nothing is passed on and nothing waits: without what layouts have of their `own`."""
         none = np.zeros(1, dtype=np.int64)
-        own = dict.fromkeys(("p2p", "credit", "hide", "waiting", "receive", "alike"), none) | {"chunks": none + 1}
+        own = dict.fromkeys(("p2p", "credit", "hide", "waiting", "receive", "alike", "round"), none) | {"chunks": none + 1}
         return Primitives(**{k: v.take(share) for k, v in self.columns.items()}, **own)
 
     def own(self, x: LayoutArray, share: Ints) -> dict[str, Ints]:
@@ -265,7 +271,14 @@ class PrimitiveTable:
             "receive": self.received.take(share) * buffers * kept // 2,
             "alike": ((x.pp > 2) & self._symmetric).astype(np.int64),
             "chunks": x.virtual_stages,
+            "round": self._round(x),
         }
+
+    def _round(self, x: LayoutArray) -> Ints:
+        """Micro-batches, where all of them are in flight before gradients are made that add up."""
+        m = x.microbatches
+        early = ((m <= x.pp) | (x.schedule == GPIPE)) & (m > 1) & (x.pp > 1) & ~splits_backward(x.schedule)
+        return np.where(early & self.task.accounting.gradients_as_made, m, 0)
 
     @property
     def _symmetric(self) -> bool:
@@ -351,7 +364,7 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
     }  # fmt: skip
     layer = _layer_ns(task, shared, seconds, (compute, traffic), spread)
     again = [seconds.again(i) for i in range(2)]
-    repeated = {f"recompute{i + 1}": ns(recompute_seconds(task, again[i][spread], compute[1], traffic)) for i in range(2)}
+    repeated = {f"recompute{i + 1}": ns(recompute_seconds(task, shared, again[i][spread], compute[1], traffic)) for i in range(2)}
     columns = repeated | {k: v[spread] for k, v in blocks.items()} | layer | traffic.ns | held
     columns["embedding"] = ns((seconds.embedding + seconds.embedding_tp)[spread] + traffic.ends["first"])
     columns["head"] = ns((seconds.head + seconds.head_tp)[spread] + traffic.ends["last"])

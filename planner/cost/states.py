@@ -42,11 +42,21 @@ def held_bytes(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
     # Experts that are no part of their layer's unit are one of their own, which is gathered and reduced before it.
     alone = ~memory.joined(task.accounting, layouts) & task.accounting.experts_join
     beside = np.where(alone, 0.0, experts)
+    # What mixes kinds of layers is priced as if all gradients were there: a blend has no peak of its own for them.
+    made = (0 if task.one_of_several else 1) * per.backward["grads"]
+    beside = (0 if task.one_of_several else 1) * routed.backward["grads"]
+    result["grads"] = np.floor(made * place["layer"] + beside * experts).astype(np.int64)
+    result["grads_first"] = np.floor(made * place["first"]).astype(np.int64)
     result["head_gradients"] = np.floor(per.backward["grads"] * params["own_head"]).astype(np.int64)
     result |= _finishing(task, layouts, params, per, routed, rest, beside)
     result |= {
         # Weight-gradient buffers exist once for each shape: one expert stands for all.
-        "fixed": ceil(per.resident * (params["layer"] + params["expert"]) + task.hardware.device.workspace.base + locality),
+        "fixed": ceil(
+            per.resident * (params["layer"] + params["expert"])
+            + per.received * (params["layer"] + beside)
+            + task.hardware.device.workspace.base
+            + locality
+        ),
         "unit": ceil(
             (per.unit + per.own * first[0]) * params["layer"]
             + (routed.unit + routed.own * first[1]) * experts

@@ -6,7 +6,7 @@ recomputed), in-flight count K, m micro-batches, v chunks:
     R_s = n (F + B) + n1 r1 + n2 r2 + embedding (first) + head (last) + p2p
     T   = ceil( ( (v m - 1) max_s R_s + sum_s R_s ) / v + max_s d_s ) + constant
     d_s = max(gradient and parameter traffic - what hides under compute, its exposed share) + optimizer
-    Mem_s = max( states + K (act + boundary) + transient, update states + update transient ) + buffers
+    Mem_s = max( states + K (act + boundary) - unmade + transient, update states + update transient ) + buffers
 
 Under a split backward the pipeline's term is `pipeline_time`, and the output gradients that wait count with the activations.
 
@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from planner.cost import unmade
 from planner.cost.blending import Stack
 from planner.cost.primitives import Blend, Primitives
 from planner.cost.schedules import chunk_moments, ends, in_flight, layers_of, put_off
@@ -234,10 +235,6 @@ def between_passing(p: Passing, first: Ints, last: Ints, flight: Ints) -> Ints:
     return first * (receive_bytes(p, first, last) + carried + flight * passed_bytes(p, first, last))
 
 
-NO_LIMIT = np.int64(1) << 62
-"""More bytes than any device has."""
-
-
 def saved_limit(p: Primitives, first: Ints, last: Ints, flight: Ints, layers: Ints, mode: int) -> Ints:
     """Bytes that a rank with `layers` layers may save for backward when its strongest recompute mode is `mode`; negative when
     it does not fit at all."""
@@ -248,16 +245,18 @@ def saved_limits(p: Primitives, first: Ints, last: Ints, flight: Ints, layers: I
     """The same under each of `modes`: they differ in their temporaries alone."""
     left = p.capacity - layers * p.state
     most, base = _between_limit(p, first, last, flight, left), left - stage_base_bytes(p, first, last, flight)
-    return [np.minimum(base - stage_transient(p, first, last, mode), most) for mode in modes]
+
+    def within(mode: int) -> Ints:
+        room = base - stage_transient(p, first, last, mode)
+        return np.minimum(unmade.most_saved(p, first, flight, layers, room), most)
+
+    return [within(mode) for mode in modes]
 
 
 def _between_limit(p: Primitives, first: Ints, last: Ints, flight: Ints, left: Ints) -> Ints:
-    """The same for what the first rank holds between two micro-batches, of `left` bytes beside its layers' states: then
-    `(flight - 1) / flight` of the saved ones, rounded down, are there."""
-    between, others = left - between_base(p, first, last, flight), flight - 1
-    most = np.full(np.broadcast(between, others, first).shape, NO_LIMIT)
-    np.floor_divide((between + 1) * flight - 1, np.maximum(others, 1), out=most, where=(first == 1) & (others > 0))
-    return np.where((first == 1) & (others <= 0) & (between < 0), -1, most)
+    """The same for what the first rank holds between two micro-batches, of `left` bytes beside its layers' states."""
+    room = left - between_base(p, first, last, flight)
+    return np.where(first == 1, unmade.part_within(room, unmade.left_between(p, flight), flight), unmade.NO_LIMIT)
 
 
 def peak_ending(cost: StageCost, p: Primitives, layouts: LayoutArray, stages: StageArray, s: int, pooled: int) -> str | None:
@@ -355,12 +354,14 @@ def stage_cost(p: Primitives, layouts: LayoutArray, stages: StageArray, blended:
     for mode in range(3):
         if np.any(there := strongest == mode):
             transient = np.where(there, stage_transient(q, first, last, mode), transient)
-    between = first * (n * q.state + saved * (flight - 1) // flight) + between_base(q, first, last, flight)
+    left = saved * unmade.left_between(q, flight) // flight
+    between = first * (n * q.state + left) + between_base(q, first, last, flight)
+    never = unmade.spared(q, first, flight, n, saved)
     found = endings(q, first, last)
     return StageCost(
         stage_time(q, first, last, n, n1, n2),
         stage_once(q, first, last, n),
-        n * q.state + stage_base_bytes(q, first, last, flight) + saved + transient,
+        n * q.state + stage_base_bytes(q, first, last, flight) + saved - never + transient,
         np.maximum(found["closing"].of(n), between),
         found["update"].of(n),
     )

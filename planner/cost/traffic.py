@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from planner.cost import frozen, memory, operators
-from planner.cost.accounting import Accounting, Traffic
+from planner.cost.accounting import BY_ENGINES, Accounting, Traffic
 from planner.cost.collectives import collective_seconds
 from planner.cost.compute import overlapped, streaming_seconds
 from planner.cost.rounding import nanoseconds
@@ -43,7 +44,7 @@ def layer_compute(task: Task, layouts: LayoutArray, seconds: operators.LayerSeco
         (seconds.forward, seconds.host_forward, seconds.tp_forward, seconds.cp_forward),
         (seconds.backward, seconds.host_backward, seconds.tp_backward, seconds.cp_backward),
     )):  # fmt: skip
-        more = gather_host(task, layouts.kept_zero, i)
+        more = gather_host(task, memory.rule_of(task, layouts), i)
         result.append(operators.bound_by_host(task, device[to_block], (tp + cp)[to_block], host[to_block] + more))
     split = splits_backward(layouts.schedule)
     return result[0], np.where(split, sum(split_compute(task, layouts, seconds, to_block)), result[1])
@@ -64,12 +65,12 @@ def split_compute(task: Task, layouts: LayoutArray, seconds: operators.LayerSeco
     return inputs, operators.bound_by_host(task, late, np.zeros_like(late), host[1])
 
 
-def gather_host(task: Task, zero: Ints, direction: int) -> Floats:
-    """Host time of one layer, forward (0) or backward (1), for the gathers of every micro-batch at a ZeRO stage."""
+def gather_host(task: Task, rules: Ints, direction: int) -> Floats:
+    """Host time of one layer, forward (0) or backward (1), for the gathers of every micro-batch under rules, by their keys."""
     a = task.accounting
     gathering = [z for z, rule in a.zero.items() if any(t.op == "all_gather" and t.per == "microbatch" for t in rule.traffic)]
     seconds = a.kernels_gather[direction] * task.hardware.device.launch.base * task.constant("host")
-    return np.where(np.isin(zero, gathering), seconds, 0.0)
+    return np.where(np.isin(rules, gathering), seconds, 0.0)
 
 
 def idle_seconds(task: Task, layouts: LayoutArray, seconds: operators.LayerSeconds, to_block: Ints) -> tuple[Floats, Floats]:
@@ -85,7 +86,7 @@ def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats],
 
     `idle`: of `idle_seconds`.
     """
-    a, slow = task.accounting, task.hardware.overlap_slowdown.base
+    a, beside = task.accounting, besides(task, layouts)
     params = frozen.trained_params(task, layouts)
     size = len(layouts)
     step = {place: np.zeros(size) for place in ("layer", "first", "last")}
@@ -93,16 +94,16 @@ def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats],
     each = {"forward": np.zeros(size), "backward": np.zeros(size)}
     ends = {"first": np.zeros(size), "last": np.zeros(size)}
     for source in frozen.sources(task, layouts):
-        for item, rows, cost in _traffic_seconds(source, layouts):
+        for key, item, rows, cost in _traffic_seconds(source, layouts):
             if item.per == "microbatch":
                 each[item.under][rows] += cost["layer"]
                 for place in ends:
-                    ends[place][rows] += cost[place] * end_share(a, item, place)
+                    ends[place][rows] += cost[place] * end_share(a, key, item, place)
             else:
                 for place in step:
                     (bare if item.under == "nothing" else step)[place][rows] += cost[place]
     forward, backward = compute
-    exposed = [overlapped(c, each[k], slow, a.dp_floor, free) for k, c, free in zip(each, compute, idle, strict=True)]
+    exposed = [overlapped(c, each[k], beside.slowdown, beside.floor, free) for k, c, free in zip(each, compute, idle, strict=True)]
     sharded = layouts.zero > 0
 
     def optimizer(count: Floats, shard: Ints) -> Floats:
@@ -118,11 +119,32 @@ def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats],
     suffix = {"layer": "", "first": "_first", "last": "_last"}
     grow = task.growth
     ns = {f"comm{suffix[p]}": nanoseconds(grow * (step[p] + bare[p])) for p in step}
-    floor = max(a.dp_floor, a.step_floor)
-    ns |= {f"floor{suffix[p]}": nanoseconds(grow * (floor * step[p] + bare[p])) for p in step}
+    floors = {"layer": beside.step_floor, "first": beside.first_floor, "last": beside.step_floor}
+    ns |= {f"floor{suffix[p]}": nanoseconds(grow * (floors[p] * step[p] + bare[p])) for p in step}
     ns |= {f"update{suffix[p]}": nanoseconds(grow * update[p]) for p in step}
     ns["hide"] = np.floor(grow * a.dp_window * (forward + backward) * 1e9).astype(np.int64)
     return DpTraffic(exposed[0], exposed[1], each["backward"], idle[1], ends, ns)
+
+
+class Besides(NamedTuple):
+    """How traffic runs beside compute; arrays over layouts."""
+
+    slowdown: Floats
+    """Of compute while both run."""
+    floor: Floats
+    """Share of every micro-batch's traffic that is exposed in any case."""
+    step_floor: Floats
+    """The same of step-wise traffic."""
+    first_floor: Floats
+    """The same of the embedding's: nothing is left to hide its reduction where no other is late."""
+
+
+def besides(task: Task, layouts: LayoutArray) -> Besides:
+    """Kernels take a share of the device from compute and are late by one of the engine's; copy engines do neither."""
+    a, engines = task.accounting, memory.by_engines(task, layouts)
+    step = np.where(engines, 0.0, max(a.dp_floor, a.step_floor))
+    slow, floor = task.hardware.overlap_slowdown.base, a.dp_floor
+    return Besides(np.where(engines, 1.0, slow), np.where(engines, 0.0, floor), step, np.where(engines, 1.0, step))
 
 
 def copy_seconds(task: Task, layouts: LayoutArray) -> dict[str, Floats]:
@@ -146,6 +168,7 @@ def _copied_bytes(task: Task, layouts: LayoutArray, shard: Ints, managed: np.nda
     """Bytes copied in a step for each parameter that `shard` ranks share, of a layer or of an end of the model; `managed`:
     whether one rank copies too."""
     a, m, result = task.accounting, layouts.microbatches.astype(float), np.zeros(len(layouts))
+    keys = memory.rule_of(task, layouts)
     for zero, rule in a.zero.items():
         items = [t for t in rule.traffic if t.over == "shard" and (not end or exchanged_at_ends(t))]
         gathers, reductions = (
@@ -158,20 +181,24 @@ def _copied_bytes(task: Task, layouts: LayoutArray, shard: Ints, managed: np.nda
         moved = gathers * (own / sharers + np.where(sharers > 1, whole, 0.0))
         if reductions.any():
             several, late = m > 1, np.all([t.per == "step" for t in items if t.op != "all_gather"])
-            moved = moved + reductions * (a.reduce_copies[0] + np.where(several & ~late, a.reduce_copies[1] / shard, 0.0))
+            around = a.engine_copies[0] + a.engine_copies[1] / shard if zero > BY_ENGINES else a.reduce_copies[0]
+            moved = moved + reductions * (around + np.where(several & ~late, a.reduce_copies[1] / shard, 0.0))
             moved = moved + np.where(several & late, a.whole_sums * m, 0.0)
-        result += np.where((layouts.kept_zero == zero) & ((shard > 1) | managed), moved, 0.0)
+        result += np.where((keys == zero) & ((shard > 1) | managed), moved, 0.0)
     return result + np.where((shard == 1) & ~managed & (m > 1), a.whole_sums * m, 0.0)
 
 
-def end_share(a: Accounting, item: Traffic, place: str) -> float:
-    """Share of an exchange of the embedding or the head that every micro-batch exposes.
+def end_share(a: Accounting, key: int, item: Traffic, place: str) -> float:
+    """Share of an exchange of the embedding or the head that every micro-batch exposes, under the rule of a key.
 
     Both are gathered once, in forward: a lookup's backward does not read its table, the head's follows its forward. Nothing
-    runs under the embedding's gather, layers run under the others.
+    runs under the embedding's gather, layers run under the others. Where copy engines keep up with the layers, nothing else
+    is left to do beside the embedding's reduction.
     """
     if not a.ends_exchanged or not exchanged_at_ends(item):
         return 0.0
+    if key > BY_ENGINES:
+        return 1.0 if place == "first" else 0.0
     return 1.0 if item.op == "all_gather" and place == "first" else a.dp_floor
 
 
@@ -193,11 +220,13 @@ def host_update_seconds(task: Task, owned: Floats) -> Floats:
     return moved / task.hardware.device.host_link.base + 28.0 * owned / HOST_BANDWIDTH
 
 
-def _traffic_seconds(source: frozen.Source, layouts: LayoutArray) -> Iterator[tuple[Traffic, Ints, dict[str, Floats]]]:
-    """(collective, layouts that have it, its seconds by place) of the parameters under one rule, experts with their layer."""
+def _traffic_seconds(source: frozen.Source, layouts: LayoutArray) -> Iterator[tuple[int, Traffic, Ints, dict[str, Floats]]]:
+    """(key of the rule, collective, layouts that have it, its seconds by place) of the parameters under one rule, experts with
+    their layer."""
     task = source.task
-    for zero, rule in task.accounting.zero.items():
-        rows = np.nonzero(layouts.kept_zero == zero)[0]
+    keys = memory.rule_of(task, layouts)
+    for key, rule in task.accounting.zero.items():
+        rows = np.nonzero(keys == key)[0]
         x = layouts.take(rows)
         for item in rule.traffic if len(rows) else ():
             if item.over == "replicas" and not np.any(x.replicas > 1):
@@ -216,7 +245,7 @@ def _traffic_seconds(source: frozen.Source, layouts: LayoutArray) -> Iterator[tu
                 for place, (n, stride, count) in groups.items()
             }
             cost["layer"] = cost["layer"] + cost.pop("experts", 0.0)
-            yield item, rows, cost
+            yield key, item, rows, cost
 
 
 def sharing(x: LayoutArray, item: Traffic) -> tuple[Ints, Ints, Ints]:
@@ -227,7 +256,8 @@ def sharing(x: LayoutArray, item: Traffic) -> tuple[Ints, Ints, Ints]:
     return x.shard, stride, np.ones_like(stride)
 
 
-def recompute_seconds(task: Task, again: Floats, backward: Floats, traffic: DpTraffic) -> Floats:
+def recompute_seconds(task: Task, layouts: LayoutArray, again: Floats, backward: Floats, traffic: DpTraffic) -> Floats:
     """Seconds that recomputing a layer adds: what it takes, less the traffic that hides under it and would be exposed."""
-    slow, floor = task.hardware.overlap_slowdown.base, task.accounting.dp_floor
-    return again + overlapped(backward + again, traffic.behind, slow, floor, traffic.idle) - traffic.backward
+    beside = besides(task, layouts)
+    there = overlapped(backward + again, traffic.behind, beside.slowdown, beside.floor, traffic.idle)
+    return again + there - traffic.backward

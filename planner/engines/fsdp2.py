@@ -5,9 +5,10 @@ Shared by the engines that are built on it. Verified with a storage meter and co
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
-from planner.cost.accounting import COMPUTE, Held, Traffic, ZeroRule
+from planner.cost.accounting import BY_ENGINES, COMPUTE, Held, Traffic, ZeroRule
 
 _MASTER = (Held("params", 4, shard=False), Held("optimizer", 8, shard=False))
 _SHARDED = (Held("params", 4, shard=True, host=True), Held("optimizer", 8, shard=True))
@@ -99,3 +100,23 @@ POOLING = {k: replace(rule, pooled=(_POOLED[k],)) for k, rule in ZERO.items()}
 """The same with what the allocator keeps. Reduced gradients are memory of the stream that reduces them: nothing else in a step
 can have it. They are no part of a backward's peak, unless several micro-batches add up in them (2 and 3). Measured on two H200
 (torch 2.11): reserved beyond allocated memory is this, 1 to 2 GiB for the gathered ends of the model, and some percent."""
+
+
+def _by_engines(stage: int) -> ZeroRule:
+    """A stage's rule where copy engines carry gradients to the rank that adds them up in fp32.
+
+    FSDP2's input of a reduction has the type in which backward made them, and what comes from the other ranks lies in a buffer
+    of the size of one layer's. Stage 1 is that of several micro-batches, whose fp32 sums are sent; with one it is stage 2.
+    """
+    rule, size = POOLING[stage], 4 if stage == 1 else COMPUTE
+    inputs = (_REDUCE_INPUT, _ONCE_INPUT, _CARRIED)
+    held: dict[str, Any] = {
+        f.name: tuple(replace(item, size=size) if item in inputs else item for item in getattr(rule, f.name))
+        for f in fields(rule)
+    }
+    traffic = tuple(replace(t, size=size) if t.op == "reduce_scatter" else t for t in rule.traffic)
+    return ZeroRule(**{**held, "traffic": traffic, "received": (Held("grads", size, shard=True),)})
+
+
+ENGINES = {BY_ENGINES + stage: _by_engines(stage) for stage in (1, 2, 3)}
+"""The rules where copy engines gather and reduce."""

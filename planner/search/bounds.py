@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.cost import step
+from planner.cost import step, unmade
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.schedules import ends, in_flight, in_flight_layers, put_off
@@ -137,17 +137,31 @@ def most_layers(g: Group) -> Ints:
     best, v = np.zeros((len(g.layouts), g.pp), dtype=np.int64), g.least
     place, zero = (g.first, g.last, g.flight), np.zeros((1, 1), dtype=np.int64)
     between, base = (g.p.capacity - held(g.p, *place) for held in (step.between_base, step.stage_base_bytes))
+    left = unmade.left_between(g.p, g.flight)
     for mode in g.modes:
-        room, kept = base - step.stage_transient(g.p, g.first, g.last, mode), g.flight * g.act(mode)
-        one = v * g.p.state + kept
-        most = room // (one + g.waiting * g.p.deferred)
-        # Between two micro-batches one fewer is in flight, on the first rank.
-        others = np.floor_divide(between, np.maximum(one - g.act(mode), 1), out=most.copy(), where=g.first == 1)
-        best = np.maximum(best, np.where((room < 0) | (between < 0), 0, np.minimum(most, others)))
+        room, state = base - step.stage_transient(g.p, g.first, g.last, mode), v * g.p.state
+        most = np.where(room < 0, 0, room // (state + g.flight * g.act(mode) + g.waiting * g.p.deferred))
+        if np.any(g.p.round):
+            most = np.where(unmade.applies(g.p, g.flight), _most_unmade(g, room, mode), most)
+        # Between two micro-batches fewer are in flight, on the first rank.
+        others = np.where(between < 0, 0, between // np.maximum(state + left * g.act(mode), 1))
+        best = np.maximum(best, np.where(g.first == 1, np.minimum(most, others), most))
     for ending in step.endings(g.p, g.first, g.last).values():
         left = g.p.capacity - ending.of(zero)
         best = np.minimum(best, np.where(left < 0, 0, left // np.maximum(ending.state, 1) // v))
     return np.minimum(best, g.n_layers // v) * v
+
+
+def _most_unmade(g: Group, room: Ints, mode: int) -> Ints:
+    """The same of ranks some of whose gradients do not exist yet, v layers at a time: every moment is linear in them."""
+    v, none = g.least, np.zeros((1, 1), dtype=np.int64)
+    most = np.full(np.broadcast_shapes(room.shape, g.flight.shape), BIG)
+    ends, steps = (unmade.moments(g.p, g.first, g.flight, layers) for layers in (none, v))
+    for (there, _), (missing, kept) in zip(ends, steps, strict=True):
+        left = room + there
+        one = v * g.p.state - (missing - there) + kept * g.act(mode)
+        most = np.minimum(most, np.where(left < 0, 0, left // np.maximum(one, 1)))
+    return most
 
 
 def memory_feasible(g: Group) -> Bools:

@@ -100,9 +100,11 @@ def _shares(ranks: Ranks, rows: Ints, sorts: Ints, entries: Ints) -> tuple[Float
         mean = ranks.moments.sum(axis=2) / np.maximum(ranks.moments.any(axis=3).sum(axis=2), 1)[:, :, None]
         pairs = np.einsum("uck,tsc->ukts", sorts, mean).take(ranks.rounds[rows], axis=2)
     state = np.einsum("uck,krs->urs", sorts, held[0], optimize=True)
+    state = state - sorts.sum(axis=(1, 2))[:, None, None] * at.unmade[rows]  # at least
     needed = sum((held[2:, None, kind] * pairs[:, kind] for kind in range(held.shape[1])), state)
     left = at.left[:, rows][:, :, at.of_rank][..., ranks.windows.patterns[1][entries]]
-    room = np.moveaxis(left - (flight * at.passed[rows][:, at.of_rank])[..., None], 3, 1)
+    besides = at.unmade_first[rows] - flight * at.passed[rows][:, at.of_rank]
+    room = np.moveaxis(left + besides[..., None], 3, 1)
     forgiven = ranks.windows.layers.max() * (1 + flight) if held.shape[1] > 1 else np.zeros_like(flight)
     return needed, np.maximum(room + forgiven, 0) / needed * (1 + _SLACK)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.cost import step
+from planner.cost import step, unmade
 from planner.cost.blending import HELD, Stack
 from planner.cost.schedules import chunk_moments
 from planner.cost.task import Bools, Ints
@@ -39,6 +39,19 @@ class Places:
     """Bytes beside the embedding's reduction when backward ends, on the first rank, shape (rows, patterns)."""
     passed: Ints
     """Bytes of inputs and outputs kept for each chunk-micro-batch in flight, shape (rows, places)."""
+    late: unmade.Late
+    """Gradients that may not exist yet, each of shape (rows, places)."""
+
+    @property
+    def unmade(self) -> Ints:
+        """Bytes of a layer's gradients on the ranks of rows where some may be missing, shape (rows, ranks)."""
+        return np.where(self.late.round > 0, self.late.grads, 0)[:, self.of_rank]
+
+    @property
+    def unmade_first(self) -> Ints:
+        """The same of the embedding's, shape (rows, ranks)."""
+        there = np.where((self.late.round > 0), self.late.grads_first, 0)[:, self.of_rank]
+        return there * (np.arange(len(self.of_rank)) == 0)
 
 
 @dataclass(frozen=True)
@@ -79,10 +92,12 @@ class Ranks:
             whole, saved = -(-whole // layers) * layers, -(-saved // np.maximum(weight, 1)) * weight
         forgiven = layers + weight if several else 0
         state, update = whole[0] - forgiven, whole[1] - forgiven
-        fits = saved <= at.left.reshape(len(saved), -1).take(there, axis=1) - flight * passed - state
+        late = unmade.Late(*(column.ravel()[place] for column in at.late))
+        room = at.left.reshape(len(saved), -1).take(there, axis=1) - flight * passed - state
+        fits = saved <= unmade.most_saved(late, (ranks == 0).astype(np.int64), flight, layers, room)
         first = np.nonzero(ranks == 0)[0]
         if len(first):
-            row, one, others = rows[first], pattern[first], flight[first] - 1
+            row, one, others = rows[first], pattern[first], unmade.left_between(late, flight)[first]
             between = at.between[row, one] - flight[first] * passed[first] - state[first]
             fits[:, first] &= saved[:, first] * others // flight[first] <= between
             fits[:, first] &= state[first] <= at.closing[row, one]
@@ -130,4 +145,6 @@ def _places(stack: Stack, pp: int, patterns: Bools, modes: tuple[int, ...]) -> P
     left = np.stack([each(base - step.stage_transient(p, first, last, mode)) for mode in modes])
     between = each(p.capacity - step.between_base(p, first, last, zero))[:, 0]
     beside, closing = (each(p.capacity - ending[name].of(zero)) for name in ("update", "closing"))
-    return Places(of_rank, left, between, beside, closing[:, 0], each(step.passed_bytes(p, first, last))[:, :, 0].copy())
+    late = unmade.Late(*(each(column)[:, :, 0] for column in (p.grads, p.grads_first, p.round, p.chunks)))
+    passed = each(step.passed_bytes(p, first, last))[:, :, 0].copy()
+    return Places(of_rank, left, between, beside, closing[:, 0], passed, late)

@@ -66,7 +66,7 @@ def room_of(batch: Priced, modes: tuple[int, ...]) -> Room:
     r = tables.ranks_of(batch, modes, 1)
     # One place has the least besides layers: more of them have at least its kinds, and peaks are those of the largest kind.
     # A byte for what `saved_limit` rounds down on the first rank.
-    most = np.maximum.reduce([room + r.layers * r.p.state for room in tables.room_by_mode(r, r.modes)]).max(axis=2) + 1
+    most = np.maximum.reduce([room + r.layers * _states(r.p) for room in tables.room_by_mode(r, r.modes)]).max(axis=2) + 1
     room = np.broadcast_to(most, (len(batch), r.pp)).astype(float)
     flight = _surely_in_flight(batch, r)
     takes = np.stack([np.broadcast_to(_layer_bytes(k, flight, r.modes), room.shape) for k in tables.by_rank(batch)]).astype(
@@ -84,7 +84,13 @@ def room_of(batch: Priced, modes: tuple[int, ...]) -> Room:
 def _layer_bytes(kind: Primitives, flight: Ints, modes: tuple[int, ...]) -> Ints:
     """The least that a layer takes on a rank while micro-batches run."""
     saved = np.minimum.reduce([kind.saved(mode) for mode in modes])
-    return np.asarray(kind.state[:, :, 0] + flight * saved[:, :, 0])
+    return np.asarray(_states(kind)[:, :, 0] + flight * saved[:, :, 0])
+
+
+def _states(kind: Primitives) -> Ints:
+    """Bytes of a layer's states that are surely there when a rank holds the most activations: gradients may be missing
+    (`unmade`)."""
+    return kind.state - np.where(kind.round > 0, kind.grads, 0)
 
 
 def _surely_in_flight(batch: Priced, r: Ranks) -> Ints:

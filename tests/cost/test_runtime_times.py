@@ -33,6 +33,7 @@ def copies(precision: str = "bf16", place: str = "layer", engine: str = "bundled
 
 OWN, WHOLE = task().accounting.gather_copies
 REDUCED, ADDED = task().accounting.reduce_copies
+ENGINES = task().accounting.engine_copies[0] + task().accounting.engine_copies[1] / 8
 SUMMED = task().accounting.whole_sums
 
 
@@ -40,23 +41,27 @@ SUMMED = task().accounting.whole_sums
     ("named", "expected"),
     [
         ({"dp": 8, "zero": 0, "micro_batch": 4}, OWN + REDUCED),
-        ({"dp": 8, "zero": 1, "micro_batch": 4}, OWN / 8 + WHOLE + REDUCED),
-        ({"dp": 8, "zero": 1, "micro_batch": 2}, OWN / 8 + WHOLE + REDUCED + 2 * SUMMED),
-        ({"dp": 8, "zero": 2, "micro_batch": 2}, OWN / 8 + WHOLE + 2 * (REDUCED + ADDED / 8)),
-        ({"dp": 8, "zero": 3, "micro_batch": 4}, 2 * (OWN / 8 + WHOLE) + REDUCED),
-        ({"dp": 8, "zero": 3, "micro_batch": 2}, 4 * (OWN / 8 + WHOLE) + 2 * (REDUCED + ADDED / 8)),
+        ({"dp": 8, "zero": 1, "micro_batch": 4}, OWN / 8 + WHOLE + ENGINES),
+        ({"dp": 8, "zero": 1, "micro_batch": 2}, OWN / 8 + WHOLE + ENGINES + 2 * SUMMED),
+        ({"dp": 8, "zero": 2, "micro_batch": 2}, OWN / 8 + WHOLE + 2 * (ENGINES + ADDED / 8)),
+        ({"dp": 8, "zero": 3, "micro_batch": 4}, 2 * (OWN / 8 + WHOLE) + ENGINES),
+        ({"dp": 8, "zero": 3, "micro_batch": 2}, 4 * (OWN / 8 + WHOLE) + 2 * (ENGINES + ADDED / 8)),
+        ({"dp": 8, "zero": 3, "micro_batch": 2, "shard": 4}, 4 * (OWN / 4 + WHOLE) + 2 * (REDUCED + ADDED / 4)),
+        ({"dp": 16, "zero": 1, "micro_batch": 2}, OWN / 16 + WHOLE + REDUCED),
+        ({"dp": 16, "zero": 3, "micro_batch": 1}, 4 * (OWN / 16 + WHOLE) + 2 * (REDUCED + ADDED / 16)),
         ({"micro_batch": 32}, 0.0),
         ({"micro_batch": 8}, 4 * SUMMED),
     ],
     ids=str,
 )
 def test_copies_of_a_step_by_zero_stage(named, expected):
-    """One rank alone has bf16 parameters with masters beside: it copies nothing, and adds up in fp32."""
+    """One rank alone has bf16 parameters with masters beside: it copies nothing, and adds up in fp32. Eight ranks are a node,
+    whose copy engines carry bf16."""
     assert copies(**named) == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_head_is_gathered_once_a_micro_batch():
-    assert copies(place="last", dp=8, zero=3, micro_batch=4) == pytest.approx(OWN / 8 + WHOLE + REDUCED, rel=1e-9)
+    assert copies(place="last", dp=8, zero=3, micro_batch=4) == pytest.approx(OWN / 8 + WHOLE + ENGINES, rel=1e-9)
 
 
 def test_engines_with_fitted_constants_have_them_in_these():

@@ -7,7 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.cost import devicetypes, frozen, operators, primitives, step
+from planner.cost import devicetypes, frozen, memory, operators, primitives, step
+from planner.cost.accounting import BY_ENGINES
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.task import Floats, Ints, LayoutArray, StageArray, Task
@@ -15,6 +16,9 @@ from planner.cost.traffic import DpTraffic, dp_traffic, idle_seconds, layer_comp
 from planner.planfile import Plan
 from planner.planning.detail.source import Book
 from planner.specs.layout import Layout
+
+OVERLAPPED = ("engine.dp_floor", "overlap_slowdown")
+"""Figures of traffic that kernels carry beside compute."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,21 @@ class Case:
         return int(self.x.microbatches[0])
 
     @cached_property
+    def rule(self) -> int:
+        """Key of the layout's rule among those of the engine's accounting."""
+        return _rule(self.task, self.x)
+
+    @property
+    def engines(self) -> bool:
+        """Whether copy engines gather and reduce."""
+        return self.rule > BY_ENGINES
+
+    @property
+    def overlapped(self) -> tuple[str, ...]:
+        """Figures that say what of gathers and reductions beside compute is exposed, and what compute loses by them."""
+        return () if self.engines else OVERLAPPED
+
+    @cached_property
     def slowest(self) -> int:
         """The rank that all others wait for."""
         return int(np.argmax(self.cost.time)) if self.rank is None else self.rank
@@ -109,11 +128,15 @@ def case_of(task: Task, plan: Plan, rank: int | None = None) -> Case:
     stack = Stack.of(priced, task.model.text_kind) if mixed else None
     blended = None if stack is None else step.blended_ranks(task, stack, [plan.layout], x.microbatches)
     cost = step.stage_cost(kinds[task.model.text_kind].p, x, stages, blended)
-    held, book = step.held(x.take(stages.row), stages), Book(task, int(x.kept_zero[0]))
+    held, book = step.held(x.take(stages.row), stages), Book(task, _rule(task, x))
     pooled = devicetypes.pooled_bytes(task, plan.layout)
     return Case(
         task, plan, x, stages, tuple(kinds), counts, blended or priced[0], cost.without(pooled), pooled, held, book, rank
     )
+
+
+def _rule(task: Task, x: LayoutArray) -> int:
+    return int(memory.rule_of(task, x)[0])
 
 
 def _kind(task: Task, x: LayoutArray, label: str) -> Kind:

@@ -13,8 +13,8 @@ from planner.cost.collectives import collective_seconds, crossed_tiers
 from planner.cost.frozen import Source
 from planner.cost.states import params_by_place
 from planner.cost.task import Task
-from planner.cost.traffic import end_share, sharing
-from planner.planning.detail.case import Case, Kind
+from planner.cost.traffic import end_share, exchanged_at_ends, sharing
+from planner.planning.detail.case import OVERLAPPED, Case, Kind
 from planner.planning.detail.source import growth_figures, tier_figures
 from planner.planning.detail.tables import Collective
 from planner.specs.hardware import Tier
@@ -44,6 +44,7 @@ _PASSES = {"all_reduce": 2.0}
 """Passes of the tensor through a link that bus bandwidth counts."""
 
 _HIDE = "{:.0%} hides under compute, by the engine's share"
+_BUT_FLOOR = ", all but the engine's floor"
 
 
 def collectives_of(c: Case) -> tuple[Collective, ...]:
@@ -155,7 +156,7 @@ def _context_rows(c: Case, kind: Kind, where: str, times: float, exposed: float)
         both = {"forward": 1.0, "backward": 2.0}.get(where, 0.0)  # recompute repeats none
         calls = [_Call("cp", "all_gather", cp, tp, n_bytes, times * both)]
     hides = "hides under attention, all but the engine's floor"
-    return _priced(c, "cp_comm", f"{kind.label}keys and values, {_place(where)}", calls, exposed, hides, _OVERLAPPED)
+    return _priced(c, "cp_comm", f"{kind.label}keys and values, {_place(where)}", calls, exposed, hides, OVERLAPPED)
 
 
 def _in_a_ring(kind: Kind) -> bool:
@@ -168,9 +169,6 @@ def _exchange_rows(c: Case, kind: Kind, where: str, times: float, exposed: float
     sent = {name: float(n[0]) for name, n in operators.exchanged_bytes(kind.task, kind.shapes).items()}
     calls = [_Call("cp", "all_to_all", c.layout.cp, c.layout.tp, n_bytes, times) for n_bytes in sent.values()]
     return _priced(c, "cp_comm", f"{kind.label}heads for tokens, {_place(where)}", calls, exposed, "attention waits for it", ())
-
-
-_OVERLAPPED = ("engine.dp_floor", "overlap_slowdown")
 
 
 def _expert_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) -> list[Collective]:
@@ -208,15 +206,15 @@ def _state_calls(c: Case, source: Source, item: Traffic, times: dict[str, float]
 
 def _traffic(c: Case, source: Source, per: str) -> list[Traffic]:
     """Collectives of the parameters under one rule, of every micro-batch or of a step."""
-    return [t for t in source.task.accounting.zero[int(c.x.kept_zero[0])].traffic if t.per == per]
+    return [t for t in source.task.accounting.zero[c.rule].traffic if t.per == per]
 
 
 def _zero_rows(c: Case, kind: Kind, where: str, times: float, exposed: float) -> list[Collective]:
     """Gathers and reductions of every micro-batch (ZeRO 2 and 3)."""
     items = [(s, t) for s in kind.sources for t in _traffic(c, s, "microbatch") if t.under == where]
     calls = [call for source, item in items for call in _state_calls(c, source, item, {"layer": times})]
-    hides = f"hides under the layer's {where}, all but the engine's floor"
-    figures = (*_OVERLAPPED, "engine.zero", "constant.dp")
+    hides = f"hides under the layer's {where}" + _BUT_FLOOR * (not c.engines)
+    figures = (*c.overlapped, "engine.zero", "constant.dp")
     return _priced(c, "zero_comm", f"{kind.label}layers, {where}", calls, exposed, hides, figures)
 
 
@@ -231,11 +229,11 @@ def _step_rows(c: Case) -> list[Collective]:
             for item in _traffic(c, source, "step"):
                 calls += _state_calls(c, source, item, times)
     hidden = int(c.stages.layers[d]) * c.ns("hide", d)
-    hides = f"{hidden:.4g} s hide under backward, all but the engine's floor"
+    hides = f"{hidden:.4g} s hide under backward" + _BUT_FLOOR * (not c.engines)
     if any(t.under == "nothing" for kind in c.kinds for s in kind.sources for t in _traffic(c, s, "step")):
         hides += "; gathers after the optimizer's step hide under nothing"
     floor = "engine.step_floor" if c.task.accounting.step_floor else "engine.dp_floor"
-    figures = ("engine.dp_window", floor, "engine.zero", "constant.dp")
+    figures = ("engine.dp_window", *(() if c.engines else (floor,)), "engine.zero", "constant.dp")
     exposed = int(c.cost.once[d]) - int(step.stage_update(*at, c.stages.layers[d : d + 1])[0])
     return _joined(_priced(c, "dp_comm", f"once a step, rank {d}", calls, exposed / 1e9, hides, figures))
 
@@ -279,13 +277,14 @@ def _embedding_rows(c: Case) -> list[Collective]:
 def _end_zero_rows(c: Case, place: str, name: str) -> list[Collective]:
     """Gathers and reductions of the embedding or the head with every micro-batch, where they are charged."""
     rows: list[Collective] = []
-    figures = ("engine.dp_floor", "engine.zero", "constant.dp")
+    figures = (*c.overlapped, "engine.zero", "constant.dp")
     for source in c.base.sources:
         for item in _traffic(c, source, "microbatch"):
-            share = end_share(c.task.accounting, item, place)
-            calls = [x for x in _state_calls(c, source, item, {place: float(c.m)}) if share]
+            share = end_share(c.task.accounting, c.rule, item, place)
+            charged = share or (c.engines and exchanged_at_ends(item))
+            calls = [x for x in _state_calls(c, source, item, {place: float(c.m)}) if charged]
             exposed = share * sum(x.calls * _seconds(c.task, x) for x in calls)
-            hides = "nothing" if share == 1.0 else "hides under layers, all but the engine's floor"
+            hides = "nothing" if share == 1.0 else "hides under layers" + _BUT_FLOOR * (share > 0)
             rows += _priced(c, "zero_comm", f"{name}, {item.under}", calls, exposed, hides, figures)
     return rows
 

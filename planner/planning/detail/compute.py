@@ -125,7 +125,7 @@ def _host_line(lines: Lines, kind: Kind, direction: int, times: float, bound: st
     if direction == 1 and lines.c.layout.schedule in SPLIT_BACKWARD:
         _split_line(lines, kind, times, bound)
         return
-    gathers = float(traffic.gather_host(task, lines.c.x.kept_zero, direction)[0])
+    gathers = float(traffic.gather_host(task, np.array([lines.c.rule]), direction)[0])
     beside = float((getattr(t, f"tp_{word}") + getattr(t, f"cp_{word}"))[0])
     routed = task.model.layer.mlp.routed
     loops = routed and any(task.accounting.kernels_expert)
@@ -171,10 +171,10 @@ def recompute_lines(lines: Lines, kind: Kind, k: int, times: float) -> None:
     host, bound = ("device.launch", "engine.kernels_forward", "constant.host"), "host" if rest > 1e-12 else "device"
     lines.add("recompute", f"{label}: host floor", rest, times, FORMULAS["host"], {}, host, bound)
     again = kind.seconds.again(k)
-    hidden = float((traffic.recompute_seconds(task, again, kind.compute[1], kind.traffic) - again)[0])
+    hidden = float((traffic.recompute_seconds(task, lines.c.x, again, kind.compute[1], kind.traffic) - again)[0])
     if hidden:
         formula = "ZeRO traffic that hides under it and was counted as exposed (planner.cost.traffic.recompute_seconds)"
-        lines.add("recompute", f"{label}: traffic behind it", hidden, times, formula, {}, ("engine.dp_floor", "constant.dp"))
+        lines.add("recompute", f"{label}: traffic behind it", hidden, times, formula, {}, (*lines.c.overlapped, "constant.dp"))
 
 
 def _part_figures(task: Task, s: Shapes) -> dict[str, tuple[str, ...]]:

@@ -22,8 +22,9 @@ _PRIOR = "prior: not fitted for this engine on this machine"
 class Book:
     """All figures of a task by name."""
 
-    def __init__(self, task: Task, zero: int):
-        self.figures = _hardware_figures(task) | _engine_figures(task.accounting, zero) | _constants(task)
+    def __init__(self, task: Task, rule: int):
+        """`rule`: the key of the layout's among the accounting's."""
+        self.figures = _hardware_figures(task) | _engine_figures(task.accounting, rule) | _constants(task)
 
     def used(self, names: set[str]) -> tuple[Source, ...]:
         """The figures with these names, in a fixed order."""
@@ -85,8 +86,8 @@ def tier_figures(tier: Tier) -> dict[str, Source]:
     return found
 
 
-def _engine_figures(accounting: Accounting, zero: int) -> dict[str, Source]:
-    """Values of the engine's accounting at a ZeRO stage; a field that a trait replaced has the trait's source."""
+def _engine_figures(accounting: Accounting, rule: int) -> dict[str, Source]:
+    """Values of the engine's accounting, of its ZeRO rules the one with a key; a field that a trait replaced has the trait's source."""
     base, *traits = accounting.name.split("+")
     origins = dict(accounting.origin)
     before = engine_named(base).accounting
@@ -99,7 +100,7 @@ def _engine_figures(accounting: Accounting, zero: int) -> dict[str, Source]:
     for key, value in vars(accounting).items():
         if key not in ("name", "origin"):
             origin = origins.get(key) or origins.get(_SAME_ORIGIN.get(key, ""), "")
-            short = _short(value.get(zero) if key == "zero" else value)
+            short = _short(value.get(rule) if key == "zero" else value)
             found[f"engine.{key}"] = Source(f"engine.{key}", short, _trust_of(origin), origin or _NO_ORIGIN)
     return found
 

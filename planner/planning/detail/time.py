@@ -68,7 +68,8 @@ def _pipeline_line(lines: Lines) -> None:
 def _optimizer_lines(lines: Lines) -> None:
     """The optimizer on the rank that it holds up longest."""
     c, a, d = lines.c, lines.c.task.accounting, lines.c.updating
-    copies = ("engine.gather_copies", "engine.reduce_copies", "engine.whole_sums") if any(a.gather_copies) else ()
+    around = "engine.engine_copies" if c.engines else "engine.reduce_copies"
+    copies = ("engine.gather_copies", around, "engine.whole_sums") if any(a.gather_copies) else ()
     figures = (*STREAMED, "engine.optimizer_bytes", "engine.optimizer_whole_bytes", *copies, *growth_figures(c.task))
     first, last = c.ends(d)
     each: Inputs = {"rank": d, "bytes an owned parameter": a.optimizer_bytes, "bytes a parameter": a.optimizer_whole_bytes}
