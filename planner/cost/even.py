@@ -62,6 +62,8 @@ class _Still:
     carried: Ints
     grads: Ints
     grads_first: Ints
+    excess: Ints
+    """Bytes of temporaries at the head's backward beyond those at a layer's, of last ranks."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def _still_runs(q: Primitives, x: LayoutArray, runs: StageArray, mode: int) -> l
         first * n * q.state + step.between_base(q, first, last, none),
         step.stage_update_bytes(q, first, last, n),
         q.saved(mode), q.deferred, q.boundary, q.entering, q.carried, q.grads, q.grads_first,
+        last * step.head_excess(q, first, mode),
     ]  # fmt: skip
 
 
@@ -174,6 +177,10 @@ def _bytes(still: _Still, x: LayoutArray, own: dict[str, Ints], row: Ints, run: 
     )  # fmt: skip
     late = unmade.Late(still.grads.take(run), still.grads_first.take(run), own["round"].take(row), v)
     never = unmade.spared(late, first, flight, layers, saved)
+    if np.any(layers % v):
+        headed = step.HeadedRank(own["headed"].take(row), v)
+        beyond = step.beyond_head(headed, last, flight, layers, weight)
+        never = never + step.spared_by_head(beyond, still.saved.take(run), still.excess.take(run))
     backward = still.backward.take(run) + step.passing_bytes(passed, first, last, flight) + saved - never
     left = saved * unmade.left_between(late, flight) // flight
     between = first * left + step.between_passing(passed, first, last, flight)

@@ -14,7 +14,7 @@ import numpy as np
 from planner.cost import memory, operators, p2p, risk, schedules
 from planner.cost.rounding import ceil, nanoseconds
 from planner.cost.states import held_bytes
-from planner.cost.task import GPIPE, INTERLEAVED_ZB, Bools, Floats, Ints, LayoutArray, Task, picked, splits_backward
+from planner.cost.task import GPIPE, INTERLEAVED, INTERLEAVED_ZB, Bools, Floats, Ints, LayoutArray, Task, picked, splits_backward
 from planner.cost.traffic import DpTraffic, dp_traffic, idle_seconds, layer_compute, recompute_seconds, split_compute
 
 
@@ -117,6 +117,9 @@ class Primitives:
     """The part of `state` that the first backward of a step makes; 0 where it is there from the start (`unmade`)."""
     grads_first: Ints
     """The same of the embedding (first rank)."""
+    headed: Ints
+    """Micro-batches in flight of each of a last rank's first chunks when its head runs backward: where chunks may hold unequal
+    numbers of layers it may hold more at other times (`step.beyond_head`); else -1."""
     round: Ints
     """Micro-batches of a step where all are under way on the first rank before its first backward, else 0."""
     fixed: Ints
@@ -251,7 +254,7 @@ class PrimitiveTable:
     def quiet(self, share: Ints) -> Primitives:
         """Primitives of combinations where nothing is passed on and nothing waits: without what layouts have of their `own`."""
         none = np.zeros(1, dtype=np.int64)
-        own = dict.fromkeys(("p2p", "credit", "hide", "waiting", "receive", "alike", "round"), none) | {"chunks": none + 1}
+        own = dict.fromkeys(("p2p", "credit", "hide", "waiting", "receive", "alike", "round"), none) | {"chunks": none + 1, "headed": none - 1}
         return Primitives(**{k: v.take(share) for k, v in self.columns.items()}, **own)
 
     def own(self, x: LayoutArray, share: Ints) -> dict[str, Ints]:
@@ -271,8 +274,14 @@ class PrimitiveTable:
             "receive": self.received.take(share) * buffers * kept // 2,
             "alike": ((x.pp > 2) & self._symmetric).astype(np.int64),
             "chunks": x.virtual_stages,
+            "headed": self._headed(x),
             "round": self._round(x),
         }
+
+    def _headed(self, x: LayoutArray) -> Ints:
+        """Micro-batches of each of the last rank's first chunks in flight at the head's backward."""
+        there = (x.schedule == INTERLEAVED) & (x.virtual_stages > 1) & (not self.task.one_of_several)
+        return np.where(there, np.minimum(x.pp, x.microbatches), -1)
 
     def _round(self, x: LayoutArray) -> Ints:
         """Micro-batches, where all of them are in flight before gradients are made that add up."""

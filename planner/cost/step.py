@@ -153,6 +153,40 @@ def stage_transient(p: Primitives, first: Ints, last: Ints, mode: int) -> Ints:
     return np.maximum(np.where(last == 1, head, m.layer.bytes), np.maximum(m.reduction.bytes, m.finish.bytes))
 
 
+def head_excess(p: Primitives, first: Ints, mode: int) -> Ints:
+    """How much more temporaries take on a last rank at its head's backward than at that of a layer; negative for less."""
+    one = np.ones_like(first)
+    return stage_transient(p, first, one, mode) - stage_transient(p, first, 0 * one, mode)
+
+
+class Headed(Protocol):
+    """The fields of `Primitives` that say what is in flight when the head runs backward."""
+
+    @property
+    def headed(self) -> Ints: ...
+    @property
+    def chunks(self) -> Ints: ...
+
+
+class HeadedRank(NamedTuple):
+    """They alone."""
+
+    headed: Ints
+    chunks: Ints
+
+
+def beyond_head(p: Headed, last: Ints, flight: Ints, layers: Ints, pairs: Ints) -> Ints:
+    """Of the `pairs` (layer, micro-batch) that a rank with `layers` layers holds at most, those beyond what the last rank holds
+    when its head runs backward: chunks with a layer more than others are first ones, and the head is in the last."""
+    there = flight * (layers // p.chunks) + p.headed * (layers % p.chunks)
+    return np.where((p.headed >= 0) & (last == 1), np.maximum(pairs - there, 0), 0)
+
+
+def spared_by_head(beyond: Ints, saved: Ints, excess: Ints) -> Ints:
+    """Bytes of the head's temporaries (`head_excess`) that never meet the most activations, for `saved` bytes of a pair."""
+    return np.where(beyond > 0, np.minimum(beyond * saved, excess), 0)
+
+
 class Moment(NamedTuple):
     """A moment of backward: what a unit's own backward takes, and the reduction buffers beside it."""
 
@@ -235,19 +269,24 @@ def between_passing(p: Passing, first: Ints, last: Ints, flight: Ints) -> Ints:
     return first * (receive_bytes(p, first, last) + carried + flight * passed_bytes(p, first, last))
 
 
-def saved_limit(p: Primitives, first: Ints, last: Ints, flight: Ints, layers: Ints, mode: int) -> Ints:
+def saved_limit(p: Primitives, first: Ints, last: Ints, flight: Ints, layers: Ints, mode: int, pairs: Ints | None = None) -> Ints:
     """Bytes that a rank with `layers` layers may save for backward when its strongest recompute mode is `mode`; negative when
-    it does not fit at all."""
-    return saved_limits(p, first, last, flight, layers, (mode,))[0]
+    it does not fit at all. `pairs`: (layer, micro-batch) pairs in flight, of use where chunks may be unequal."""
+    return saved_limits(p, first, last, flight, layers, (mode,), pairs)[0]
 
 
-def saved_limits(p: Primitives, first: Ints, last: Ints, flight: Ints, layers: Ints, modes: Sequence[int]) -> list[Ints]:
+def saved_limits(
+    p: Primitives, first: Ints, last: Ints, flight: Ints, layers: Ints, modes: Sequence[int], pairs: Ints | None = None
+) -> list[Ints]:
     """The same under each of `modes`: they differ in their temporaries alone."""
+    beyond = np.zeros(1, dtype=np.int64) if pairs is None else beyond_head(p, last, flight, layers, pairs)
     left = p.capacity - layers * p.state
     most, base = _between_limit(p, first, last, flight, left), left - stage_base_bytes(p, first, last, flight)
 
     def within(mode: int) -> Ints:
         room = base - stage_transient(p, first, last, mode)
+        if np.any(beyond):
+            room = room + spared_by_head(beyond, p.saved(mode), head_excess(p, first, mode))
         return np.minimum(unmade.most_saved(p, first, flight, layers, room), most)
 
     return [within(mode) for mode in modes]
@@ -350,10 +389,13 @@ def stage_cost(p: Primitives, layouts: LayoutArray, stages: StageArray, blended:
     flight, weight, weight1, weight2, waiting = held(x, stages)
     saved = weight * q.act0 - weight1 * (q.act0 - q.act1) - weight2 * (q.act0 - q.act2) + waiting * q.deferred
     strongest = np.where(n2 > 0, 2, np.where(n1 > 0, 1, 0))
-    transient = np.zeros_like(n)
+    transient, beyond = np.zeros_like(n), beyond_head(q, last, flight, n, weight)
     for mode in range(3):
         if np.any(there := strongest == mode):
-            transient = np.where(there, stage_transient(q, first, last, mode), transient)
+            one = stage_transient(q, first, last, mode)
+            if np.any(beyond):
+                one = one - spared_by_head(beyond, q.saved(mode), head_excess(q, first, mode))
+            transient = np.where(there, one, transient)
     left = saved * unmade.left_between(q, flight) // flight
     between = first * (n * q.state + left) + between_base(q, first, last, flight)
     never = unmade.spared(q, first, flight, n, saved)

@@ -81,7 +81,11 @@ class Group:
         """Bytes that ranks with `layers` layers may save for backward when the strongest recompute mode is `mode`, shape (rows,
         pp, 1 or windows)."""
         place = (self.first[:, :, None], self.last[:, :, None], self.flight[:, :, None])
-        return step.saved_limit(self.deep, *place, layers, mode)
+        pairs = None
+        if np.any(self.p.headed >= 0):
+            shape = np.broadcast_shapes(layers.shape, self.flight[:, :, None].shape)
+            pairs = self.weight(np.broadcast_to(layers, shape))
+        return step.saved_limit(self.deep, *place, layers, mode, pairs)
 
     def act(self, mode: int) -> Ints:
         """Saved bytes of one layer and micro-batch under a mode, shape (rows, 1)."""

@@ -41,6 +41,10 @@ class Places:
     """Bytes of inputs and outputs kept for each chunk-micro-batch in flight, shape (rows, places)."""
     late: unmade.Late
     """Gradients that may not exist yet, each of shape (rows, places)."""
+    headed: Ints
+    """As `Primitives.headed` on the last rank, shape (rows, places); -1 on others."""
+    excess: Ints
+    """Of these (`step.head_excess`), shape (modes, rows, places, patterns)."""
 
     @property
     def unmade(self) -> Ints:
@@ -94,6 +98,11 @@ class Ranks:
         state, update = whole[0] - forgiven, whole[1] - forgiven
         late = unmade.Late(*(column.ravel()[place] for column in at.late))
         room = at.left.reshape(len(saved), -1).take(there, axis=1) - flight * passed - state
+        if np.any(at.headed >= 0):
+            last = step.HeadedRank(at.headed.ravel()[place], late.chunks)
+            beyond = step.beyond_head(last, np.ones_like(ranks), flight, layers, weight)
+            excess = at.excess.reshape(len(saved), -1).take(there, axis=1)
+            room = room + step.spared_by_head(beyond, held[2:, 0], excess)
         fits = saved <= unmade.most_saved(late, (ranks == 0).astype(np.int64), flight, layers, room)
         first = np.nonzero(ranks == 0)[0]
         if len(first):
@@ -147,4 +156,6 @@ def _places(stack: Stack, pp: int, patterns: Bools, modes: tuple[int, ...]) -> P
     beside, closing = (each(p.capacity - ending[name].of(zero)) for name in ("update", "closing"))
     late = unmade.Late(*(each(column)[:, :, 0] for column in (p.grads, p.grads_first, p.round, p.chunks)))
     passed = each(step.passed_bytes(p, first, last))[:, :, 0].copy()
-    return Places(of_rank, left, between, beside, closing[:, 0], passed, late)
+    headed = each(np.where(last == 1, p.headed, -1))[:, :, 0]
+    excess = np.stack([each(step.head_excess(p, first, mode)) for mode in modes])
+    return Places(of_rank, left, between, beside, closing[:, 0], passed, late, headed, excess)

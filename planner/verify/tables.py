@@ -201,7 +201,7 @@ def _pairs(w: Runs, flight: Ints, each: Ints, moments: Ints | None) -> Ints:
 
 def room_by_mode(r: Ranks, modes: tuple[int, ...]) -> list[Ints]:
     """Bytes left for saved activations when each of `modes` is the strongest in use."""
-    return step.saved_limits(r.p, r.first, r.last, r.flight, r.layers, modes)
+    return step.saved_limits(r.p, r.first, r.last, r.flight, r.layers, modes, r.pairs)
 
 
 def _late(r: Ranks) -> Ints:
