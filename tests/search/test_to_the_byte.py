@@ -15,9 +15,11 @@ from planner.cost.primitives import Primitives
 from planner.cost.task import Ints, LayoutArray, StageArray, Task, even_runs
 from planner.engines.registry import engine_named
 from planner.search import bounds, solve
+from planner.search.solve import search
 from planner.search.space import Space, declared_space, enumerate_rows
 from planner.verify import memory, tables
 from search.brute import mixes, splits
+from search.grids import under
 
 CASES = {
     # A round of as many micro-batches as stages, and two: gradients are all there only in the second case.
@@ -105,3 +107,13 @@ def test_even_splits_are_priced_alike(name: str, shape: str) -> None:
             whole = step.step_cost(primitives.price(t, x), x, runs)
             assert np.array_equal(even_step_cost(t, x, mode).allocated, whole.allocated)
 
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_is_found_under_the_lowest_limit_that_there_is_one_for(name: str, shape: str) -> None:
+    for t, space, x in rows_of(name, shape):
+        p, needed = primitives.price(t, x), least_bytes(t, x, space.modes)
+        limit = int((np.ceil(needed * t.reserved_ratio).astype(np.int64) + p.outside).min())
+        there = search(under(t, limit), engine_named("bundled"), space, k=1)
+        assert len(there.candidates) == 1
+        assert search(under(t, limit - 3), engine_named("bundled"), space, k=1).status == "infeasible"
