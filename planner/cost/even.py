@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.cost import step, unmade
+from planner.cost import peaks, step, unmade
 from planner.cost.primitives import Primitives, PrimitiveTable, distinct_keys, primitive_table
 from planner.cost.schedules import flight_limits, layers_of, put_off
 from planner.cost.step import StepCost
@@ -68,7 +68,7 @@ class _Still:
 
 @dataclass(frozen=True)
 class _Passing:
-    """What runs keep of what they pass on (`step.Passing`)."""
+    """What runs keep of what they pass on (`peaks.Passing`)."""
 
     boundary: Ints
     entering: Ints
@@ -125,11 +125,11 @@ def _still_runs(q: Primitives, x: LayoutArray, runs: StageArray, mode: int) -> l
         step.stage_time(q, first, last, n, runs.selective, runs.full),
         first, last, runs.index, runs.index + runs.count - 1, n,
         *step.stage_traffic(q, first, last, n), step.stage_update(q, first, last, n),
-        n * q.state + step.stage_base_bytes(q, first, last, none) + step.stage_transient(q, first, last, mode),
-        first * n * q.state + step.between_base(q, first, last, none),
-        step.stage_update_bytes(q, first, last, n),
+        n * q.state + peaks.stage_base_bytes(q, first, last, none) + peaks.stage_transient(q, first, last, mode),
+        first * n * q.state + peaks.between_base(q, first, last, none),
+        peaks.stage_update_bytes(q, first, last, n),
         q.saved(mode), q.deferred, q.boundary, q.entering, q.carried, q.grads, q.grads_first,
-        last * step.head_excess(q, first, mode),
+        last * peaks.head_excess(q, first, mode),
     ]  # fmt: skip
 
 
@@ -178,11 +178,11 @@ def _bytes(still: _Still, x: LayoutArray, own: dict[str, Ints], row: Ints, run: 
     late = unmade.Late(still.grads.take(run), still.grads_first.take(run), own["round"].take(row), v)
     never = unmade.spared(late, first, flight, layers, saved)
     if np.any(layers % v):
-        headed = step.HeadedRank(own["headed"].take(row), v)
-        beyond = step.beyond_head(headed, last, flight, layers, weight)
-        never = never + step.spared_by_head(beyond, still.saved.take(run), still.excess.take(run))
-    backward = still.backward.take(run) + step.passing_bytes(passed, first, last, flight) + saved - never
+        headed = peaks.HeadedRank(own["headed"].take(row), v)
+        beyond = peaks.beyond_head(headed, last, flight, layers, weight)
+        never = never + peaks.spared_by_head(beyond, still.saved.take(run), still.excess.take(run))
+    backward = still.backward.take(run) + peaks.passing_bytes(passed, first, last, flight) + saved - never
     left = saved * unmade.left_between(late, flight) // flight
-    between = first * left + step.between_passing(passed, first, last, flight)
-    ending = still.ending.take(run) + step.receive_bytes(passed, first, last)
+    between = first * left + peaks.between_passing(passed, first, last, flight)
+    ending = still.ending.take(run) + peaks.receive_bytes(passed, first, last)
     return np.maximum(np.maximum(backward, ending), still.between.take(run) + between)

@@ -268,8 +268,8 @@ def rule_of(task: Task, layouts: LayoutArray) -> Ints:
 
 
 def by_engines(task: Task, layouts: LayoutArray) -> Bools:
-    """Whether copy engines gather and reduce: under an engine with rules for that, where all ranks are GPUs of one node and share
-    one copy of the states (the runtime's `copies.suits` says why)."""
+    """Whether copy engines gather and reduce: under an engine with rules for that, where all ranks are GPUs of one node and
+    share one copy of the states (the runtime's `copies.suits` says why)."""
     x, machine = layouts, task.hardware
     there = BY_ENGINES + 1 in task.accounting.zero and machine.device.kind == "cuda" and task.gpus <= machine.node_size
     shared = (x.zero > 0) & (x.offload == 0) & (x.ep * x.etp == 1)

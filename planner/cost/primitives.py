@@ -14,7 +14,18 @@ import numpy as np
 from planner.cost import memory, operators, p2p, risk, schedules
 from planner.cost.rounding import ceil, nanoseconds
 from planner.cost.states import held_bytes
-from planner.cost.task import GPIPE, INTERLEAVED, INTERLEAVED_ZB, Bools, Floats, Ints, LayoutArray, Task, picked, splits_backward
+from planner.cost.task import (
+    GPIPE,
+    INTERLEAVED,
+    INTERLEAVED_ZB,
+    Bools,
+    Floats,
+    Ints,
+    LayoutArray,
+    Task,
+    picked,
+    splits_backward,
+)
 from planner.cost.traffic import DpTraffic, dp_traffic, idle_seconds, layer_compute, recompute_seconds, split_compute
 
 
@@ -119,7 +130,7 @@ class Primitives:
     """The same of the embedding (first rank)."""
     headed: Ints
     """Micro-batches in flight of each of a last rank's first chunks when its head runs backward: where chunks may hold unequal
-    numbers of layers it may hold more at other times (`step.beyond_head`); else -1."""
+    numbers of layers it may hold more at other times (`peaks.beyond_head`); else -1."""
     round: Ints
     """Micro-batches of a step where all are under way on the first rank before its first backward, else 0."""
     fixed: Ints
@@ -254,7 +265,10 @@ class PrimitiveTable:
     def quiet(self, share: Ints) -> Primitives:
         """Primitives of combinations where nothing is passed on and nothing waits: without what layouts have of their `own`."""
         none = np.zeros(1, dtype=np.int64)
-        own = dict.fromkeys(("p2p", "credit", "hide", "waiting", "receive", "alike", "round"), none) | {"chunks": none + 1, "headed": none - 1}
+        own = dict.fromkeys(("p2p", "credit", "hide", "waiting", "receive", "alike", "round"), none) | {
+            "chunks": none + 1,
+            "headed": none - 1,
+        }
         return Primitives(**{k: v.take(share) for k, v in self.columns.items()}, **own)
 
     def own(self, x: LayoutArray, share: Ints) -> dict[str, Ints]:
@@ -373,7 +387,9 @@ def primitive_table(task: Task, layouts: LayoutArray) -> PrimitiveTable:
     }  # fmt: skip
     layer = _layer_ns(task, shared, seconds, (compute, traffic), spread)
     again = [seconds.again(i) for i in range(2)]
-    repeated = {f"recompute{i + 1}": ns(recompute_seconds(task, shared, again[i][spread], compute[1], traffic)) for i in range(2)}
+    repeated = {
+        f"recompute{i + 1}": ns(recompute_seconds(task, shared, again[i][spread], compute[1], traffic)) for i in range(2)
+    }
     columns = repeated | {k: v[spread] for k, v in blocks.items()} | layer | traffic.ns | held
     columns["embedding"] = ns((seconds.embedding + seconds.embedding_tp)[spread] + traffic.ends["first"])
     columns["head"] = ns((seconds.head + seconds.head_tp)[spread] + traffic.ends["last"])

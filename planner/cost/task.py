@@ -333,6 +333,11 @@ class StageArray:
     selective: Ints
     full: Ints
 
+    @property
+    def strongest(self) -> Ints:
+        """The strongest recompute mode of each: 0 none, 1 selective, 2 full."""
+        return np.where(self.full > 0, 2, np.where(self.selective > 0, 1, 0))
+
     def between(self, rows: slice) -> StageArray:
         """The entries of a slice, as views."""
         return StageArray(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})

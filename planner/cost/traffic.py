@@ -103,7 +103,9 @@ def dp_traffic(task: Task, layouts: LayoutArray, compute: tuple[Floats, Floats],
                 for place in step:
                     (bare if item.under == "nothing" else step)[place][rows] += cost[place]
     forward, backward = compute
-    exposed = [overlapped(c, each[k], beside.slowdown, beside.floor, free) for k, c, free in zip(each, compute, idle, strict=True)]
+    exposed = [
+        overlapped(c, each[k], beside.slowdown, beside.floor, free) for k, c, free in zip(each, compute, idle, strict=True)
+    ]
     sharded = layouts.zero > 0
 
     def optimizer(count: Floats, shard: Ints) -> Floats:

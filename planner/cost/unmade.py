@@ -1,13 +1,13 @@
 """Gradients that do not exist yet while a pipeline's rank holds the most activations.
 
-Where gradients are made by the first backward of a step, and all micro-batches of a rank are under way before that (m <= pp, or
-GPipe), most activations and all gradients never meet. With n layers in v chunks, F of the rank's m v micro-batches (of a chunk
-each) in flight, g bytes of gradients a layer and A bytes of activations, a rank holds besides the rest of its states, and besides
-temporaries, at most the largest of
+Where gradients are made by the first backward of a step, and all micro-batches of a rank are under way before that (m <= pp,
+or GPipe), most activations and all gradients never meet. With n layers in v chunks, F of the rank's m v micro-batches (of a
+chunk each) in flight, g bytes of gradients a layer and A bytes of activations, a rank holds besides the rest of its states,
+and besides temporaries, at most the largest of
 
-    A                            before the first backward, where F = m v; otherwise the last chunk's gradients are there already
-    n/v g + (F - 1) / F A        after it
-    n g + (m - 1) / F A          when the first micro-batch has passed back through all chunks
+    A                       before the first backward, where F = m v; otherwise the last chunk's gradients are there already
+    n/v g + (F - 1) / F A   after it
+    n g + (m - 1) / F A     when the first micro-batch has passed back through all chunks
 
 in place of n g + A: what is in flight falls by more with every chunk than its gradients take, or by less with every one.
 """
@@ -48,10 +48,19 @@ class Late(NamedTuple):
 
 def spared(p: Unmade, first: Ints, flight: Ints, layers: Ints, saved: Ints) -> Ints:
     """Bytes of gradients and `saved` activations that never meet on a rank."""
+    missing, kept = most_held(p, first, flight, layers, saved)
+    return missing + saved - saved * kept // np.maximum(flight, 1)
+
+
+def most_held(p: Unmade, first: Ints, flight: Ints, layers: Ints, saved: Ints) -> tuple[Ints, Ints]:
+    """(bytes of gradients that do not exist, how many of `flight` are there) when a rank holds the most."""
     if not np.any(p.round):
-        return np.zeros_like(saved)
-    less = [missing + saved - saved * kept // np.maximum(flight, 1) for missing, kept in moments(p, first, flight, layers)]
-    return np.where(applies(p, flight), np.minimum.reduce(less), 0)
+        return np.zeros_like(saved), flight
+    each = moments(p, first, flight, layers)
+    most = np.argmin([missing + saved - saved * kept // np.maximum(flight, 1) for missing, kept in each], axis=0)
+    missing, kept = (np.choose(most, [moment[i] for moment in each]) for i in range(2))
+    late = applies(p, flight)
+    return np.where(late, missing, 0), np.where(late, kept, flight)
 
 
 def most_saved(p: Unmade, first: Ints, flight: Ints, layers: Ints, room: Ints) -> Ints:

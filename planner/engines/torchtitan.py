@@ -131,6 +131,9 @@ ACCOUNTING = replace(
     pipeline_zero=2,
     context="ring",
     windows=True,
+    # NCCL sends, gathers and reduces.
+    symmetric_sends=False,
+    engine_copies=(0.0, 0.0),
     mask_elements=0.0,
     origin={
         "pipeline_zero": "torchtitan's reshard_after_forward: default keeps parameters gathered under a pipeline",

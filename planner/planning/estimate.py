@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from planner.cost import devicetypes, frozen, intervals, memory, primitives, risk, step
+from planner.cost import devicetypes, frozen, intervals, memory, peaks, primitives, risk, step, unmade
 from planner.cost.primitives import Primitives, TimeParts
 from planner.cost.schedules import in_flight
 from planner.cost.states import params_by_place
@@ -235,15 +235,16 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
     parts = _states(c, s, updating)
     first, last = int(s == 0), int(s == c.layout.last_rank)
     a = np.array
-    q = c.q.take(a([s]))
-    receive = int(step.receive_bytes(q, a([first]), a([last]))[0])
+    q, middle = c.q.take(a([s])), step.middle(c.q, c.x, c.stages, s)
+    parts["grads"] -= 0 if ending else middle.missing
+    receive = int(peaks.receive_bytes(q, a([first]), a([last]))[0])
     flight = int(in_flight(c.x.schedule, c.x.pp, c.x.virtual_stages, c.x.microbatches, a([s]))[0])
     sends = 1 if c.layout.virtual_stages > 1 or ending else 1 - last
-    flight = {None: flight, "between": flight - 1}.get(ending, 0)
-    outputs = sends * flight * int(q.boundary[0])
-    shared = 0 if ending else int(step.shared_inputs(q, a([first]), a([flight]))[0])
+    outputs = sends * (flight if ending in (None, "between") else 0) * int(q.boundary[0])
+    shared = 0 if ending else int(peaks.shared_inputs(q, a([first]), a([flight]))[0])
     buffers = receive + outputs - shared + int(q.fixed[0])
-    transient = int(getattr(q, ending)[0]) if ending in ("between", "closing") else _transient(c, s, updating)
+    flight = {None: middle.flight, "between": int(unmade.left_between(q, a([flight]))[0])}.get(ending, 0)
+    transient = int(getattr(q, ending)[0]) if ending in ("between", "closing") else _transient(c, s, middle, updating)
     activations = max(0, allocated - sum(parts.values()) - buffers - transient) if flight else 0
     transient = allocated - sum(parts.values()) - buffers - activations
     total = _held(c, s, int(c.held[s])) / GIB
@@ -258,7 +259,7 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
         outside=int(c.q.outside[s]) / GIB,
         total=total,
         headroom=limit - total,
-        cause=_cause(c, s, flight, ending),
+        cause=_cause(c, s, middle, flight, ending),
         hardware=c.task_of(s).hardware.name if c.task.types else None,
         limit_gib=limit if c.task.types else None,
     )
@@ -290,16 +291,11 @@ def _states_of(c: _Priced, source: int, s: int, updating: bool) -> dict[str, int
     return {part: int(held[part][0] * count + experts[part][0] * owned) for part in memory.PARTS}
 
 
-def _transient(c: _Priced, s: int, updating: bool) -> int:
+def _transient(c: _Priced, s: int, middle: step.Middle, updating: bool) -> int:
     if updating:
         return 0
-    first, last = np.array([int(s == 0)]), np.array([int(s == c.layout.last_rank)])
-    return int(step.stage_transient(c.q.take(np.array([s])), first, last, _strongest(c, s))[0])
-
-
-def _strongest(c: _Priced, s: int) -> int:
-    """The strongest recompute mode on a rank: 0 none, 1 selective, 2 full."""
-    return 2 if int(c.stages.full[s]) else 1 if int(c.stages.selective[s]) else 0
+    first, last = np.array([int(s == 0)]), np.array([int(middle.headed)])
+    return int(peaks.stage_transient(c.q.take(np.array([s])), first, last, int(c.stages.strongest[s]))[0])
 
 
 _ENDINGS = {
@@ -309,15 +305,14 @@ _ENDINGS = {
 }
 
 
-def _cause(c: _Priced, s: int, flight: int, ending: str | None) -> str:
+def _cause(c: _Priced, s: int, middle: step.Middle, flight: int, ending: str | None) -> str:
     """The peak's moment in words."""
     if ending:
         return _ENDINGS[ending] + (f", {flight} in flight" if flight else "")
-    last, mode = s == c.layout.last_rank, _strongest(c, s)
-    elsewhere = np.zeros(1, dtype=np.int64)
+    mode, elsewhere = int(c.stages.strongest[s]), np.zeros(1, dtype=np.int64)
     q = c.q.take(np.array([s]))
-    layer = int(step.stage_transient(q, elsewhere, elsewhere, mode)[0])
-    if last and int(q.head_transient[0]) >= layer:
+    layer = int(peaks.stage_transient(q, elsewhere, elsewhere, mode)[0])
+    if middle.headed and int(q.head_transient[0]) >= layer:
         kind = "fp32" if c.task.accounting.logit_bytes > 4 else c.task.job.precision
         return f"backward of the head, logits in {kind}, {flight} in flight"
     return f"backward of a {'recomputed ' if mode else ''}layer, {flight} in flight"

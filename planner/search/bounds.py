@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.cost import step, unmade
+from planner.cost import peaks, step, unmade
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.schedules import ends, in_flight, in_flight_layers, put_off
@@ -85,7 +85,7 @@ class Group:
         if np.any(self.p.headed >= 0):
             shape = np.broadcast_shapes(layers.shape, self.flight[:, :, None].shape)
             pairs = self.weight(np.broadcast_to(layers, shape))
-        return step.saved_limit(self.deep, *place, layers, mode, pairs)
+        return peaks.saved_limit(self.deep, *place, layers, mode, pairs)
 
     def act(self, mode: int) -> Ints:
         """Saved bytes of one layer and micro-batch under a mode, shape (rows, 1)."""
@@ -140,17 +140,17 @@ def most_layers(g: Group) -> Ints:
     """
     best, v = np.zeros((len(g.layouts), g.pp), dtype=np.int64), g.least
     place, zero = (g.first, g.last, g.flight), np.zeros((1, 1), dtype=np.int64)
-    between, base = (g.p.capacity - held(g.p, *place) for held in (step.between_base, step.stage_base_bytes))
+    between, base = (g.p.capacity - held(g.p, *place) for held in (peaks.between_base, peaks.stage_base_bytes))
     left = unmade.left_between(g.p, g.flight)
     for mode in g.modes:
-        room, state = base - step.stage_transient(g.p, g.first, g.last, mode), v * g.p.state
+        room, state = base - peaks.stage_transient(g.p, g.first, g.last, mode), v * g.p.state
         most = np.where(room < 0, 0, room // (state + g.flight * g.act(mode) + g.waiting * g.p.deferred))
         if np.any(g.p.round):
             most = np.where(unmade.applies(g.p, g.flight), _most_unmade(g, room, mode), most)
         # Between two micro-batches fewer are in flight, on the first rank.
         others = np.where(between < 0, 0, between // np.maximum(state + left * g.act(mode), 1))
         best = np.maximum(best, np.where(g.first == 1, np.minimum(most, others), most))
-    for ending in step.endings(g.p, g.first, g.last).values():
+    for ending in peaks.endings(g.p, g.first, g.last).values():
         left = g.p.capacity - ending.of(zero)
         best = np.minimum(best, np.where(left < 0, 0, left // np.maximum(ending.state, 1) // v))
     return np.minimum(best, g.n_layers // v) * v

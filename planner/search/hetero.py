@@ -21,7 +21,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from planner.cost import devicetypes, step
+from planner.cost import devicetypes, peaks
 from planner.cost.blending import Stack
 from planner.cost.primitives import Primitives
 from planner.cost.task import Ints, LayoutArray, Task
@@ -49,8 +49,8 @@ def group_of(task: Task, modes: tuple[int, ...], x: LayoutArray, p: Primitives, 
 
 def excess(g: Group, layers: Ints, mode: int) -> Ints:
     """Bytes beyond what each row may hold when its ranks hold `layers` (pp,) layers of one kind, all under one mode."""
-    backward = g.flight * layers * g.p.saved(mode) - step.saved_limit(g.p, g.first, g.last, g.flight, layers, mode)
-    update = step.stage_update_bytes(g.p, g.first, g.last, layers) - g.p.capacity
+    backward = g.flight * layers * g.p.saved(mode) - peaks.saved_limit(g.p, g.first, g.last, g.flight, layers, mode)
+    update = peaks.stage_update_bytes(g.p, g.first, g.last, layers) - g.p.capacity
     return np.asarray(np.maximum(backward, update).max(axis=1))
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.cost import step, unmade
+from planner.cost import peaks, unmade
 from planner.cost.blending import HELD, Stack
 from planner.cost.schedules import chunk_moments
 from planner.cost.task import Bools, Ints
@@ -44,7 +44,7 @@ class Places:
     headed: Ints
     """As `Primitives.headed` on the last rank, shape (rows, places); -1 on others."""
     excess: Ints
-    """Of these (`step.head_excess`), shape (modes, rows, places, patterns)."""
+    """Of these (`peaks.head_excess`), shape (modes, rows, places, patterns)."""
 
     @property
     def unmade(self) -> Ints:
@@ -99,10 +99,10 @@ class Ranks:
         late = unmade.Late(*(column.ravel()[place] for column in at.late))
         room = at.left.reshape(len(saved), -1).take(there, axis=1) - flight * passed - state
         if np.any(at.headed >= 0):
-            last = step.HeadedRank(at.headed.ravel()[place], late.chunks)
-            beyond = step.beyond_head(last, np.ones_like(ranks), flight, layers, weight)
+            last = peaks.HeadedRank(at.headed.ravel()[place], late.chunks)
+            beyond = peaks.beyond_head(last, np.ones_like(ranks), flight, layers, weight)
             excess = at.excess.reshape(len(saved), -1).take(there, axis=1)
-            room = room + step.spared_by_head(beyond, held[2:, 0], excess)
+            room = room + peaks.spared_by_head(beyond, held[2:, 0], excess)
         fits = saved <= unmade.most_saved(late, (ranks == 0).astype(np.int64), flight, layers, room)
         first = np.nonzero(ranks == 0)[0]
         if len(first):
@@ -150,12 +150,12 @@ def _places(stack: Stack, pp: int, patterns: Bools, modes: tuple[int, ...]) -> P
         return np.ascontiguousarray(np.broadcast_to(values, shape))
 
     zero = np.zeros(1, dtype=np.int64)
-    base, ending = p.capacity - step.stage_base_bytes(p, first, last, zero), step.endings(p, first, last)
-    left = np.stack([each(base - step.stage_transient(p, first, last, mode)) for mode in modes])
-    between = each(p.capacity - step.between_base(p, first, last, zero))[:, 0]
+    base, ending = p.capacity - peaks.stage_base_bytes(p, first, last, zero), peaks.endings(p, first, last)
+    left = np.stack([each(base - peaks.stage_transient(p, first, last, mode)) for mode in modes])
+    between = each(p.capacity - peaks.between_base(p, first, last, zero))[:, 0]
     beside, closing = (each(p.capacity - ending[name].of(zero)) for name in ("update", "closing"))
     late = unmade.Late(*(each(column)[:, :, 0] for column in (p.grads, p.grads_first, p.round, p.chunks)))
-    passed = each(step.passed_bytes(p, first, last))[:, :, 0].copy()
+    passed = each(peaks.passed_bytes(p, first, last))[:, :, 0].copy()
     headed = each(np.where(last == 1, p.headed, -1))[:, :, 0]
-    excess = np.stack([each(step.head_excess(p, first, mode)) for mode in modes])
+    excess = np.stack([each(peaks.head_excess(p, first, mode)) for mode in modes])
     return Places(of_rank, left, between, beside, closing[:, 0], passed, late, headed, excess)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from planner.cost import step
+from planner.cost import peaks, step
 from planner.cost.blending import Stack
 from planner.cost.primitives import Blend
 from planner.cost.schedules import chunk_moments
@@ -77,7 +77,7 @@ def excess(g: Group, counts: Ints, mode: int) -> Ints:
     g = blended(g, counts[None, :, None])
     p, layers = g.deep, counts.sum(axis=(1, 2))[None, :, None]
     weight = g.weight(np.broadcast_to(layers, (len(g.layouts), g.pp, 1)))
-    update = step.stage_update_bytes(p, g.first[:, :, None], g.last[:, :, None], layers) - p.capacity
+    update = peaks.stage_update_bytes(p, g.first[:, :, None], g.last[:, :, None], layers) - p.capacity
     return np.asarray(np.maximum(weight * p.saved(mode) - g.left(mode, layers), update).max(axis=(1, 2)))
 
 
@@ -177,7 +177,7 @@ def chain_bound(g: Group, w: Windows, layer: Ints, allowed: Ints, least: tuple[I
     g = bounds.rows_of(g, rows) if g.stack is None else blended(rows_of(g, rows), w.counts[None, None])
     layers, first, last = w.layers[None, None, :], g.first[:, :, None], g.last[:, :, None]
     linear = layers * (g.deep.forward + g.deep.backward) + step.end_time(g.deep, first, last)
-    beside = w.whole & (step.stage_update_bytes(g.deep, first, last, layers) <= g.deep.capacity)
+    beside = w.whole & (peaks.stage_update_bytes(g.deep, first, last, layers) <= g.deep.capacity)
     time = np.where(beside, bounds.least_recompute(g, layers), BIG) + linear
     time = np.where(time > allowed[rows, None, None], BIG, time)
     slowest = least_maximum(time, w)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.cost import step
+from planner.cost import peaks, step
 from planner.cost.primitives import Primitives
 from planner.cost.task import Bools, Ints, Task
 from planner.search import mixed
@@ -145,7 +145,7 @@ def tables(g: Group, task: Task, reach: int | None = None, only: Windows | None 
 
 def _window_tables(g: Group, w: Windows) -> Tables:
     g = mixed.blended(g, w.counts[None, None])
-    beside = step.stage_update_bytes(g.deep, g.first[:, :, None], g.last[:, :, None], w.layers) <= g.p.capacity[:, :, None]
+    beside = peaks.stage_update_bytes(g.deep, g.first[:, :, None], g.last[:, :, None], w.layers) <= g.p.capacity[:, :, None]
     return _priced(g, w.layers, w.at, beside[0] & w.whole)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.cost import step
+from planner.cost import peaks
 from planner.cost.primitives import Primitives
 from planner.cost.schedules import chunk_moments
 from planner.cost.task import Bools, Floats, Ints
@@ -68,7 +68,7 @@ def room_of(batch: Priced, modes: tuple[int, ...]) -> Room:
     # One place has the least besides layers: more of them have at least its kinds, and peaks are those of the largest kind.
     # A byte for what `saved_limit` rounds down on the first rank.
     rooms = [room + r.layers * _states(r.p) for room in tables.room_by_mode(r, r.modes)]
-    spared = np.maximum.reduce([np.maximum(step.head_excess(r.p, r.first, mode), 0) for mode in r.modes])
+    spared = np.maximum.reduce([np.maximum(peaks.head_excess(r.p, r.first, mode), 0) for mode in r.modes])
     rooms = [room + np.where((r.p.headed >= 0) & (r.last == 1), spared, 0) for room in rooms]  # at most
     most = np.maximum.reduce(rooms).max(axis=2) + 1
     room = np.broadcast_to(most, (len(batch), r.pp)).astype(float)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from planner.cost import devicetypes, primitives, step
+from planner.cost import devicetypes, peaks, primitives, step
 from planner.cost.blending import blend
 from planner.cost.primitives import Primitives
 from planner.cost.schedules import chunk_moments, in_flight, put_off
@@ -201,7 +201,7 @@ def _pairs(w: Runs, flight: Ints, each: Ints, moments: Ints | None) -> Ints:
 
 def room_by_mode(r: Ranks, modes: tuple[int, ...]) -> list[Ints]:
     """Bytes left for saved activations when each of `modes` is the strongest in use."""
-    return step.saved_limits(r.p, r.first, r.last, r.flight, r.layers, modes, r.pairs)
+    return peaks.saved_limits(r.p, r.first, r.last, r.flight, r.layers, modes, r.pairs)
 
 
 def _late(r: Ranks) -> Ints:
@@ -222,7 +222,7 @@ def fits(r: Ranks) -> Bools:
             weaker = np.minimum.reduce([r.p.saved(other) for other in r.modes if other <= mode])
             saved = r.flight * (r.p.saved(mode) + (r.layers - 1) * weaker)
         found |= saved <= room
-    return found & r.complete & (step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity)
+    return found & r.complete & (peaks.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity)
 
 
 # ---- time ----------------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def recompute_time(r: Ranks) -> Ints:
     if np.any(r.p.recompute1 < 0) or np.any(r.p.recompute2 < 0):
         raise ArithmeticError("recompute takes negative time")
     best = np.full(r.shape(), NEVER)
-    beside = r.complete & (step.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity)
+    beside = r.complete & (peaks.stage_update_bytes(r.p, r.first, r.last, r.layers) <= r.p.capacity)
     rooms = room_by_mode(r, (0, 1, 2))
     if r.chunks > 1:
         for mode in r.modes:

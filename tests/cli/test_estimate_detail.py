@@ -35,6 +35,15 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "interleaved-zb": ("bundled", {"pp": 4, "dp": 2, "schedule": "interleaved-zb", "virtual_stages": 2, "zero": 2}),
     "zbv": ("bundled", {"pp": 4, "dp": 2, "schedule": "zbv", "virtual_stages": 2, "zero": 1}),
     "dualpipev": ("torchtitan+eager", {"pp": 4, "dp": 2, "schedule": "dualpipev", "virtual_stages": 2, "zero": 2}),
+    "one round": ("bundled", {"pp": 2, "dp": 4, "micro_batch": 8, "layers": [5, 3]}),
+    "one round, uneven chunks": (
+        "bundled",
+        {"pp": 2, "dp": 4, "micro_batch": 8, "schedule": "interleaved", "virtual_stages": 3, "layers": [3, 5]},
+    ),
+    "rounds, uneven chunks": (
+        "bundled",
+        {"pp": 2, "dp": 4, "schedule": "interleaved", "virtual_stages": 3, "layers": [3, 5], "zero": 2},
+    ),
     "full": ("bundled", {"tp": 2, "dp": 4, "zero": 3, "sequence_parallel": True, "recompute": "full"}),
     "mixed recompute": ("bundled", {"pp": 2, "dp": 4, "zero": 3, "recompute": "full:1,selective:2"}),
     "megatron dp": ("megatron", {"dp": 8, "zero": 1}),
@@ -49,6 +58,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora tp pp": ("megatron", {"tp": 2, "pp": 2, "dp": 2, "zero": 1, "sequence_parallel": True}),
     "two nodes, traits": ("megatron+2021", {"tp": 8, "dp": 2, "zero": 1, "sequence_parallel": False}),
 }
+
+NOT_YET = "gradients that no backward has made yet"
+"""The line that takes off what the lines of gradients before it hold."""
 
 
 @cache
@@ -87,7 +99,7 @@ def test_bytes_add_up_to_what_is_allocated(name):
         lines = {p.name: p.n_bytes for p in rank.parts}
         assert sum(p.n_bytes for p in rank.parts) == pytest.approx(rank.allocated, rel=1e-9)
         assert abs(lines.get("rounding", 0.0)) < 1000
-        assert all(n >= 0 for k, n in lines.items() if k != "rounding")
+        assert all(n >= 0 for k, n in lines.items() if k not in ("rounding", NOT_YET))
         assert rank.allocated == pytest.approx(stage.allocated * GIB, abs=2)
         assert rank.total == pytest.approx(stage.total * GIB, abs=2)
         assert rank.headroom == pytest.approx(stage.headroom * GIB, abs=4)

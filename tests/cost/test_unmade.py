@@ -10,8 +10,8 @@ import pytest
 
 from planner.cost import unmade
 from planner.cost.actions import Action, actions
+from planner.cost.peaks import HeadedRank, beyond_head
 from planner.cost.schedules import in_flight, in_flight_layers
-from planner.cost.step import HeadedRank, beyond_head
 from planner.cost.task import Ints
 from planner.specs.layout import SCHEDULES
 
@@ -21,8 +21,8 @@ def of(value: int) -> Ints:
 
 
 def before_backwards(order: list[Action], held: list[int]) -> Iterator[tuple[Action, int, int]]:
-    """(backward, layer-micro-batches whose activations are there, layers whose gradients are) as each one begins; `held`: layers
-    by chunk."""
+    """(backward, layer-micro-batches whose activations are there, layers whose gradients are) as each one begins; `held`:
+    layers by chunk."""
     saved, made = 0, set()
     for action in order:
         if action.kind == "F":

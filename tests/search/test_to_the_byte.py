@@ -1,5 +1,5 @@
-"""Where a pipeline's gradients do not exist yet, or chunks are unequal: rows fit from the byte on that brute force finds, by the
-search and by the verifier."""
+"""Where a pipeline's gradients do not exist yet, or chunks are unequal: rows fit from the byte on that brute force finds, by
+the search and by the verifier."""
 
 from __future__ import annotations
 

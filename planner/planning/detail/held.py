@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from planner.cost import step
+import numpy as np
+
+from planner.cost import step, unmade
 from planner.planning.detail.case import Case, Kind
 from planner.planning.detail.tables import Bytes, Inputs
 
@@ -25,7 +27,7 @@ class Held:
 
     @cached_property
     def ending(self) -> str | None:
-        """The end of a backward that is the rank's peak (`step.endings`), None where its middle is."""
+        """The end of a backward that is the rank's peak (`peaks.endings`), None where its middle is."""
         return step.peak_ending(self.c.cost, self.c.q, self.c.x, self.c.stages, self.rank, int(self.c.pooled[self.rank]))
 
     @property
@@ -34,10 +36,20 @@ class Held:
         return self.ending == "update"
 
     @cached_property
+    def middle(self) -> step.Middle:
+        """Where the rank holds the most while micro-batches run."""
+        return step.middle(self.c.q, self.c.x, self.c.stages, self.rank)
+
+    @property
+    def most(self) -> int:
+        """Micro-batches (of a chunk each) in flight at most."""
+        return int(self.c.held.flight[self.rank])
+
+    @cached_property
     def flight(self) -> int:
-        """Micro-batches (of a chunk each) in flight at the peak."""
-        most = int(self.c.held.flight[self.rank])
-        return {None: most, "between": most - 1}.get(self.ending, 0)
+        """Those at the peak."""
+        left = int(unmade.left_between(self.c.q.take(np.array([self.rank])), np.array([self.most]))[0])
+        return {None: self.middle.flight, "between": left}.get(self.ending, 0)
 
     @property
     def kinds(self) -> list[tuple[Kind, int]]:

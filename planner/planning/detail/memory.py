@@ -8,7 +8,7 @@ from itertools import groupby
 
 import numpy as np
 
-from planner.cost import memory, step
+from planner.cost import memory, peaks, step
 from planner.cost.schedules import chunk_moments
 from planner.cost.states import embedding_rest, params_by_place
 from planner.cost.task import Floats
@@ -67,6 +67,8 @@ def _state_lines(held: Held) -> None:
                 inputs: Inputs = {} if count is None else {"layers": count}
                 inputs |= {what if count is None else f"{what} a layer": each, unit: per}
                 held.add(part, name, (1 if count is None else count) * each * per, inputs, "engine.zero")
+    missing = 0 if held.ending else held.middle.missing
+    held.add("grads", "gradients that no backward has made yet", -missing, {}, "engine.gradients_as_made")
 
 
 def _states(held: Held, part: str, source: int) -> Iterator[tuple[str, int | None, float, float]]:
@@ -90,15 +92,15 @@ def _states(held: Held, part: str, source: int) -> Iterator[tuple[str, int | Non
 def _saved_lines(held: Held) -> None:
     """Saved activations by tensor: of all micro-batches in flight, or of those left between two of them."""
     c, s = held.c, held.rank
-    most = int(c.held.flight[s])
     pairs, selective, full = (int(weights[s]) for weights in (c.held.layers, c.held.selective, c.held.full))
-    weights = (pairs - selective - full, selective, full)
+    there = [weight * held.flight / held.most for weight in (pairs - selective - full, selective, full)]
+    there[int(c.stages.strongest[s])] -= 0 if held.ending else held.middle.beyond
     n, shares = int(c.stages.layers[s]), [_shares(c, s, mode) for mode in range(3)]
     for kind, count in held.kinds:
         at = next(i for i, k in enumerate(c.kinds) if k is kind)
-        own = [w * float(share[at]) * held.flight / most for w, share in zip(weights, shares, strict=True)]
+        own = [w * float(share[at]) for w, share in zip(there, shares, strict=True)]
         for name, (n_bytes, inputs) in _saved_tensors(c, kind, own).items():
-            inputs["in flight at most"] = held.flight
+            inputs["in flight"] = held.flight
             held.add("activations", f"{kind.label}saved: {name}", n_bytes, inputs, "engine.saved")
         late, tokens = int(c.held.deferred[s]) * count / n, float(kind.shapes.tokens[0])
         for item in kind.task.accounting.deferred if late else ():
@@ -154,15 +156,15 @@ def _boundary_lines(held: Held) -> None:
     """Buffers between ranks, and what the last rank keeps of the loss."""
     c, s = held.c, held.rank
     p, first, last = c.at(s)
-    inputs: Inputs = {"buffers": int(step.buffers_held(p, first, last)[0]), "bytes each": int(p.receive[0])}
-    shared = 0 if held.ending else int(step.shared_inputs(p, first, np.array([held.flight]))[0])
+    inputs: Inputs = {"buffers": int(peaks.buffers_held(p, first, last)[0]), "bytes each": int(p.receive[0])}
+    shared = 0 if held.ending else int(peaks.shared_inputs(p, first, np.array([held.most]))[0])
     inputs |= {"bytes counted as saved activations": shared} if shared else {}
-    received = int(step.receive_bytes(p, first, last)[0]) - shared
+    received = int(peaks.receive_bytes(p, first, last)[0]) - shared
     held.add("buffers", "receive buffers", received, inputs, "engine.receive_all_microbatches", "engine.receive_count")
     if held.updating:
         return
     sends = int(p.chunks[0] > 1 or not last[0] or held.ending is not None)
-    flight = held.flight + (held.ending == "between")  # the output goes after its backward
+    flight = 0 if held.ending == "closing" else held.most  # the output goes after its backward
     inputs = {"in flight": flight, "bytes each": int(p.boundary[0])}
     held.add("buffers", "stage outputs in flight", sends * flight * int(p.boundary[0]), inputs, "engine.keeps_stage_output")
     carried, chunks = int(p.carried[0]), int(p.chunks[0])

@@ -1,9 +1,9 @@
-"""What lives only at a rank's peak: beside a backward (`step.moments`), or when backward ends and the optimizer runs."""
+"""What lives only at a rank's peak: beside a backward (`peaks.moments`), or when backward ends and the optimizer runs."""
 
 from __future__ import annotations
 
-from planner.cost import adapters, memory, step
-from planner.cost.step import Moment
+from planner.cost import adapters, memory, peaks
+from planner.cost.peaks import Moment
 from planner.cost.task import Task
 from planner.planning.detail.held import Held
 from planner.planning.detail.tables import Inputs
@@ -31,8 +31,8 @@ def peak_lines(held: Held) -> str:
     """What lives only at the peak of backward; the peak in words."""
     c, s = held.c, held.rank
     p, first, last = c.at(s)
-    mode = 2 if c.stages.full[s] else 1 if c.stages.selective[s] else 0
-    peak, moment = _peak(step.moments(p, first, mode), bool(last[0]))
+    mode = int(c.stages.strongest[s])
+    peak, moment = _peak(peaks.moments(p, first, mode), held.middle.headed)
     if peak in _FINISH:
         held.add("transient", _FINISH[peak], int(moment.unit[0]), {}, "engine.zero")
     elif peak == "head":
@@ -46,13 +46,13 @@ def peak_lines(held: Held) -> str:
     unit = f"backward of the head, logits in {_logits_kind(c.task)}" if peak == "head" else "backward of a layer"
     unit = {"finish": "end of a layer's backward", "head_finish": "end of the head's backward"}.get(peak, unit)
     again = f", {RECOMPUTE_MODES[mode]} recompute" if mode else ""
-    return f"{rank}, {unit}{words if beside else ''}{again}, {int(c.held.flight[s])} in flight"
+    return f"{rank}, {unit}{words if beside else ''}{again}, {held.flight} in flight"
 
 
-def _peak(m: step.Moments, last: bool) -> tuple[str, Moment]:
+def _peak(m: peaks.Moments, headed: bool) -> tuple[str, Moment]:
     """The largest of a rank's moments, with its name; the first one of equal ones."""
     head = {"head": m.head, "head_reduction": m.head_reduction, "head_finish": m.head_finish}
-    found = (head if last else {"layer": m.layer}) | {"reduction": m.reduction, "finish": m.finish}
+    found = (head if headed else {"layer": m.layer}) | {"reduction": m.reduction, "finish": m.finish}
     return max(found.items(), key=lambda item: int(item[1].bytes[0]))
 
 

@@ -87,7 +87,8 @@ def tier_figures(tier: Tier) -> dict[str, Source]:
 
 
 def _engine_figures(accounting: Accounting, rule: int) -> dict[str, Source]:
-    """Values of the engine's accounting, of its ZeRO rules the one with a key; a field that a trait replaced has the trait's source."""
+    """Values of the engine's accounting, of its ZeRO rules the one with a key; a field that a trait replaced has the trait's
+    source."""
     base, *traits = accounting.name.split("+")
     origins = dict(accounting.origin)
     before = engine_named(base).accounting
