@@ -3,8 +3,9 @@
 Measured on 2026-11-22 and 23: NVIDIA H200 (driver 580), PyTorch 2.11.0+cu130, expandable segments, four to nine steps each,
 the median of all but the first two; `engine` and the columns of the layout as in a plan, `layers` by pipeline rank. Nothing in
 the planner is fitted to them. Runs of older versions of the runtime that are no longer how it works (compiled loss in one
-piece, tp, pipelines that send through NCCL) have been left out. Of the others some gathered layers by copy engines where ZeRO
-gathers, earlier ones did not: 2 % of a step. The last 51 were run by `trials.py`, most of them plans of `choices.py`.
+piece, tp, pipelines that send through NCCL) have been left out. `reduced_by`: what added up gradients of data-parallel ranks.
+Under ZeRO that is `engines` now; runs with `nccl` there are older ones whose layout nobody has run again since, and are
+compared with what the planner says of today's runtime. The last 60 were run by `trials.py`, most of them plans of `choices.py`.
 """
 
 from __future__ import annotations
@@ -75,42 +76,29 @@ def test_there_are_runs_of_every_kind() -> None:
     assert {int(row["gpus"]) for row in rows()} == {1, 2}
 
 
-def apart(row: dict[str, str]) -> bool:
-    """Whether gradients and the head's temporaries are counted beside more activations than they meet: all micro-batches of a
-    rank are in flight before its first backward, or its chunks are unequal."""
-    pp, v = int(row["pp"]), int(row["virtual_stages"])
-    few = int(row["global_batch"]) // int(row["dp"]) // int(row["micro_batch"]) <= pp
-    return pp > 1 and (few or any(int(n) % v for n in row["layers"].split()))
-
-
-def ranks_apart() -> np.ndarray:
-    """The same of every pipeline rank, as in `errors`."""
-    return np.concatenate([[apart(row)] * int(row["pp"]) for row in rows()])
+def reduced_as_now(row: dict[str, str]) -> bool:
+    """Whether gradients were added up as they are today."""
+    return row["zero"] == "0" or row["reduced_by"] != "nccl"
 
 
 def test_allocated_memory() -> None:
-    """Well inside the targets, 2 % on average and 4 % at worst, but for `apart`: there the planner says too much."""
-    found, beside = errors("allocated_gib"), ranks_apart()
-    assert np.abs(found).mean() < 0.006
-    assert np.abs(found[~beside]).mean() < 0.002
-    assert np.abs(found[~beside]).max() < 0.01
-    assert found[beside].min() > -0.001
-    assert found[beside].max() < 0.17
+    """Inside the targets, 2 % on average and 4 % at worst."""
+    found = np.abs(errors("allocated_gib"))
+    assert found.mean() < 0.003
+    assert found.max() < 0.02
 
 
 def test_reserved_memory() -> None:
     """Inside the target of 5 % on average; several runs shared a process, whose allocator keeps what earlier ones used."""
-    found = np.abs(errors("reserved_gib"))
-    assert found.mean() < 0.032
-    assert found[~ranks_apart()].mean() < 0.03
+    assert np.abs(errors("reserved_gib")).mean() < 0.03
 
 
-@pytest.mark.parametrize(("kind", "most"), [("dense", 0.028), ("all", 0.032)])
+@pytest.mark.parametrize(("kind", "most"), [("dense", 0.028), ("now", 0.028), ("all", 0.034)])
 def test_step_time(kind: str, most: float) -> None:
-    """Inside the target, 5 %. Furthest off: experts (23 % too short at worst) and one of twelve runs with tp (18 %)."""
+    """Inside the target, 5 %. Furthest off: experts (23 % too short at worst) and one of 18 runs with tp (18 %)."""
     found = [
         abs(estimate_of(row).step_time_s / float(row["step_time_s"]) - 1)
         for row in rows()
-        if kind == "all" or (row["tp"] == "1" and row["model"] != "moe")
+        if kind == "all" or (reduced_as_now(row) and (kind == "now" or (row["tp"] == "1" and row["model"] != "moe")))
     ]
     assert np.mean(found) < most
