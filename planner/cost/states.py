@@ -43,9 +43,8 @@ def held_bytes(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
     alone = ~memory.joined(task.accounting, layouts) & task.accounting.experts_join
     beside = np.where(alone, 0.0, experts)
     # What mixes kinds of layers is priced as if all gradients were there: a blend has no peak of its own for them.
-    made = (0 if task.one_of_several else 1) * per.backward["grads"]
-    beside = (0 if task.one_of_several else 1) * routed.backward["grads"]
-    result["grads"] = np.floor(made * place["layer"] + beside * experts).astype(np.int64)
+    made, routed_made = (0 if task.one_of_several else p.backward["grads"] for p in (per, routed))
+    result["grads"] = np.floor(made * place["layer"] + routed_made * experts).astype(np.int64)
     result["grads_first"] = np.floor(made * place["first"]).astype(np.int64)
     result["head_gradients"] = np.floor(per.backward["grads"] * params["own_head"]).astype(np.int64)
     result |= _finishing(task, layouts, params, per, routed, rest, beside)

@@ -16,8 +16,13 @@ from planner.specs.layout import Layout
 def suits(layout: Layout) -> bool:
     """Whether all ranks are of one node and share one copy of the states: engines do not reach beyond a node, and other groups
     would wait for each other in the same memory."""
+    return shares(layout) and symmetric.suits(layout.world_size)
+
+
+def shares(layout: Layout) -> bool:
+    """Whether all ranks share one copy of the states, which are on the device."""
     shared = layout.zero > 0 and layout.offload == "none" and layout.ep * layout.etp == 1
-    return shared and layout.world_size == layout.dp * layout.cp == layout.sharded and symmetric.suits(layout.world_size)
+    return shared and layout.world_size == layout.dp * layout.cp == layout.sharded and layout.world_size > 1
 
 
 def gradient_type(layout: Layout, job: Job) -> torch.dtype:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from planner.planfile import Plan
-from planner.runtime import adamw, head, masters, model, norms
+from planner.runtime import adamw, copies, head, masters, model, norms, scatter
 from planner.runtime.fakerank import SMALL, Collective, FakeMeter, FusedRmsNorm, Origin, fake_group, fake_tensors
 from planner.runtime.meter import rounded, storages
 from planner.runtime.model import Decoder
@@ -99,6 +99,10 @@ class _FakeTrainer(Trainer):
         mode, meter = self._allocation
         with mode, meter, patch.object(model, "fill", lambda *_: None):
             super().allocate(part)
+            if _by_engines(self.plan):
+                shard, job = self.layout.sharded, self.plan.job
+                room = (shard - 1, scatter.largest_part(part.blocks(), shard))
+                scatter.use(part, _FakeReduction(copies.gradient_type(self.layout, job), room))
 
     def update(self, step: int) -> tuple[Tensor, float]:
         meter = self._allocation[1]
@@ -107,6 +111,26 @@ class _FakeTrainer(Trainer):
             return super().update(step)
         finally:
             meter.optimizing = False
+
+
+class _FakeReduction(scatter.Reduction):
+    """What copy engines add gradients up with: the memory for those of other ranks, and the call."""
+
+    def __init__(self, dtype: torch.dtype, room: tuple[int, int]):
+        super().__init__(dtype)
+        self.received = torch.empty(room, dtype=dtype)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> dist.Work | None:
+        part = output_tensor.view(input_tensor.dtype)[: output_tensor.numel()]  # c10d wants one type
+        return dist.reduce_scatter_tensor(part, input_tensor, op, group, async_op)
+
+
+def _by_engines(plan: Plan) -> bool:
+    """Whether copy engines add up gradients on the plan's machine."""
+    machine = plan.hardware
+    return machine.device.kind == "cuda" and plan.layout.world_size <= machine.node_size and copies.shares(plan.layout)
 
 
 def _fused_loss(function: Callable[..., Any], _compiled: bool) -> Callable[..., Any]:

@@ -167,9 +167,7 @@ def _add_dense(add: Callable[..., None]) -> None:
 
 
 CASES = _cases()
-OVERSTATED = {"pp2-gpipe-none": 0.06, "pp2-gpipe-selective": 0.035}
-"""GPipe's two peaks, all micro-batches without gradients and one fewer with them, are counted as one: on the safe side."""
-QUICK = ("dp8-zero3-full-m3", "tp2-dp4-zero1-selective", "pp4-dp4-zero2-full")
+QUICK = ("dp8-zero3-full-m3", "tp2-dp4-zero1-selective", "pp4-dp4-zero2-full", "moe-dp4-zero1")
 """For the default tier."""
 
 

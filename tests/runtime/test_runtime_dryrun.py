@@ -7,7 +7,7 @@ from typing import Any
 
 import plans
 import pytest
-from dryrunning import CASES, OVERSTATED, QUICK, predicted_calls, predicted_gib, stepped_calls
+from dryrunning import CASES, QUICK, predicted_calls, predicted_gib, stepped_calls
 
 from planner.runtime.dryrun import RankReport, dry_run, ranks_of
 
@@ -27,7 +27,7 @@ def test_bytes_and_collectives(name: str) -> None:
     plan = CASES[name]
     for report in dry_run(plan, ranks_of(plan, "all"), workers=2):
         error = predicted_gib(plan, report.stage) / report.peak_allocated_gib - 1
-        assert -0.01 < error < OVERSTATED.get(name, 0.03), report
+        assert -0.01 < error < 0.03, report
         assert sum(report.categories_gib.values()) == pytest.approx(report.peak_allocated_gib)
         assert predicted_calls(plan, report.stage) == stepped_calls(report), report.stage
 
