@@ -298,10 +298,11 @@ class PrimitiveTable:
         return np.where(there, np.minimum(x.pp, x.microbatches), -1)
 
     def _round(self, x: LayoutArray) -> Ints:
-        """Micro-batches, where all of them are in flight before gradients are made that add up."""
-        m = x.microbatches
+        """Micro-batches, where all of them are in flight before gradients are made that add up. What mixes kinds of layers is
+        priced as if all gradients were there: a blend has no peak of its own for them."""
+        m, known = x.microbatches, self.task.accounting.gradients_as_made and not self.task.one_of_several
         early = ((m <= x.pp) | (x.schedule == GPIPE)) & (m > 1) & (x.pp > 1) & ~splits_backward(x.schedule)
-        return np.where(early & self.task.accounting.gradients_as_made, m, 0)
+        return np.where(early & known, m, 0)
 
     @property
     def _symmetric(self) -> bool:

@@ -42,10 +42,9 @@ def held_bytes(task: Task, layouts: LayoutArray) -> dict[str, Ints]:
     # Experts that are no part of their layer's unit are one of their own, which is gathered and reduced before it.
     alone = ~memory.joined(task.accounting, layouts) & task.accounting.experts_join
     beside = np.where(alone, 0.0, experts)
-    # What mixes kinds of layers is priced as if all gradients were there: a blend has no peak of its own for them.
-    made, routed_made = (0 if task.one_of_several else p.backward["grads"] for p in (per, routed))
-    result["grads"] = np.floor(made * place["layer"] + routed_made * experts).astype(np.int64)
-    result["grads_first"] = np.floor(made * place["first"]).astype(np.int64)
+    # What is divided is memory of the stream that reduces gradients: nothing else gets it before they are made.
+    result["grads"] = np.floor(per.whole_gradients * place["layer"] + routed.whole_gradients * experts).astype(np.int64)
+    result["grads_first"] = np.floor(per.whole_gradients * place["first"]).astype(np.int64)
     result["head_gradients"] = np.floor(per.backward["grads"] * params["own_head"]).astype(np.int64)
     result |= _finishing(task, layouts, params, per, routed, rest, beside)
     result |= {

@@ -173,8 +173,8 @@ class Middle(NamedTuple):
 
     missing: int
     """Bytes of gradients that no backward has made yet."""
-    flight: int
-    """Micro-batches (of a chunk each) in flight."""
+    share: float
+    """Of the activations that the rank saves when the most micro-batches are in flight, the part that is there."""
     beyond: int
     """Of the (layer, micro-batch) pairs that these are, those that are gone: they never meet the head's temporaries."""
     headed: bool
@@ -185,12 +185,14 @@ def middle(p: Primitives, layouts: LayoutArray, stages: StageArray, s: int) -> M
     """That of rank `s` of a layout; `p` by rank. What `stage_cost` adds up is the sum of its parts."""
     q, one = p.take(np.array([s])), stages.between(slice(s, s + 1))
     (first, last), there = run_ends(layouts, one), held(layouts, one)
-    missing, kept = unmade.most_held(q, first, there.flight, one.layers, there.bytes(q))
+    saved = there.bytes(q)
+    missing, kept = unmade.most_held(q, first, there.flight, one.layers, saved)
     beyond = peaks.beyond_head(q, last, there.flight, one.layers, there.layers)
     mode = int(one.strongest[0])
     headed = bool(last[0]) and int(beyond[0] * q.saved(mode)[0]) <= int(peaks.head_excess(q, first, mode)[0])
     headed = headed or bool(last[0] and not beyond[0])
-    return Middle(int(missing[0]), int(kept[0]), int(beyond[0]) if headed else 0, headed)
+    share = int(kept[0]) / max(int(saved[0]), 1)
+    return Middle(int(missing[0]), share, int(beyond[0]) if headed else 0, headed)
 
 
 def peak_ending(cost: StageCost, p: Primitives, layouts: LayoutArray, stages: StageArray, s: int, pooled: int) -> str | None:

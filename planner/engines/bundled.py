@@ -340,7 +340,7 @@ ACCOUNTING = Accounting(
         "kernels_routed": "counted in a profile on H200 (torch 2.11): 98 launches more a layer, forward and backward",
         "gradients_as_made": "measured: storage meter on the runtime, and peaks on two H200 (torch 2.11)",
         "dp_window": "assumed",
-        "step_floor": "measured on two H200 (torch 2.11): 0.7 of it, or 0.45 where copy engines gather",
+        "step_floor": "measured on two H200 (torch 2.11), through NCCL: nothing is exposed where copy engines reduce",
         "reserved_ratio": "1.005 measured with expandable segments on H200, up to 1.10 without: assumed between",
     },
 )

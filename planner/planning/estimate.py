@@ -243,7 +243,7 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
     outputs = sends * (flight if ending in (None, "between") else 0) * int(q.boundary[0])
     shared = 0 if ending else int(peaks.shared_inputs(q, a([first]), a([flight]))[0])
     buffers = receive + outputs - shared + int(q.fixed[0])
-    flight = {None: middle.flight, "between": int(unmade.left_between(q, a([flight]))[0])}.get(ending, 0)
+    flight = {None: round(middle.share * flight), "between": int(unmade.left_between(q, a([flight]))[0])}.get(ending, 0)
     transient = int(getattr(q, ending)[0]) if ending in ("between", "closing") else _transient(c, s, middle, updating)
     activations = max(0, allocated - sum(parts.values()) - buffers - transient) if flight else 0
     transient = allocated - sum(parts.values()) - buffers - activations

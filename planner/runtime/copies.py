@@ -46,5 +46,6 @@ def use(part: Decoder, layout: Layout, job: Job, mesh: DeviceMesh) -> None:
     def make() -> None:
         made.append(scatter.EngineReduction(gradient_type(layout, job), room, group, device))
 
-    if symmetric.works([make, lambda: scatter.trial(made[0], group, device)], device, group):
+    steps = [make, lambda: made[0].meet(group), lambda: scatter.trial(made[0], group, device)]
+    if symmetric.works(steps, device, group):
         scatter.use(part, made[0])

@@ -91,6 +91,7 @@ class _FakeTrainer(Trainer):
 
     def __init__(self, plan: Plan, meter: FakeMeter, mode: Any):
         self._allocation = (mode, meter)
+        self.reduction: _FakeReduction | None = None
         super().__init__(plan, torch.device("cpu"), Options())
         rows = plan.job.global_batch // plan.layout.dp
         self.batches = _FakeBatches((rows, plan.job.seq_len // plan.layout.cp))  # type: ignore[assignment]
@@ -102,7 +103,8 @@ class _FakeTrainer(Trainer):
             if _by_engines(self.plan):
                 shard, job = self.layout.sharded, self.plan.job
                 room = (shard - 1, scatter.largest_part(part.blocks(), shard))
-                scatter.use(part, _FakeReduction(copies.gradient_type(self.layout, job), room))
+                self.reduction = _FakeReduction(copies.gradient_type(self.layout, job), room)
+                scatter.use(part, self.reduction)
 
     def update(self, step: int) -> tuple[Tensor, float]:
         meter = self._allocation[1]
@@ -276,7 +278,7 @@ def _measure(plan: Plan, rank: int) -> _Measured:
 class _Snapshot:
     """What live storages are for, at one moment."""
 
-    def __init__(self, trainer: Trainer, meter: FakeMeter):
+    def __init__(self, trainer: _FakeTrainer, meter: FakeMeter):
         self.trainer, self.meter = trainer, meter
         self.categories: Counter[str] = Counter()
         self.phase = self.operation = ""
@@ -314,6 +316,8 @@ class _Snapshot:
             for value in state.values():
                 if isinstance(value, Tensor):
                     yield "optimizer states", value
+        if self.trainer.reduction is not None:
+            yield "communication buffers", self.trainer.reduction.received
         for part in self.trainer.parts.values():
             for module in part.modules():
                 if isinstance(module, FSDPModule):

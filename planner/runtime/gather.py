@@ -55,6 +55,8 @@ def trial(gather: EngineGather, group: dist.ProcessGroup, device: torch.device) 
 
     def make() -> None:
         made.append(gather.allocate((size * _TRIAL,), dtype=torch.float32, device=device))
+
+    def meet() -> None:
         symmetric.meet(made[0], group)
 
     def arrives() -> bool:
@@ -62,4 +64,4 @@ def trial(gather: EngineGather, group: dist.ProcessGroup, device: torch.device) 
         wanted = torch.arange(1.0, 1.0 + size, device=device).repeat_interleave(_TRIAL)
         return bool((made[0] == wanted).all())
 
-    return [make, arrives]
+    return [make, meet, arrives]

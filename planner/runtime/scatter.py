@@ -43,10 +43,14 @@ class EngineReduction(Reduction):
     """The sum of what other ranks have written into this one's memory, a piece at a time."""
 
     def __init__(self, dtype: torch.dtype, piece: int, group: dist.ProcessGroup, device: torch.device):
-        """With room for `piece` elements from every other rank. Collective over the group."""
+        """With room for `piece` elements from every other rank of a group, which is to `meet`."""
         super().__init__(dtype)
         self.piece = -(-piece // _ALIGNED) * _ALIGNED
         self.received = symmetric.empty((group.size() - 1, self.piece), dtype, device)
+        self.memory: Any = None
+
+    def meet(self, group: dist.ProcessGroup) -> None:
+        """Learn where the others' memory is. Collective."""
         self.memory = symmetric.meet(self.received, group)
 
     def __call__(
@@ -99,8 +103,9 @@ def largest_part(blocks: Iterable[nn.Module], ranks: int) -> int:
     return max((sum(map(padded, block.parameters())) for block in blocks), default=0)
 
 
+@torch.no_grad()
 def trial(reduction: EngineReduction, group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether a first reduction works; it compiles the sum, too. Collective."""
+    """Whether a first reduction works; it compiles the sum, too, which backward runs without gradients. Collective."""
     size, rank = group.size(), group.rank()
     whole = reduction.allocate((size * _TRIAL,), dtype=torch.float32, device=device).fill_(1.0 + rank)
     own = reduction.allocate((_TRIAL,), dtype=torch.float32, device=device)

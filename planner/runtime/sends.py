@@ -90,12 +90,16 @@ class SymmetricMailbox(Mailbox):
     anew."""
 
     def __init__(self, layout: Layout, microbatches: int, like: Tensor, group: dist.ProcessGroup, device: torch.device):
-        """Collective over the group, the ranks of one pipeline."""
+        """Of a group that is the ranks of one pipeline, and is to `meet`."""
         super().__init__(layout, microbatches, like, group.rank())
         symmetric.room_for_signals(layout.pp * self.buffers)  # a word for each pair of a sender and a buffer
         self.own = symmetric.empty((self.buffers * self.size,), self.dtype, device)
-        self.memory: Any = symmetric.meet(self.own, group)
+        self.memory: Any = None
         self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+    def meet(self, group: dist.ProcessGroup) -> None:
+        """Learn where the others' memory is. Collective."""
+        self.memory = symmetric.meet(self.own, group)
 
     def send(self, tensor: Tensor, place: Place, microbatch: int) -> None:
         """On a stream of its own."""
@@ -119,13 +123,14 @@ def open_mailbox(
     """The mailbox of a pipeline's ranks, where devices of one node reach each other's memory. Collective over all ranks."""
     if device.type != "cuda" or not suits(layout):
         return None
-    made: list[Mailbox] = []
+    made: list[SymmetricMailbox] = []
 
     def make() -> None:
         made.append(SymmetricMailbox(layout, microbatches, like, group, device))
 
     # The trial uses the last buffer of every place.
-    return made[0] if symmetric.works([make, lambda: exchange(made[0], microbatches - 1)], device) else None
+    steps = [make, lambda: made[0].meet(group), lambda: exchange(made[0], microbatches - 1)]
+    return made[0] if symmetric.works(steps, device) else None
 
 
 def _number(stage: int) -> float:

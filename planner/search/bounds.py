@@ -161,9 +161,9 @@ def _most_unmade(g: Group, room: Ints, mode: int) -> Ints:
     v, none = g.least, np.zeros((1, 1), dtype=np.int64)
     most = np.full(np.broadcast_shapes(room.shape, g.flight.shape), BIG)
     ends, steps = (unmade.moments(g.p, g.first, g.flight, layers) for layers in (none, v))
-    for (there, _), (missing, kept) in zip(ends, steps, strict=True):
-        left = room + there
-        one = v * g.p.state - (missing - there) + kept * g.act(mode)
+    for end, moment in zip(ends, steps, strict=True):
+        left = room + end.missing
+        one = v * g.p.state - (moment.missing - end.missing) + moment.kept * g.act(mode)
         most = np.minimum(most, np.where(left < 0, 0, left // np.maximum(one, 1)))
     return most
 

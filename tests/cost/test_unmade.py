@@ -38,10 +38,11 @@ def before_backwards(order: list[Action], held: list[int]) -> Iterator[tuple[Act
     [
         ("1f1b", 2, 2, 1), ("1f1b", 4, 4, 1), ("gpipe", 2, 2, 1), ("gpipe", 4, 9, 1), ("gpipe", 3, 2, 1),
         ("interleaved", 2, 2, 2), ("interleaved", 2, 2, 8), ("interleaved", 4, 4, 2), ("interleaved", 4, 4, 5),
+        ("interleaved", 3, 3, 3), ("interleaved", 4, 4, 3), ("interleaved", 8, 8, 4),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("a", [1, 3, 7, 1000])
-@pytest.mark.parametrize("g", [1, 4, 50])
+@pytest.mark.parametrize("a", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("g", [1, 3, 4, 5, 6, 17, 50])
 def test_a_rank_holds_what_its_actions_do(schedule: str, pp: int, m: int, v: int, a: int, g: int) -> None:
     """Chunks of two layers each."""
     n, lists = 2 * v, actions(schedule, pp, m, v)
@@ -57,6 +58,21 @@ def test_a_rank_holds_what_its_actions_do(schedule: str, pp: int, m: int, v: int
         most = int(unmade.most_saved(late, of(0), flight, of(n), room)[0])
         assert most >= int(saved[0])
         assert int(unmade.most_saved(late, of(0), flight, of(n), room - 1)[0]) < int(saved[0])
+
+
+@pytest.mark.parametrize(("pp", "v"), [(2, 2), (2, 3), (3, 3), (4, 3), (4, 4), (8, 4)])
+@pytest.mark.parametrize("g", [1, 2, 3, 5, 12, 100])
+def test_the_last_rank_holds_no_more_than_that_with_unequal_chunks(pp: int, v: int, g: int) -> None:
+    """Of which the last ones are a layer short; a byte of activations a layer."""
+    order, code, last = actions("interleaved", pp, pp, v)[-1], of(SCHEDULES.index("interleaved")), of(pp - 1)
+    late = unmade.Late(of(g), of(0), of(pp), of(v))
+    flight = in_flight(code, of(pp), of(v), of(pp), last)
+    for n in range(v + 1, 2 * v):
+        saved = in_flight_layers(code, of(pp), of(v), of(pp), last, of(n))
+        held = n * g + int(saved[0]) - int(unmade.spared(late, of(0), flight, of(n), saved)[0])
+        replayed = before_backwards(order, [n // v + (chunk < n % v) for chunk in range(v)])
+        wanted = max(pairs + g * layers for _, pairs, layers in replayed)
+        assert wanted <= held <= n * g + int(saved[0])
 
 
 def test_the_embeddings_gradient_comes_with_the_first_chunk() -> None:

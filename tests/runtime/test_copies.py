@@ -124,6 +124,7 @@ def _gradients(device_mesh: Any, dtype: torch.dtype, by_engines: Files | None) -
         gather.use(net.blocks, gather.EngineGather())
         room = scatter.largest_part(net.blocks, group.size())
         reduction = scatter.EngineReduction(dtype, room, group, torch.device("cpu"))
+        reduction.meet(group)
         assert reduction.piece < 301 * 6 // group.size(), "the head goes in pieces"
         scatter.use(net, reduction)
     for i in range(2):
@@ -166,7 +167,8 @@ def trials(folder: Path) -> list[bool]:
         def all_work() -> None:
             reduction = scatter.EngineReduction(torch.bfloat16, 50, group, device)
             found.append(symmetric.works(gather.trial(gather.EngineGather(), group, device), device, group))
-            found.append(symmetric.works([lambda: scatter.trial(reduction, group, device)], device, group))
+            steps = [lambda: reduction.meet(group), lambda: scatter.trial(reduction, group, device)]
+            found.append(symmetric.works(steps, device, group))
 
         all_work()
         patch.setattr(Handle, "get_buffer", lambda self, rank, size, dtype, offset: torch.empty(*size, dtype=dtype))

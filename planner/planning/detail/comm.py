@@ -230,6 +230,8 @@ def _step_rows(c: Case) -> list[Collective]:
                 calls += _state_calls(c, source, item, times)
     hidden = int(c.stages.layers[d]) * c.ns("hide", d)
     hides = f"{hidden:.4g} s hide under backward" + _BUT_FLOOR * (not c.engines)
+    if c.engines and first:
+        hides += ", the embedding's under nothing"
     if any(t.under == "nothing" for kind in c.kinds for s in kind.sources for t in _traffic(c, s, "step")):
         hides += "; gathers after the optimizer's step hide under nothing"
     floor = "engine.step_floor" if c.task.accounting.step_floor else "engine.dp_floor"

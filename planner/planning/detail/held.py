@@ -46,10 +46,15 @@ class Held:
         return int(self.c.held.flight[self.rank])
 
     @cached_property
-    def flight(self) -> int:
-        """Those at the peak."""
+    def share(self) -> float:
+        """The part of their activations that is there at the peak."""
         left = int(unmade.left_between(self.c.q.take(np.array([self.rank])), np.array([self.most]))[0])
-        return {None: self.middle.flight, "between": left}.get(self.ending, 0)
+        return {None: self.middle.share, "between": left / self.most}.get(self.ending, 0.0)
+
+    @property
+    def flight(self) -> int:
+        """Those in flight at the peak."""
+        return round(self.share * self.most)
 
     @property
     def kinds(self) -> list[tuple[Kind, int]]:

@@ -93,7 +93,7 @@ def _saved_lines(held: Held) -> None:
     """Saved activations by tensor: of all micro-batches in flight, or of those left between two of them."""
     c, s = held.c, held.rank
     pairs, selective, full = (int(weights[s]) for weights in (c.held.layers, c.held.selective, c.held.full))
-    there = [weight * held.flight / held.most for weight in (pairs - selective - full, selective, full)]
+    there = [weight * held.share for weight in (pairs - selective - full, selective, full)]
     there[int(c.stages.strongest[s])] -= 0 if held.ending else held.middle.beyond
     n, shares = int(c.stages.layers[s]), [_shares(c, s, mode) for mode in range(3)]
     for kind, count in held.kinds:
