@@ -121,15 +121,16 @@ def _still_runs(q: Primitives, x: LayoutArray, runs: StageArray, mode: int) -> l
     """R of runs, and the fields of `_Still` by run; `q` and `x` have an entry for each of `runs`."""
     n, none = runs.layers, np.zeros(1, dtype=np.int64)
     first, last = step.run_ends(x, runs)
+    inner, headed = peaks.transients(q, first, mode)
     return [
         step.stage_time(q, first, last, n, runs.selective, runs.full),
         first, last, runs.index, runs.index + runs.count - 1, n,
         *step.stage_traffic(q, first, last, n), step.stage_update(q, first, last, n),
-        n * q.state + peaks.stage_base_bytes(q, first, last, none) + peaks.stage_transient(q, first, last, mode),
+        n * q.state + peaks.stage_base_bytes(q, first, last, none) + np.where(last == 1, headed, inner),
         first * n * q.state + peaks.between_base(q, first, last, none),
         peaks.stage_update_bytes(q, first, last, n),
         q.saved(mode), q.deferred, q.boundary, q.entering, q.carried, q.grads, q.grads_first,
-        last * peaks.head_excess(q, first, mode),
+        last * (headed - inner),
     ]  # fmt: skip
 
 

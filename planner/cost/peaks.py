@@ -1,7 +1,7 @@
 """What a pipeline rank holds at each of the moments at which its memory may peak: bytes, from the primitives of its layout.
 
-While micro-batches run: at the backward of the head, of a layer, beside the reduction of the unit before, or when gradients
-are made (`moments`, over `stage_base_bytes`). When a backward has passed the last layer: at the embedding's gradient between
+While micro-batches run: at the backward of the head, of a layer, beside the reduction of the unit before, or at the end of
+either (`moments`, over `stage_base_bytes`). When a backward has passed the last layer: at the embedding's gradient between
 two micro-batches (`between_base`), at its reduction beside whole gradients, or in the optimizer's update (`endings`).
 """
 
@@ -72,15 +72,22 @@ def buffers_held(p: Passing, first: Ints, last: Ints) -> Ints:
 
 def stage_transient(p: Primitives, first: Ints, last: Ints, mode: int) -> Ints:
     """Peak temporaries of a rank whose strongest recompute mode is `mode` (0 none, 1 selective, 2 full)."""
+    inner, headed = transients(p, first, mode)
+    return np.where(last == 1, headed, inner)
+
+
+def transients(p: Primitives, first: Ints, mode: int) -> tuple[Ints, Ints]:
+    """Those at layers' backwards alone, and those of a rank with the head."""
     m = moments(p, first, mode)
+    layers = np.maximum(m.reduction.bytes, m.finish.bytes)
     head = np.maximum(np.maximum(m.head.bytes, m.head_reduction.bytes), m.head_finish.bytes)
-    return np.maximum(np.where(last == 1, head, m.layer.bytes), np.maximum(m.reduction.bytes, m.finish.bytes))
+    return np.maximum(m.layer.bytes, layers), np.maximum(head, layers)
 
 
 def head_excess(p: Primitives, first: Ints, mode: int) -> Ints:
     """How much more temporaries take on a last rank at its head's backward than at that of a layer; negative for less."""
-    one = np.ones_like(first)
-    return stage_transient(p, first, one, mode) - stage_transient(p, first, 0 * one, mode)
+    inner, headed = transients(p, first, mode)
+    return headed - inner
 
 
 class Headed(Protocol):
@@ -210,9 +217,10 @@ def saved_limits(
     most, base = _between_limit(p, first, last, flight, left), left - stage_base_bytes(p, first, last, flight)
 
     def within(mode: int) -> Ints:
-        room = base - stage_transient(p, first, last, mode)
+        inner, headed = transients(p, first, mode)
+        room = base - np.where(last == 1, headed, inner)
         if np.any(beyond):
-            room = room + spared_by_head(beyond, p.saved(mode), head_excess(p, first, mode))
+            room = room + spared_by_head(beyond, p.saved(mode), headed - inner)
         return np.minimum(unmade.most_saved(p, first, flight, layers, room), most)
 
     return [within(mode) for mode in modes]

@@ -168,8 +168,8 @@ def run_ends(layouts: LayoutArray, stages: StageArray) -> tuple[Ints, Ints]:
     return first, np.where(~v_shaped(x.schedule) & (stages.index + stages.count == x.pp), 1, last)
 
 
-class Middle(NamedTuple):
-    """The moment, while micro-batches run, at which a rank holds the most."""
+class AtPeak(NamedTuple):
+    """What of its gradients, activations and temporaries a rank has when it holds the most."""
 
     missing: int
     """Bytes of gradients that no backward has made yet."""
@@ -181,18 +181,20 @@ class Middle(NamedTuple):
     """Whether the rank has the head's temporaries then: on a last rank without, those of a layer meet all pairs."""
 
 
-def middle(p: Primitives, layouts: LayoutArray, stages: StageArray, s: int) -> Middle:
-    """That of rank `s` of a layout; `p` by rank. What `stage_cost` adds up is the sum of its parts."""
+def at_peak(p: Primitives, layouts: LayoutArray, stages: StageArray, s: int, ending: str | None) -> AtPeak:
+    """That of rank `s` of a layout, whose peak is at `ending` (`peak_ending`); `p` by rank. `stage_cost` adds such parts up."""
     q, one = p.take(np.array([s])), stages.between(slice(s, s + 1))
     (first, last), there = run_ends(layouts, one), held(layouts, one)
+    if ending is not None:
+        left = int(unmade.left_between(q, there.flight)[0]) if ending == "between" else 0
+        return AtPeak(0, left / int(there.flight[0]), 0, False)
     saved = there.bytes(q)
     missing, kept = unmade.most_held(q, first, there.flight, one.layers, saved)
     beyond = peaks.beyond_head(q, last, there.flight, one.layers, there.layers)
     mode = int(one.strongest[0])
-    headed = bool(last[0]) and int(beyond[0] * q.saved(mode)[0]) <= int(peaks.head_excess(q, first, mode)[0])
-    headed = headed or bool(last[0] and not beyond[0])
-    share = int(kept[0]) / max(int(saved[0]), 1)
-    return Middle(int(missing[0]), share, int(beyond[0]) if headed else 0, headed)
+    inner, outer = peaks.transients(q, first, mode)
+    headed = bool(last[0] and (not beyond[0] or beyond[0] * q.saved(mode)[0] <= (outer - inner)[0]))
+    return AtPeak(missing, kept / max(int(saved[0]), 1), int(beyond[0]) if headed else 0, headed)
 
 
 def peak_ending(cost: StageCost, p: Primitives, layouts: LayoutArray, stages: StageArray, s: int, pooled: int) -> str | None:
@@ -218,9 +220,10 @@ def stage_cost(p: Primitives, layouts: LayoutArray, stages: StageArray, blended:
     transient, beyond = np.zeros_like(n), peaks.beyond_head(q, last, flight, n, there.layers)
     for mode in range(3):
         if np.any(under := strongest == mode):
-            one = peaks.stage_transient(q, first, last, mode)
+            inner, headed = peaks.transients(q, first, mode)
+            one = np.where(last == 1, headed, inner)
             if np.any(beyond):
-                one = one - peaks.spared_by_head(beyond, q.saved(mode), peaks.head_excess(q, first, mode))
+                one = one - peaks.spared_by_head(beyond, q.saved(mode), headed - inner)
             transient = np.where(under, one, transient)
     left = saved * unmade.left_between(q, flight) // flight
     between = first * (n * q.state + left) + peaks.between_base(q, first, last, flight)

@@ -54,52 +54,40 @@ class Moment(NamedTuple):
 
     missing: Ints
     """Bytes of gradients that do not exist."""
-    kept: Ints
-    """How many of the micro-batches (of a chunk each) in flight at most are there."""
-    longer: Bools
-    """Whether those are of first chunks alone, which have a layer more than others where chunks are unequal."""
+    part: Ints
+    """Of `whole` parts of the activations of all micro-batches in flight, those that are there."""
+    whole: Ints
 
-    def share(self, flight: Ints, layers: Ints, chunks: Ints) -> tuple[Ints, Ints]:
-        """(part, whole) of the activations that are there; at most, with unequal chunks."""
-        most, whole = -(-layers // chunks) * chunks, np.maximum(flight, 1)
-        uneven = self.longer & (most != layers)
-        return (
-            np.where(uneven, np.minimum(self.kept * most, whole * layers), self.kept), np.where(uneven, whole * layers, whole)
-        )  # fmt: skip
+    def there(self, saved: Ints) -> Ints:
+        """Bytes of `saved` activations that are there."""
+        return saved * self.part // self.whole
 
 
 def spared(p: Unmade, first: Ints, flight: Ints, layers: Ints, saved: Ints) -> Ints:
     """Bytes of gradients and `saved` activations that never meet on a rank."""
-    if not np.any(p.round):
-        return np.zeros_like(saved)
-    missing, kept = most_held(p, first, flight, layers, saved)
-    return missing + saved - kept
-
-
-def most_held(p: Unmade, first: Ints, flight: Ints, layers: Ints, saved: Ints) -> tuple[Ints, Ints]:
-    """(bytes of gradients that do not exist, bytes of `saved` activations that are there) when a rank holds the most."""
-    late, missing, kept = applies(p, flight), np.zeros_like(saved), saved
+    late = applies(p, flight)
     if not np.any(late):
-        return missing, kept
-    least = np.full_like(saved, NO_LIMIT)
-    for moment in moments(p, first, flight, layers):
-        part, whole = moment.share(flight, layers, p.chunks)
-        there = saved * part // whole
-        less = late & (moment.missing - there < least)
-        missing, kept = np.where(less, moment.missing, missing), np.where(less, there, kept)
-        least = np.where(less, moment.missing - there, least)
-    return missing, kept
+        return np.zeros_like(saved)
+    less = [moment.missing + saved - moment.there(saved) for moment in moments(p, first, flight, layers)]
+    return np.where(late, np.minimum.reduce(less), 0)
+
+
+def most_held(p: Unmade, first: Ints, flight: Ints, layers: Ints, saved: Ints) -> tuple[int, int]:
+    """(bytes of gradients that do not exist, bytes of `saved` activations that are there) when one rank holds the most."""
+    if not applies(p, flight)[0]:
+        return 0, int(saved[0])
+    found = moments(p, first, flight, layers)
+    return max(((int(m.missing[0]), int(m.there(saved)[0])) for m in found), key=lambda held: held[1] - held[0])
 
 
 def most_saved(p: Unmade, first: Ints, flight: Ints, layers: Ints, room: Ints) -> Ints:
     """Bytes of activations that fit into `room` beside all gradients, and what of those does not exist yet; negative for
     none."""
-    if not np.any(p.round):
+    late = applies(p, flight)
+    if not np.any(late):
         return room
-    each = []
-    for moment in moments(p, first, flight, layers):
-        each.append(part_within(room + moment.missing, *moment.share(flight, layers, p.chunks)))
-    return np.where(applies(p, flight), np.minimum.reduce(each), room)
+    each = [part_within(room + m.missing, m.part, m.whole) for m in moments(p, first, flight, layers)]
+    return np.where(late, np.minimum.reduce(each), room)
 
 
 def applies(p: Unmade, flight: Ints) -> Bools:
@@ -108,17 +96,24 @@ def applies(p: Unmade, flight: Ints) -> Bools:
 
 
 def moments(p: Unmade, first: Ints, flight: Ints, layers: Ints) -> tuple[Moment, Moment, Moment]:
-    """Those of which one decides, where it `applies`."""
-    several, whole, chunk = p.chunks > 1, flight >= p.round * p.chunks, -(-layers // p.chunks)
+    """Those of which one decides, where it `applies`. With unequal chunks activations are those at most: what is left of first
+    chunks alone may be of a layer more than the mean."""
+    several, all_in, chunk = p.chunks > 1, flight >= p.round * p.chunks, -(-layers // p.chunks)
     table = first * p.grads_first
-    before = p.grads * (layers - np.where(whole, 0, chunk)) + table
-    made = chunk * np.where(whole, 1, np.minimum(p.chunks, 2))
+    before = p.grads * (layers - np.where(all_in, 0, chunk)) + table
+    made = chunk * np.where(all_in, 1, np.minimum(p.chunks, 2))
     after = p.grads * np.maximum(layers - made, 0) + np.where(several, table, 0)
-    kept = np.where(whole, flight - 1, (p.chunks - 1) * p.round - 1)
+    kept, left = np.where(all_in, flight - 1, (p.chunks - 1) * p.round - 1), left_between(p, flight)
+    kept, left = np.where(all_in, flight - 1, (p.chunks - 1) * p.round - 1), left_between(p, flight)
+    whole, longest = np.maximum(flight, 1), chunk * p.chunks
+    if not np.any(uneven := longest != layers):
+        return Moment(before, flight, whole), Moment(after, kept, whole), Moment(np.zeros_like(before), left, whole)
+    longest, mean = np.where(uneven, longest, 1), np.where(uneven, layers, 1)
+    whole = whole * mean
     return (
-        Moment(before, flight, np.zeros_like(whole)),
-        Moment(after, kept, ~whole),
-        Moment(np.zeros_like(before), left_between(p, flight), np.ones_like(whole)),
+        Moment(before, flight * mean, whole),
+        Moment(after, np.where(all_in, kept * mean, np.minimum(kept * longest, whole)), whole),
+        Moment(np.zeros_like(before), np.minimum(left * longest, whole), whole),
     )
 
 

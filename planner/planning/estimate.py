@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from planner.cost import devicetypes, frozen, intervals, memory, peaks, primitives, risk, step, unmade
+from planner.cost import devicetypes, frozen, intervals, memory, peaks, primitives, risk, step
 from planner.cost.primitives import Primitives, TimeParts
 from planner.cost.schedules import in_flight
 from planner.cost.states import params_by_place
@@ -235,16 +235,16 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
     parts = _states(c, s, updating)
     first, last = int(s == 0), int(s == c.layout.last_rank)
     a = np.array
-    q, middle = c.q.take(a([s])), step.middle(c.q, c.x, c.stages, s)
-    parts["grads"] -= 0 if ending else middle.missing
+    q, peak = c.q.take(a([s])), step.at_peak(c.q, c.x, c.stages, s, ending)
+    parts["grads"] -= peak.missing
     receive = int(peaks.receive_bytes(q, a([first]), a([last]))[0])
-    flight = int(in_flight(c.x.schedule, c.x.pp, c.x.virtual_stages, c.x.microbatches, a([s]))[0])
+    most = int(in_flight(c.x.schedule, c.x.pp, c.x.virtual_stages, c.x.microbatches, a([s]))[0])
     sends = 1 if c.layout.virtual_stages > 1 or ending else 1 - last
-    outputs = sends * (flight if ending in (None, "between") else 0) * int(q.boundary[0])
-    shared = 0 if ending else int(peaks.shared_inputs(q, a([first]), a([flight]))[0])
+    outputs = sends * (most if ending in (None, "between") else 0) * int(q.boundary[0])
+    shared = 0 if ending else int(peaks.shared_inputs(q, a([first]), a([most]))[0])
     buffers = receive + outputs - shared + int(q.fixed[0])
-    flight = {None: round(middle.share * flight), "between": int(unmade.left_between(q, a([flight]))[0])}.get(ending, 0)
-    transient = int(getattr(q, ending)[0]) if ending in ("between", "closing") else _transient(c, s, middle, updating)
+    flight = round(peak.share * most)
+    transient = int(getattr(q, ending)[0]) if ending in ("between", "closing") else _transient(c, s, peak, updating)
     activations = max(0, allocated - sum(parts.values()) - buffers - transient) if flight else 0
     transient = allocated - sum(parts.values()) - buffers - activations
     total = _held(c, s, int(c.held[s])) / GIB
@@ -259,7 +259,7 @@ def _stage_memory(c: _Priced, s: int, limit: float) -> StageMemory:
         outside=int(c.q.outside[s]) / GIB,
         total=total,
         headroom=limit - total,
-        cause=_cause(c, s, middle, flight, ending),
+        cause=_cause(c, s, peak, flight, ending),
         hardware=c.task_of(s).hardware.name if c.task.types else None,
         limit_gib=limit if c.task.types else None,
     )
@@ -291,10 +291,10 @@ def _states_of(c: _Priced, source: int, s: int, updating: bool) -> dict[str, int
     return {part: int(held[part][0] * count + experts[part][0] * owned) for part in memory.PARTS}
 
 
-def _transient(c: _Priced, s: int, middle: step.Middle, updating: bool) -> int:
+def _transient(c: _Priced, s: int, peak: step.AtPeak, updating: bool) -> int:
     if updating:
         return 0
-    first, last = np.array([int(s == 0)]), np.array([int(middle.headed)])
+    first, last = np.array([int(s == 0)]), np.array([int(peak.headed)])
     return int(peaks.stage_transient(c.q.take(np.array([s])), first, last, int(c.stages.strongest[s]))[0])
 
 
@@ -305,14 +305,14 @@ _ENDINGS = {
 }
 
 
-def _cause(c: _Priced, s: int, middle: step.Middle, flight: int, ending: str | None) -> str:
+def _cause(c: _Priced, s: int, peak: step.AtPeak, flight: int, ending: str | None) -> str:
     """The peak's moment in words."""
     if ending:
         return _ENDINGS[ending] + (f", {flight} in flight" if flight else "")
     mode, elsewhere = int(c.stages.strongest[s]), np.zeros(1, dtype=np.int64)
     q = c.q.take(np.array([s]))
     layer = int(peaks.stage_transient(q, elsewhere, elsewhere, mode)[0])
-    if middle.headed and int(q.head_transient[0]) >= layer:
+    if peak.headed and int(q.head_transient[0]) >= layer:
         kind = "fp32" if c.task.accounting.logit_bytes > 4 else c.task.job.precision
         return f"backward of the head, logits in {kind}, {flight} in flight"
     return f"backward of a {'recomputed ' if mode else ''}layer, {flight} in flight"

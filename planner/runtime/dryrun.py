@@ -100,7 +100,7 @@ class _FakeTrainer(Trainer):
         mode, meter = self._allocation
         with mode, meter, patch.object(model, "fill", lambda *_: None):
             super().allocate(part)
-            if _by_engines(self.plan):
+            if by_engines(self.plan):
                 shard, job = self.layout.sharded, self.plan.job
                 room = (shard - 1, scatter.largest_part(part.blocks(), shard))
                 self.reduction = _FakeReduction(copies.gradient_type(self.layout, job), room)
@@ -129,7 +129,7 @@ class _FakeReduction(scatter.Reduction):
         return dist.reduce_scatter_tensor(part, input_tensor, op, group, async_op)
 
 
-def _by_engines(plan: Plan) -> bool:
+def by_engines(plan: Plan) -> bool:
     """Whether copy engines add up gradients on the plan's machine."""
     machine = plan.hardware
     return machine.device.kind == "cuda" and plan.layout.world_size <= machine.node_size and copies.shares(plan.layout)

@@ -11,7 +11,7 @@ Every bound is admissible because it only drops constraints:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -82,7 +82,7 @@ class Group:
         pp, 1 or windows)."""
         place = (self.first[:, :, None], self.last[:, :, None], self.flight[:, :, None])
         pairs = None
-        if np.any(self.p.headed >= 0):
+        if np.any(self.p.headed >= 0) and np.any(layers % self.least[:, :, None]):
             shape = np.broadcast_shapes(layers.shape, self.flight[:, :, None].shape)
             pairs = self.weight(np.broadcast_to(layers, shape))
         return peaks.saved_limit(self.deep, *place, layers, mode, pairs)
@@ -142,11 +142,13 @@ def most_layers(g: Group) -> Ints:
     place, zero = (g.first, g.last, g.flight), np.zeros((1, 1), dtype=np.int64)
     between, base = (g.p.capacity - held(g.p, *place) for held in (peaks.between_base, peaks.stage_base_bytes))
     left = unmade.left_between(g.p, g.flight)
+    late = unmade.applies(g.p, g.flight)
+    moments = [unmade.moments(g.p, g.first, g.flight, layers) for layers in (zero, v)] if np.any(late) else []
     for mode in g.modes:
         room, state = base - peaks.stage_transient(g.p, g.first, g.last, mode), v * g.p.state
         most = np.where(room < 0, 0, room // (state + g.flight * g.act(mode) + g.waiting * g.p.deferred))
-        if np.any(g.p.round):
-            most = np.where(unmade.applies(g.p, g.flight), _most_unmade(g, room, mode), most)
+        if moments:
+            most = np.where(late, _most_unmade(g, room, mode, *moments), most)
         # Between two micro-batches fewer are in flight, on the first rank.
         others = np.where(between < 0, 0, between // np.maximum(state + left * g.act(mode), 1))
         best = np.maximum(best, np.where(g.first == 1, np.minimum(most, others), most))
@@ -156,14 +158,13 @@ def most_layers(g: Group) -> Ints:
     return np.minimum(best, g.n_layers // v) * v
 
 
-def _most_unmade(g: Group, room: Ints, mode: int) -> Ints:
-    """The same of ranks some of whose gradients do not exist yet, v layers at a time: every moment is linear in them."""
-    v, none = g.least, np.zeros((1, 1), dtype=np.int64)
+def _most_unmade(g: Group, room: Ints, mode: int, without: Sequence[unmade.Moment], layered: Sequence[unmade.Moment]) -> Ints:
+    """The same of ranks some of whose gradients do not exist yet, v layers at a time: every moment is linear in them, and given
+    for none and for v."""
     most = np.full(np.broadcast_shapes(room.shape, g.flight.shape), BIG)
-    ends, steps = (unmade.moments(g.p, g.first, g.flight, layers) for layers in (none, v))
-    for end, moment in zip(ends, steps, strict=True):
+    for end, moment in zip(without, layered, strict=True):
         left = room + end.missing
-        one = v * g.p.state - (moment.missing - end.missing) + moment.kept * g.act(mode)
+        one = g.least * g.p.state - (moment.missing - end.missing) + moment.part * g.act(mode)
         most = np.minimum(most, np.where(left < 0, 0, left // np.maximum(one, 1)))
     return most
 

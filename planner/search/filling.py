@@ -102,9 +102,8 @@ def _shares(ranks: Ranks, rows: Ints, sorts: Ints, entries: Ints) -> tuple[Float
     state = np.einsum("uck,krs->urs", sorts, held[0], optimize=True)
     state = state - sorts.sum(axis=(1, 2))[:, None, None] * at.unmade[rows]  # at least
     needed = sum((held[2:, None, kind] * pairs[:, kind] for kind in range(held.shape[1])), state)
-    left = at.left[:, rows][:, :, at.of_rank][..., ranks.windows.patterns[1][entries]]
-    spared = np.where(at.headed[None, ..., None] >= 0, np.maximum(at.excess, 0), 0)
-    left = left + spared[:, rows][:, :, at.of_rank][..., ranks.windows.patterns[1][entries]]  # at most
+    spared = np.where(at.headed[rows, :, None] >= 0, np.maximum(at.excess[:, rows], 0), 0)  # at most
+    left = (at.left[:, rows] + spared)[:, :, at.of_rank][..., ranks.windows.patterns[1][entries]]
     besides = at.unmade_first[rows] - flight * at.passed[rows][:, at.of_rank]
     room = np.moveaxis(left + besides[..., None], 3, 1)
     forgiven = ranks.windows.layers.max() * (1 + flight) if held.shape[1] > 1 else np.zeros_like(flight)

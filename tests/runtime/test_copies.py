@@ -12,11 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import worlds
+from machines import task
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from planner.runtime import copies, gather, scatter, symmetric
+from planner.cost import memory
+from planner.cost.task import LayoutArray
+from planner.runtime import copies, dryrun, gather, scatter, symmetric
 
 
 @pytest.mark.parametrize(
@@ -36,7 +39,11 @@ from planner.runtime import copies, gather, scatter, symmetric
 )
 def test_all_ranks_must_share_one_copy(options: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert copies.suits(plans.plan(**options).layout) is expected
+    plan = plans.plan(**options)
+    assert copies.suits(plan.layout) is expected
+    assert dryrun.by_engines(plan) is expected
+    machine = task(plan.model, plan.cluster.gpus, plan.job.seq_len, plan.job.global_batch, "bundled", plan.hardware)
+    assert bool(memory.by_engines(machine, LayoutArray.of([plan.layout], plan.job))[0]) is expected, "as it is priced"
 
 
 def test_all_ranks_must_be_of_one_node_and_nobody_against_it(monkeypatch: pytest.MonkeyPatch) -> None:

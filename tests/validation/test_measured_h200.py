@@ -11,6 +11,7 @@ compared with what the planner says of today's runtime. The last 62 were run by 
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,12 @@ def rows() -> list[dict[str, str]]:
 
 
 def estimate_of(row: dict[str, str]) -> Estimate:
-    return _estimate(rows().index(row))
+    return _estimate(tuple(row.items()))
 
 
 @cache
-def _estimate(number: int) -> Estimate:
-    row = rows()[number]
+def _estimate(items: tuple[tuple[str, str], ...]) -> Estimate:
+    row = dict(items)
     model, pp, v = MODELS[row["model"]], int(row["pp"]), int(row["virtual_stages"])
     stages = [Stage(layers=int(n), recompute=row["recompute"]) for n in row["layers"].split()]
     degrees: dict[str, Any] = {k: int(row[k]) for k in ("tp", "cp", "pp", "dp", "ep", "zero", "micro_batch", "virtual_stages")}
@@ -87,19 +88,37 @@ def reduced_as_now(row: dict[str, str]) -> bool:
     return row["zero"] == "0" or row["reduced_by"] != "nccl"
 
 
+def apart(row: dict[str, str]) -> bool:
+    """Whether a pipeline's peak is one of several moments: all micro-batches of a rank are in flight before its first backward,
+    or its chunks are unequal."""
+    pp, v = int(row["pp"]), int(row["virtual_stages"])
+    few = int(row["global_batch"]) // int(row["dp"]) // int(row["micro_batch"]) <= pp
+    return pp > 1 and (few or any(int(n) % v for n in row["layers"].split()))
+
+
+def ranks(which: Callable[[dict[str, str]], bool]) -> np.ndarray:
+    """The same of every pipeline rank, as in `errors`."""
+    return np.concatenate([[which(row)] * int(row["pp"]) for row in rows()])
+
+
 def test_allocated_memory() -> None:
-    """Inside the targets, 2 % on average and 4 % at worst."""
-    found = np.abs(errors("allocated_gib"))
-    assert found.mean() < 0.003
-    assert found.max() < 0.02
+    """Well inside the targets, 2 % on average and 4 % at worst; furthest off, and too much, where moments are told `apart`."""
+    found, beside, now = errors("allocated_gib"), ranks(apart), ranks(reduced_as_now)
+    assert np.abs(found).mean() < 0.003
+    assert np.abs(found).max() < 0.02
+    assert np.abs(found[~beside]).mean() < 0.002
+    assert np.abs(found[~beside & now]).max() < 0.01
+    assert found[beside].min() > -0.001
 
 
 def test_reserved_memory() -> None:
     """Inside the target of 5 % on average; several runs shared a process, whose allocator keeps what earlier ones used."""
-    assert np.abs(errors("reserved_gib")).mean() < 0.03
+    found = np.abs(errors("reserved_gib"))
+    assert found.mean() < 0.03
+    assert found[~ranks(apart)].mean() < 0.03
 
 
-@pytest.mark.parametrize(("kind", "most"), [("dense", 0.028), ("now", 0.028), ("all", 0.034)])
+@pytest.mark.parametrize(("kind", "most"), [("dense", 0.028), ("now", 0.028), ("all", 0.032)])
 def test_step_time(kind: str, most: float) -> None:
     """Inside the target, 5 %. Furthest off: experts whose gradients NCCL reduced (23 % too short at worst), and one of 18 runs
     with tp (18 %)."""

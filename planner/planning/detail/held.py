@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import numpy as np
-
-from planner.cost import step, unmade
+from planner.cost import step
 from planner.planning.detail.case import Case, Kind
 from planner.planning.detail.tables import Bytes, Inputs
 
@@ -36,25 +34,19 @@ class Held:
         return self.ending == "update"
 
     @cached_property
-    def middle(self) -> step.Middle:
-        """Where the rank holds the most while micro-batches run."""
-        return step.middle(self.c.q, self.c.x, self.c.stages, self.rank)
+    def peak(self) -> step.AtPeak:
+        """What the rank has then."""
+        return step.at_peak(self.c.q, self.c.x, self.c.stages, self.rank, self.ending)
 
     @property
     def most(self) -> int:
         """Micro-batches (of a chunk each) in flight at most."""
         return int(self.c.held.flight[self.rank])
 
-    @cached_property
-    def share(self) -> float:
-        """The part of their activations that is there at the peak."""
-        left = int(unmade.left_between(self.c.q.take(np.array([self.rank])), np.array([self.most]))[0])
-        return {None: self.middle.share, "between": left / self.most}.get(self.ending, 0.0)
-
     @property
     def flight(self) -> int:
         """Those in flight at the peak."""
-        return round(self.share * self.most)
+        return round(self.peak.share * self.most)
 
     @property
     def kinds(self) -> list[tuple[Kind, int]]:

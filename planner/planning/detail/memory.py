@@ -67,8 +67,7 @@ def _state_lines(held: Held) -> None:
                 inputs: Inputs = {} if count is None else {"layers": count}
                 inputs |= {what if count is None else f"{what} a layer": each, unit: per}
                 held.add(part, name, (1 if count is None else count) * each * per, inputs, "engine.zero")
-    missing = 0 if held.ending else held.middle.missing
-    held.add("grads", "gradients that no backward has made yet", -missing, {}, "engine.gradients_as_made")
+    held.add("grads", "gradients that no backward has made yet", -held.peak.missing, {}, "engine.gradients_as_made")
 
 
 def _states(held: Held, part: str, source: int) -> Iterator[tuple[str, int | None, float, float]]:
@@ -93,8 +92,8 @@ def _saved_lines(held: Held) -> None:
     """Saved activations by tensor: of all micro-batches in flight, or of those left between two of them."""
     c, s = held.c, held.rank
     pairs, selective, full = (int(weights[s]) for weights in (c.held.layers, c.held.selective, c.held.full))
-    there = [weight * held.share for weight in (pairs - selective - full, selective, full)]
-    there[int(c.stages.strongest[s])] -= 0 if held.ending else held.middle.beyond
+    there = [weight * held.peak.share for weight in (pairs - selective - full, selective, full)]
+    there[int(c.stages.strongest[s])] -= held.peak.beyond
     n, shares = int(c.stages.layers[s]), [_shares(c, s, mode) for mode in range(3)]
     for kind, count in held.kinds:
         at = next(i for i, k in enumerate(c.kinds) if k is kind)

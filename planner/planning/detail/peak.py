@@ -32,7 +32,7 @@ def peak_lines(held: Held) -> str:
     c, s = held.c, held.rank
     p, first, last = c.at(s)
     mode = int(c.stages.strongest[s])
-    peak, moment = _peak(peaks.moments(p, first, mode), held.middle.headed)
+    peak, moment = _peak(peaks.moments(p, first, mode), held.peak.headed)
     if peak in _FINISH:
         held.add("transient", _FINISH[peak], int(moment.unit[0]), {}, "engine.zero")
     elif peak == "head":
